@@ -1,0 +1,80 @@
+"""Who may call which method. A method without a row is denied, here and in every Envoy."""
+
+import enum
+from collections.abc import Mapping
+
+
+class Access(enum.Enum):
+    """What a caller must show."""
+
+    ANYONE = "anyone"
+    """Nothing: callable through the edge without a token, and by every workload of the mesh."""
+
+    USER = "user"
+    """A user's access token, verified by edge, sidecar and service."""
+
+    WORKER = "worker"
+    """The SPIFFE identity of a worker. Never reachable through the edge."""
+
+    WORKLOAD = "workload"
+    """Any SPIFFE identity of the mesh. Never reachable through the edge."""
+
+
+METHODS: Mapping[str, Access] = {
+    "/kimberly.auth.v1.AuthService/SignUp": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/LogIn": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/RefreshToken": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/LogOut": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/GetJwks": Access.ANYONE,
+    "/kimberly.users.v1.UserService/GetUser": Access.USER,
+    "/kimberly.users.v1.UserService/RecordConsent": Access.USER,
+    "/kimberly.users.v1.UserService/ListConsents": Access.USER,
+    "/kimberly.users.v1.UserService/ListAuditEvents": Access.USER,
+    "/kimberly.users.v1.UserService/VerifyAuditLog": Access.USER,
+    "/kimberly.memory.v1.MemoryService/CreateMemory": Access.USER,
+    "/kimberly.memory.v1.MemoryService/GetMemory": Access.USER,
+    "/kimberly.memory.v1.MemoryService/ListMemories": Access.USER,
+    "/kimberly.memory.v1.MemoryService/UpdateMemory": Access.USER,
+    "/kimberly.memory.v1.MemoryService/DeleteMemory": Access.USER,
+    "/kimberly.memory.v1.MemoryService/QueryMemories": Access.USER,
+    "/kimberly.memory.v1.MemoryService/ImportMemories": Access.USER,
+    "/kimberly.memory.v1.MemoryService/CreateAttachment": Access.USER,
+    "/kimberly.memory.v1.MemoryService/CompleteAttachment": Access.USER,
+    "/kimberly.memory.v1.MemoryService/GetAttachment": Access.USER,
+    "/kimberly.memory.v1.MemoryService/Meditate": Access.USER,
+    "/kimberly.memory.v1.MemoryService/GetMeditation": Access.USER,
+    "/kimberly.scoring.v1.ScoringService/PlanMeditation": Access.WORKER,
+    "/kimberly.scoring.v1.ScoringService/Score": Access.WORKER,
+    "/kimberly.jobs.v1.JobService/GetJob": Access.USER,
+    "/kimberly.jobs.v1.JobService/ListJobs": Access.USER,
+    "/kimberly.jobs.v1.WorkerService/Work": Access.WORKER,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Access.USER,
+    "/grpc.health.v1.Health/Check": Access.WORKLOAD,
+}
+
+PROCESSES: Mapping[str, tuple[str, ...]] = {
+    "auth": (
+        "kimberly.auth.v1.AuthService",
+        "kimberly.users.v1.UserService",
+        "grpc.reflection.v1alpha.ServerReflection",
+    ),
+    "memory": ("kimberly.memory.v1.MemoryService", "kimberly.scoring.v1.ScoringService"),
+    "jobs": ("kimberly.jobs.v1.JobService", "kimberly.jobs.v1.WorkerService"),
+}
+"""Which process serves which services. The auth process answers reflection for all of them."""
+
+EDGE = "edge"
+WORKER = "worker"
+
+
+def methods_of(process: str) -> dict[str, Access]:
+    """Return the methods that one process serves, health included."""
+    prefixes = (*PROCESSES[process], "grpc.health.v1.Health")
+    return {
+        method: access for method, access in METHODS.items() if method.split("/")[1] in prefixes
+    }
+
+
+def spiffe_id(trust_domain: str, namespace: str, process: str) -> str:
+    """Return the SPIFFE identity of a process, such as spiffe://kimberly.local/ns/prod/sa/auth."""
+    return f"spiffe://{trust_domain}/ns/{namespace}/sa/{process}"

@@ -1,0 +1,39 @@
+"""The audit log: every change says who did what to whose data, in the change's transaction."""
+
+from uuid import UUID
+
+from server import ids
+from server.caller import Caller
+from server.database import Connection
+
+
+async def record(connection: Connection, caller: Caller, action: str, resource: str) -> None:
+    """Append an event to the log, to be committed with the change that it tells of.
+
+    Args:
+        connection: The transaction of the change.
+        caller: Whose data is touched; also who acts.
+        action: What is done, such as "memory.create".
+        resource: Id of what it is done to, never its text.
+    """
+    await record_all(connection, caller, action, [resource])
+
+
+async def record_all(
+    connection: Connection, caller: Caller, action: str, resources: list[str]
+) -> None:
+    """Append one event for each resource, in one statement."""
+    events: list[UUID] = [ids.new_id() for _ in resources]
+    await connection.execute(
+        """
+        INSERT INTO audit_events (id, tenant_id, user_id, actor, action, resource)
+        SELECT event.id, $3, $4, $5, $6, event.resource
+          FROM unnest($1::uuid[], $2::text[]) AS event (id, resource)
+        """,
+        events,
+        resources,
+        caller.tenant_id,
+        caller.user_id,
+        ids.show(ids.USER, caller.user_id),
+        action,
+    )

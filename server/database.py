@@ -1,0 +1,125 @@
+"""PostgreSQL: pools, and transactions that see one user's rows."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import asyncpg
+import pgvector.asyncpg
+import structlog
+from asyncpg.pool import PoolConnectionProxy as Connection
+
+from server.caller import Caller
+from server.errors import StoreUnavailable
+
+type_codecs = pgvector.asyncpg.register_vector
+
+
+_ACQUIRE_SECONDS = 5.0
+_OUT_OF_REACH = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.exceptions.OperatorInterventionError,
+    asyncpg.TooManyConnectionsError,
+)
+_SETTINGS = {
+    "jit": "off",
+    "statement_timeout": "15s",
+    "lock_timeout": "5s",
+    "idle_in_transaction_session_timeout": "15s",
+}
+
+log = structlog.get_logger()
+
+__all__ = ["Connection", "Database", "SystemDatabase", "open_pool"]
+
+
+async def _keep(_connection: asyncpg.Connection) -> None:
+    """Reset nothing: all state that we set is local to a transaction."""
+
+
+async def open_pool(url: str, *, size: int, name: str) -> asyncpg.Pool:
+    """Open a pool of at most `size` connections; `name` shows in pg_stat_activity."""
+    return await asyncpg.create_pool(
+        url,
+        min_size=min(2, size),
+        max_size=size,
+        server_settings={**_SETTINGS, "application_name": name},
+        init=type_codecs,
+        reset=_keep,
+        command_timeout=30,
+    )
+
+
+class Database:
+    """PostgreSQL as the application role. Row-level security shows one user's rows."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    def transaction(self, caller: Caller) -> AbstractAsyncContextManager[Connection]:
+        """Open a transaction that sees and changes only the rows of one user.
+
+        Raises:
+            StoreUnavailable: PostgreSQL does not answer. After a commit was sent the outcome
+                is not known.
+        """
+        # One simple-protocol message: BEGIN and both settings cost a single round trip. The
+        # ids are UUID objects, so that nothing but hexadecimal digits can reach the text.
+        return _transaction(
+            self._pool,
+            f"BEGIN; SET LOCAL kimberly.tenant_id = '{caller.tenant_id!s}'; "
+            f"SET LOCAL kimberly.user_id = '{caller.user_id!s}'",
+        )
+
+
+class SystemDatabase:
+    """PostgreSQL as the system role, for what belongs to no single user."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    def transaction(self) -> AbstractAsyncContextManager[Connection]:
+        """Open a transaction that sees all tenants.
+
+        Raises:
+            StoreUnavailable: As in `Database.transaction`.
+        """
+        return _transaction(self._pool, "BEGIN")
+
+
+@asynccontextmanager
+async def _transaction(pool: asyncpg.Pool, opening: str) -> AsyncIterator[Connection]:
+    try:
+        async with pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+            await connection.execute(opening)
+            try:
+                yield connection
+            except BaseException:
+                await _roll_back(connection)
+                raise
+            await connection.execute("COMMIT")
+    except asyncpg.QueryCanceledError as error:
+        raise TimeoutError from error
+    except _OUT_OF_REACH as error:
+        if isinstance(error, TimeoutError) and _is_cancelling():
+            raise
+        log.warning("database out of reach", error=repr(error))
+        raise StoreUnavailable("the database") from error
+
+
+def _is_cancelling() -> bool:
+    """Tell whether the task is being cancelled by its deadline rather than by a slow store."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _roll_back(connection: Connection) -> None:
+    """Undo, or give the connection up: it must never go back to the pool inside a transaction."""
+    try:
+        await asyncio.shield(connection.execute("ROLLBACK", timeout=2))
+    except BaseException:
+        connection.terminate()
+        raise

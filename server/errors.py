@@ -1,0 +1,179 @@
+"""What can go wrong, in the words of the domain.
+
+`server.rpc.status` turns these into google.rpc.Status. The class name says the kind, `reason`
+is a name of kimberly.errors.v1.ErrorReason without its prefix.
+"""
+
+from dataclasses import dataclass
+
+
+class Problem(Exception):
+    """A refusal that the caller is told about. Its text is for the caller to read."""
+
+    reason = "INTERNAL"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A field that is at fault, by its path in the request, and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+class InvalidArgument(Problem):
+    """The request can never succeed as it stands."""
+
+    reason = "FIELD_INVALID"
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self.violations = (Violation(field, description),)
+
+
+class MalformedMessage(Problem):
+    """The bytes are no message of the method's type."""
+
+    reason = "MESSAGE_MALFORMED"
+
+    def __init__(self) -> None:
+        super().__init__("the request is not a valid message of its type")
+
+
+class PageTokenInvalid(InvalidArgument):
+    """The page token is damaged or belongs to another list."""
+
+    reason = "PAGE_TOKEN_INVALID"
+
+    def __init__(self) -> None:
+        super().__init__("page_token", "is not a token of this list")
+
+
+class Unauthenticated(Problem):
+    """Nobody known is calling."""
+
+    reason = "TOKEN_INVALID"
+
+
+class CredentialsInvalid(Unauthenticated):
+    """Email and password do not match. Says nothing about which of the two is wrong."""
+
+    reason = "CREDENTIALS_INVALID"
+
+    def __init__(self) -> None:
+        super().__init__("email or password is wrong")
+
+
+class RefreshTokenInvalid(Unauthenticated):
+    """The refresh token does not open a session any more."""
+
+    reason = "REFRESH_TOKEN_INVALID"
+
+    def __init__(self) -> None:
+        super().__init__("the refresh token is not valid; log in again")
+
+
+class PermissionDenied(Problem):
+    """The caller is known and may not."""
+
+    reason = "METHOD_NOT_ALLOWED"
+
+    def __init__(self) -> None:
+        super().__init__("the caller may not use this method")
+
+
+class ConsentMissing(Problem):
+    """The user has not agreed."""
+
+    reason = "CONSENT_MISSING"
+
+    def __init__(self, purpose: str) -> None:
+        super().__init__(
+            f"the user has not consented to {purpose}; grant it with POST /v1/user/consents"
+        )
+
+
+class NotFound(Problem):
+    """There is no such thing, or it is not the caller's: both look the same."""
+
+    reason = "RESOURCE_NOT_FOUND"
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"there is no such {kind}")
+
+
+class AlreadyExists(Problem):
+    """Something with this identity exists."""
+
+    reason = "RESOURCE_EXISTS"
+
+
+class EtagMismatch(Problem):
+    """Someone else was faster."""
+
+    reason = "ETAG_MISMATCH"
+
+    def __init__(self) -> None:
+        super().__init__("the resource changed since the etag was read; read it again")
+
+
+class StateConflict(Problem):
+    """The resource is not in a state that allows the call."""
+
+    reason = "STATE_CONFLICT"
+
+
+class RequestIdReused(Problem):
+    """The request id stands for another request."""
+
+    reason = "REQUEST_ID_REUSED"
+
+    def __init__(self) -> None:
+        super().__init__("request_id was used before with other contents; choose a new one")
+
+
+class QuotaExceeded(Problem):
+    """The write does not fit."""
+
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, subject: str, used: int, limit: int, advice: str) -> None:
+        super().__init__(f"{subject}: {used} of {limit} bytes are used; {advice}")
+        self.subject = subject
+
+
+class LeaseLost(Problem):
+    """The lease passed to another worker; nothing was written."""
+
+    reason = "LEASE_LOST"
+
+    def __init__(self) -> None:
+        super().__init__("the lease is no longer yours; nothing was written")
+
+
+class UploadMismatch(Problem):
+    """The object is not the one that was announced."""
+
+    reason = "UPLOAD_MISMATCH"
+
+
+class DeadlineExceeded(Problem):
+    """The call took too long."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+    def __init__(self) -> None:
+        super().__init__("the call took longer than its deadline")
+
+
+class StoreUnavailable(Problem):
+    """A store does not answer. Whether a write took place is not known: repeat it by request_id."""
+
+    reason = "STORE_UNAVAILABLE"
+
+    def __init__(self, store: str) -> None:
+        super().__init__(f"{store} does not answer; try again")

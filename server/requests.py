@@ -1,0 +1,98 @@
+"""Idempotency: a request id makes one resource, however often the request is sent."""
+
+import hashlib
+from uuid import UUID
+
+from server.caller import Caller
+from server.database import Connection
+from server.errors import InvalidArgument, RequestIdReused
+
+_LONGEST = 64
+
+
+def check_request_id(request_id: str) -> None:
+    """Refuse a request id that is too long.
+
+    Raises:
+        InvalidArgument: It has more than 64 characters.
+    """
+    if len(request_id) > _LONGEST:
+        raise InvalidArgument("request_id", f"must have at most {_LONGEST} characters")
+
+
+async def claim(
+    connection: Connection,
+    caller: Caller,
+    method: str,
+    request_id: str,
+    contents: bytes,
+    resource_id: UUID,
+) -> UUID:
+    """Claim a request id for a resource that this transaction is about to make.
+
+    Two transactions that claim one id at the same time are served one after the other.
+
+    Args:
+        connection: The transaction that makes the resource.
+        caller: Whose request it is.
+        method: Name of the method; each has request ids of its own.
+        request_id: Chosen by the client.
+        contents: The request, to recognise a retry by.
+        resource_id: Id of the resource that will be made.
+
+    Returns:
+        `resource_id`, or the id of the resource that an earlier request made: the caller of
+        this function then makes nothing and answers with that one.
+
+    Raises:
+        RequestIdReused: The earlier request had other contents.
+    """
+    fingerprint = hashlib.sha256(contents).digest()
+    claimed = await connection.fetchval(
+        """
+        INSERT INTO requests (tenant_id, user_id, method, request_id, fingerprint, resource_id)
+        VALUES ($1, $2, $3, $4, $5, $6)
+        ON CONFLICT DO NOTHING
+        RETURNING resource_id
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        method,
+        request_id,
+        fingerprint,
+        resource_id,
+    )
+    if claimed is not None:
+        return resource_id
+    earlier = await connection.fetchrow(
+        """
+        SELECT fingerprint, resource_id
+          FROM requests
+         WHERE tenant_id = $1 AND user_id = $2 AND method = $3 AND request_id = $4
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        method,
+        request_id,
+    )
+    if earlier["fingerprint"] != fingerprint:
+        raise RequestIdReused
+    return UUID(int=earlier["resource_id"].int)
+
+
+async def redirect(
+    connection: Connection, caller: Caller, method: str, request_id: str, resource_id: UUID
+) -> None:
+    """Let a request id that this transaction claimed stand for an earlier resource."""
+    await connection.execute(
+        """
+        UPDATE requests
+           SET resource_id = $5
+         WHERE tenant_id = $1 AND user_id = $2 AND method = $3 AND request_id = $4
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        method,
+        request_id,
+        resource_id,
+    )

@@ -1,0 +1,1 @@
+"""The transport: gRPC servers, the chain around every call. It knows no domain."""

@@ -1,0 +1,130 @@
+"""One adapter that puts the same layers around all four kinds of RPC."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any, TypeAlias
+
+import grpc
+
+from server.errors import MalformedMessage
+
+Layer = Callable[["Call"], AbstractAsyncContextManager[None]]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+MaybeHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
+
+_MALFORMED = object()
+
+
+class Call:
+    """One call that is being served, as the layers see it."""
+
+    __slots__ = ("context", "metadata", "method", "streams")
+
+    def __init__(self, method: str, context: Any, *, streams: bool) -> None:
+        self.method = method
+        """Full name, such as /kimberly.memory.v1.MemoryService/GetMemory."""
+        self.context = context
+        """grpc.aio.ServicerContext of the call."""
+        self.streams = streams
+        """Whether either side sends more than one message."""
+        self.metadata: dict[str, str | bytes] = dict(context.invocation_metadata() or ())
+
+
+class Around(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in the stubs only
+    """Runs every RPC inside a list of layers, the first outermost.
+
+    A layer is a function from a `Call` to an async context manager. Streams stay inside their
+    layers until the last message: nothing that holds for unary calls is forgotten for them.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = tuple(layers)
+        self._wrapped: dict[str, Handler] = {}
+
+    async def intercept_service(  # type: ignore[override] # None says: no such method
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[MaybeHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> MaybeHandler:
+        """Return the method's handler with the layers around it."""
+        method = details.method
+        if method not in self._wrapped:
+            handler = await continuation(details)
+            if handler is None:
+                return None
+            self._wrapped[method] = _wrap(handler, method, self._enter)
+        return self._wrapped[method]
+
+    async def _enter(self, stack: AsyncExitStack, call: Call) -> None:
+        for layer in self._layers:
+            await stack.enter_async_context(layer(call))
+
+
+Enter = Callable[[AsyncExitStack, Call], Awaitable[None]]
+
+
+def _wrap(handler: Handler, method: str, enter: Enter) -> Handler:
+    codec = {
+        "request_deserializer": _guarded(handler.request_deserializer),
+        "response_serializer": handler.response_serializer,
+    }
+    if handler.unary_unary:
+        unary = _answers_once(handler.unary_unary, method, enter, streams=False)
+        return grpc.unary_unary_rpc_method_handler(unary, **codec)
+    if handler.stream_unary:
+        unary = _answers_once(handler.stream_unary, method, enter, streams=True)
+        return grpc.stream_unary_rpc_method_handler(unary, **codec)
+    if handler.unary_stream:
+        stream = _answers_often(handler.unary_stream, method, enter)
+        return grpc.unary_stream_rpc_method_handler(stream, **codec)
+    stream = _answers_often(handler.stream_stream, method, enter)
+    return grpc.stream_stream_rpc_method_handler(stream, **codec)
+
+
+def _answers_once(behavior: Any, method: str, enter: Enter, *, streams: bool) -> Any:
+    async def serve(request: Any, context: Any) -> Any:
+        async with AsyncExitStack() as stack:
+            await enter(stack, Call(method, context, streams=streams))
+            return await behavior(_well_formed(request), context)
+
+    return serve
+
+
+def _answers_often(behavior: Any, method: str, enter: Enter) -> Any:
+    async def serve(request: Any, context: Any) -> AsyncIterator[Any]:
+        async with AsyncExitStack() as stack:
+            await enter(stack, Call(method, context, streams=True))
+            async for response in behavior(_well_formed(request), context):
+                yield response
+
+    return serve
+
+
+def _guarded(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """Keep undecodable bytes from reaching grpc.aio, which answers UNKNOWN with Python's text."""
+    if deserialize is None:
+        return None
+
+    def attempt(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except Exception:  # noqa: BLE001 - whatever the parser raises, the bytes are at fault
+            return _MALFORMED
+
+    return attempt
+
+
+def _well_formed(request: Any) -> Any:
+    """Return the request, or an iterator over it that stops at the first malformed message."""
+    if request is _MALFORMED:
+        raise MalformedMessage
+    if hasattr(request, "__aiter__"):
+        return _each_well_formed(request)
+    return request
+
+
+async def _each_well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if request is _MALFORMED:
+            raise MalformedMessage
+        yield request

@@ -1,0 +1,172 @@
+"""The chain around every call: log, errors, deadline, caller, access. Its order has reasons.
+
+1. log        outermost, so that refused and failed calls are counted with their final status
+2. errors     turns everything below into a status; nothing raised further in escapes it
+3. deadline   bounds all the work below, the look-up of keys included
+4. caller     who is calling, before anyone asks whether they may
+5. access     last: a method without a row is denied to everybody
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, assert_never
+
+import grpc
+import structlog
+
+from server.access import METHODS, Access
+from server.caller import Caller, current_caller, set_caller
+from server.errors import DeadlineExceeded, PermissionDenied, Problem, Unauthenticated
+from server.rpc.around import Call, Layer
+from server.rpc.status import STATUS_METADATA_KEY, Internal, code_of, to_status
+
+log = structlog.get_logger()
+
+_BEARER = "Bearer "
+_URI_IN_XFCC = re.compile(r'(?:^|;)URI="?([^;,"]+)"?')
+
+
+class Verifier(Protocol):
+    """Verifies access tokens."""
+
+    async def verify(self, token: str) -> Caller:
+        """Return whom the token names, or raise Unauthenticated."""
+
+
+def chain(
+    verifier: Verifier, *, worker_id: str, unary_seconds: float, stream_seconds: float
+) -> Sequence[Layer]:
+    """Return the layers of every server, outermost first.
+
+    Args:
+        verifier: Verifies access tokens.
+        worker_id: SPIFFE id of workers.
+        unary_seconds: Longest time of a unary call.
+        stream_seconds: Longest time of a call that streams.
+    """
+    return (
+        logged,
+        answered,
+        _Deadline(unary_seconds, stream_seconds).bounded,
+        _Caller(verifier).identified,
+        _Access(worker_id).allowed,
+    )
+
+
+@asynccontextmanager
+async def logged(call: Call) -> AsyncIterator[None]:
+    """Log how the call ended, under the request id that the edge gave it."""
+    started = time.perf_counter()
+    with structlog.contextvars.bound_contextvars(
+        method=call.method, request_id=call.metadata.get("x-request-id")
+    ):
+        try:
+            yield
+        finally:
+            milliseconds = round((time.perf_counter() - started) * 1000, 2)
+            log.debug("call", status=_code_name(call.context), milliseconds=milliseconds)
+
+
+def _code_name(context: Any) -> str:
+    code = context.code()
+    return code.name if isinstance(code, grpc.StatusCode) else grpc.StatusCode.OK.name
+
+
+@asynccontextmanager
+async def answered(call: Call) -> AsyncIterator[None]:
+    """Turn what was raised into a status. The unforeseen is logged whole and told as INTERNAL."""
+    try:
+        yield
+    except Problem as problem:
+        await _abort(call, problem)
+    except TimeoutError:
+        await _abort(call, DeadlineExceeded())
+    except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+        raise
+    except Exception:
+        log.exception("unforeseen failure")
+        await _abort(call, Internal())
+
+
+async def _abort(call: Call, problem: Problem) -> None:
+    status = to_status(problem)
+    log.info("call refused", reason=problem.reason, code=code_of(problem).name)
+    await call.context.abort(
+        code_of(problem),
+        problem.message,
+        ((STATUS_METADATA_KEY, status.SerializeToString()),),
+    )
+
+
+class _Deadline:
+    """Bounds a call by its client's deadline, and by ours where that is longer or absent."""
+
+    def __init__(self, unary_seconds: float, stream_seconds: float) -> None:
+        self._unary_seconds = unary_seconds
+        self._stream_seconds = stream_seconds
+
+    @asynccontextmanager
+    async def bounded(self, call: Call) -> AsyncIterator[None]:
+        longest = self._stream_seconds if call.streams else self._unary_seconds
+        remaining = call.context.time_remaining()
+        async with asyncio.timeout(longest if remaining is None else min(longest, remaining)):
+            yield
+
+
+class _Caller:
+    """Finds out who is calling from the access token. The sidecar verified it too: we ask again."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self._verifier = verifier
+
+    @asynccontextmanager
+    async def identified(self, call: Call) -> AsyncIterator[None]:
+        header = call.metadata.get("authorization")
+        if METHODS.get(call.method) is Access.USER and isinstance(header, str):
+            if not header.startswith(_BEARER):
+                raise Unauthenticated("the authorization header must be a Bearer token")
+            set_caller(await self._verifier.verify(header.removeprefix(_BEARER)))
+        else:
+            set_caller(None)
+        yield
+
+
+class _Access:
+    """Lets pass who may call the method."""
+
+    def __init__(self, worker_id: str) -> None:
+        self._worker_id = worker_id
+
+    @asynccontextmanager
+    async def allowed(self, call: Call) -> AsyncIterator[None]:
+        self._check(call)
+        yield
+
+    def _check(self, call: Call) -> None:
+        access = METHODS.get(call.method)
+        match access:
+            case None:
+                raise PermissionDenied
+            case Access.ANYONE | Access.WORKLOAD:
+                pass
+            case Access.USER:
+                current_caller()
+            case Access.WORKER:
+                if workload_id(call) != self._worker_id:
+                    raise PermissionDenied
+            case _:
+                assert_never(access)
+
+
+def workload_id(call: Call) -> str | None:
+    """Return the SPIFFE id of the workload at the other end of the mTLS connection.
+
+    Only our own sidecar can write the header: it removes what it receives, and nothing else
+    reaches the socket that we listen on.
+    """
+    header = call.metadata.get("x-forwarded-client-cert")
+    found = _URI_IN_XFCC.search(header) if isinstance(header, str) else None
+    return found.group(1) if found else None

@@ -1,0 +1,78 @@
+"""Problems of the domain as google.rpc.Status."""
+
+from collections.abc import Mapping
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from server import errors
+
+DOMAIN = "kimberly"
+STATUS_METADATA_KEY = "grpc-status-details-bin"
+
+_CODES: Mapping[type[errors.Problem], grpc.StatusCode] = {
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.MalformedMessage: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.ConsentMissing: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.EtagMismatch: grpc.StatusCode.ABORTED,
+    errors.StateConflict: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.RequestIdReused: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.LeaseLost: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.UploadMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class Internal(errors.Problem):
+    """Something unforeseen, of which the caller learns nothing more."""
+
+    def __init__(self) -> None:
+        super().__init__("internal error")
+
+
+def code_of(problem: errors.Problem) -> grpc.StatusCode:
+    """Return the status code of a problem; a subclass has that of its nearest ancestor."""
+    for ancestor in type(problem).__mro__:
+        if ancestor in _CODES:
+            return _CODES[ancestor]
+    return grpc.StatusCode.INTERNAL
+
+
+def to_status(problem: errors.Problem) -> status_pb2.Status:
+    """Return the status of a problem with its details: reason, fields, quota, retry delay."""
+    status = status_pb2.Status(code=code_of(problem).value[0], message=problem.message)
+    info = error_details_pb2.ErrorInfo(reason=problem.reason, domain=DOMAIN)
+    for detail in (info, *_details(problem)):
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def _details(problem: errors.Problem) -> list[object]:
+    if isinstance(problem, errors.InvalidArgument):
+        return [
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(
+                        field=violation.field, description=violation.description
+                    )
+                    for violation in problem.violations
+                ]
+            )
+        ]
+    if isinstance(problem, errors.QuotaExceeded):
+        failure = error_details_pb2.QuotaFailure.Violation(
+            subject=problem.subject, description=problem.message
+        )
+        return [error_details_pb2.QuotaFailure(violations=[failure])]
+    if isinstance(problem, errors.StoreUnavailable):
+        return [error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1))]
+    return []
