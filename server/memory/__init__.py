@@ -1,0 +1,1 @@
+"""Memories: three tiers, retrieval, attachments, meditation."""

@@ -1,0 +1,242 @@
+"""Between the contract's messages and the model."""
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from kimberly.memory.v1 import memory_pb2 as pb
+
+from server import ids
+from server.errors import EtagMismatch, InvalidArgument
+from server.memory import drafts
+from server.memory.attachment_store import Announcement, Attachment, AttachmentState
+from server.memory.model import Change, Draft, Filter, Memory, Source, Tier
+from server.memory.retrieval import Match
+
+TIERS: Mapping[int, Tier] = {
+    pb.TIER_SHORT_TERM: Tier.SHORT_TERM,
+    pb.TIER_LONG_TERM: Tier.LONG_TERM,
+    pb.TIER_PERMANENT: Tier.PERMANENT,
+}
+SOURCES: Mapping[int, Source] = {
+    pb.SOURCE_CHAT: Source.CHAT,
+    pb.SOURCE_AGENT: Source.AGENT,
+    pb.SOURCE_IMPORT: Source.IMPORT,
+    pb.SOURCE_UPLOAD: Source.UPLOAD,
+}
+_TIERS_TO_PROTO = {tier: pb.Tier.ValueType(number) for number, tier in TIERS.items()}
+_SOURCES_TO_PROTO = {source: pb.Source.ValueType(number) for number, source in SOURCES.items()}
+_STATES_TO_PROTO = {
+    AttachmentState.PENDING: pb.ATTACHMENT_STATE_PENDING,
+    AttachmentState.COMPLETE: pb.ATTACHMENT_STATE_COMPLETE,
+}
+
+_LONGEST_FILE_NAME = 255
+_LARGEST_ATTACHMENT = 16 * 1024 * 1024
+_SHA256_DIGITS = 64
+
+
+def draft_from(message: pb.Memory, path: str) -> Draft:
+    """Read a memory to keep.
+
+    Args:
+        message: What the caller sent.
+        path: Where it stands in the request, such as "memory" or "memories[3]".
+
+    Raises:
+        InvalidArgument: A field cannot be kept; the violation names it under the path.
+    """
+    session_id = drafts.check_name(message.session_id, f"{path}.session_id")
+    return Draft(
+        tier=tier_from(message.tier, f"{path}.tier") or Tier.LONG_TERM,
+        content=drafts.check_content(message.content, f"{path}.content"),
+        tags=drafts.check_tags(message.tags, f"{path}.tags"),
+        source=_source_from(message.source, f"{path}.source"),
+        session_id=session_id,
+        session_position=drafts.check_position(
+            message.session_position, session_id, f"{path}.session_position"
+        )
+        if message.HasField("session_position")
+        else None,
+        speaker=drafts.check_name(message.speaker, f"{path}.speaker"),
+        occurred_at=_occurred_from(message, path),
+    )
+
+
+def change_from(message: pb.Memory, mask: Iterable[str]) -> Change:
+    """Read the fields of a memory that the mask names.
+
+    Raises:
+        InvalidArgument: The mask is empty or names a field that cannot be changed, or a new
+            value cannot be kept.
+    """
+    paths = set(mask)
+    changeable = {"content", "tags", "speaker", "occur_time"}
+    if not paths or paths - changeable:
+        raise InvalidArgument("update_mask", f"must name some of {', '.join(sorted(changeable))}")
+    return Change(
+        content=drafts.check_content(message.content, "memory.content")
+        if "content" in paths
+        else None,
+        tags=drafts.check_tags(message.tags, "memory.tags") if "tags" in paths else None,
+        speaker=drafts.check_name(message.speaker, "memory.speaker")
+        if "speaker" in paths
+        else None,
+        occurred_at=_occurred_from(message, "memory") if "occur_time" in paths else None,
+        expected_version=_version_from(message.etag),
+    )
+
+
+def filter_from(tiers: Iterable[int], tags: Iterable[str], session_id: str, path: str) -> Filter:
+    """Read which memories are asked for; `path` names the tier field.
+
+    Raises:
+        InvalidArgument: A tier is unknown, or a tag or the session id cannot exist.
+    """
+    wanted = {tier for number in tiers if (tier := tier_from(number, path))}
+    return Filter(
+        tiers=frozenset(wanted or Tier),
+        tags=drafts.check_tags(tags, "tags"),
+        session_id=drafts.check_name(session_id, "session_id"),
+    )
+
+
+def tier_from(number: int, field: str) -> Tier | None:
+    """Read a tier; None when none is named.
+
+    Raises:
+        InvalidArgument: There is no such tier.
+    """
+    if number == pb.TIER_UNSPECIFIED:
+        return None
+    if number not in TIERS:
+        raise InvalidArgument(field, f"there is no tier {number}")
+    return TIERS[number]
+
+
+def announcement_from(request: pb.CreateAttachmentRequest) -> Announcement:
+    """Read what a caller wants to upload.
+
+    Raises:
+        InvalidArgument: A field is empty, too long or no SHA-256.
+    """
+    for field in ("file_name", "content_type"):
+        text = getattr(request, field)
+        if not 1 <= len(text) <= _LONGEST_FILE_NAME or not text.isprintable():
+            raise InvalidArgument(
+                field, f"must have 1 to {_LONGEST_FILE_NAME} printable characters"
+            )
+    if not 1 <= request.size_bytes <= _LARGEST_ATTACHMENT:
+        raise InvalidArgument("size_bytes", f"must be 1 to {_LARGEST_ATTACHMENT}")
+    return Announcement(
+        memory_id=ids.parse(ids.MEMORY, request.memory_id, "memory_id"),
+        file_name=request.file_name,
+        content_type=request.content_type,
+        size_bytes=request.size_bytes,
+        sha256=_sha256_from(request.sha256),
+    )
+
+
+def memory_to(memory: Memory) -> pb.Memory:
+    """Return a memory as the contract shows it."""
+    message = pb.Memory(
+        id=ids.show(ids.MEMORY, memory.id),
+        tier=_TIERS_TO_PROTO[memory.tier],
+        content=memory.content,
+        tags=memory.tags,
+        source=_SOURCES_TO_PROTO[memory.source],
+        session_id=memory.session_id,
+        session_position=memory.session_position,
+        speaker=memory.speaker,
+        occur_time=timestamp(memory.occurred_at),
+        size_bytes=memory.size_bytes,
+        use_count=memory.use_count,
+        create_time=timestamp(memory.created_at),
+        update_time=timestamp(memory.updated_at),
+        last_seen_time=timestamp(memory.last_seen_at),
+        expire_time=timestamp(memory.expires_at) if memory.expires_at else None,
+        content_hash=memory.content_hash.hex(),
+        version=memory.version,
+        etag=f"v{memory.version}",
+    )
+    if memory.score:
+        message.score.CopyFrom(
+            pb.Score(
+                value=memory.score.value,
+                relevance_to_goals=memory.score.relevance_to_goals,
+                emotional_weight=memory.score.emotional_weight,
+                predictive_value=memory.score.predictive_value,
+                recency_frequency=memory.score.recency_frequency,
+                scorer_version=memory.score.scorer_version,
+                score_time=timestamp(memory.score.scored_at),
+            )
+        )
+    return message
+
+
+def match_to(match: Match) -> pb.Match:
+    """Return a match as the contract shows it."""
+    return pb.Match(
+        memory=memory_to(match.memory),
+        score=match.score,
+        lexical=match.lexical,
+        reason=match.reason,
+    )
+
+
+def attachment_to(attachment: Attachment) -> pb.Attachment:
+    """Return an attachment as the contract shows it."""
+    return pb.Attachment(
+        id=ids.show(ids.ATTACHMENT, attachment.id),
+        memory_id=ids.show(ids.MEMORY, attachment.memory_id),
+        file_name=attachment.file_name,
+        content_type=attachment.content_type,
+        size_bytes=attachment.size_bytes,
+        sha256=attachment.sha256.hex(),
+        state=_STATES_TO_PROTO[attachment.state],
+        create_time=timestamp(attachment.created_at),
+    )
+
+
+def timestamp(instant: datetime) -> Timestamp:
+    """Return an instant as the contract shows it."""
+    message = Timestamp()
+    message.FromDatetime(instant)
+    return message
+
+
+def _source_from(number: int, field: str) -> Source:
+    if number == pb.SOURCE_UNSPECIFIED:
+        return Source.CHAT
+    if number not in SOURCES:
+        raise InvalidArgument(field, f"there is no source {number}")
+    return SOURCES[number]
+
+
+def _occurred_from(message: pb.Memory, path: str) -> datetime | None:
+    if not message.HasField("occur_time"):
+        return None
+    field = f"{path}.occur_time"
+    try:
+        instant = message.occur_time.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgument(field, "is not an instant") from error
+    return drafts.check_instant(instant, field)
+
+
+def _version_from(etag: str) -> int | None:
+    if not etag:
+        return None
+    if not (etag.startswith("v") and etag[1:].isdecimal() and len(etag) <= len("v") + 18):
+        raise EtagMismatch
+    return int(etag[1:])
+
+
+def _sha256_from(text: str) -> bytes:
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        digest = b""
+    if len(text) != _SHA256_DIGITS or len(digest) != _SHA256_DIGITS // 2:
+        raise InvalidArgument("sha256", "must be a SHA-256 in hexadecimal")
+    return digest

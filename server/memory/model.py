@@ -1,0 +1,131 @@
+"""What a memory is."""
+
+import enum
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+
+class Tier(enum.StrEnum):
+    """How long a memory is meant to last."""
+
+    SHORT_TERM = "short_term"
+    LONG_TERM = "long_term"
+    PERMANENT = "permanent"
+
+
+class Source(enum.StrEnum):
+    """Where a memory came from."""
+
+    CHAT = "chat"
+    AGENT = "agent"
+    IMPORT = "import"
+    UPLOAD = "upload"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A memory that a caller asks to keep, checked and complete."""
+
+    tier: Tier
+    content: str
+    tags: tuple[str, ...]
+    """A set, sorted."""
+    source: Source
+    session_id: str
+    session_position: int | None
+    speaker: str
+    occurred_at: datetime | None
+    """None: when it is created."""
+
+    @property
+    def size_bytes(self) -> int:
+        """UTF-8 bytes of content and tags."""
+        return size_of(self.content, self.tags)
+
+    @property
+    def content_hash(self) -> bytes:
+        """SHA-256 of the content."""
+        return hash_of(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """New values of some fields of a memory; None leaves a field as it is."""
+
+    content: str | None = None
+    tags: tuple[str, ...] | None = None
+    speaker: str | None = None
+    occurred_at: datetime | None = None
+    expected_version: int | None = None
+    """Refuse if the memory is no longer at this version; None changes it whatever happened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a meditation made of a memory; every number is in 0..1."""
+
+    value: float
+    relevance_to_goals: float
+    emotional_weight: float
+    predictive_value: float
+    recency_frequency: float
+    scorer_version: int
+    scored_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A memory as it is kept."""
+
+    id: UUID
+    tier: Tier
+    content: str
+    tags: tuple[str, ...]
+    source: Source
+    session_id: str
+    session_position: int | None
+    speaker: str
+    occurred_at: datetime
+    size_bytes: int
+    content_hash: bytes
+    version: int
+    created_at: datetime
+    updated_at: datetime
+    last_seen_at: datetime
+    use_count: int
+    expires_at: datetime | None = None
+    score: Score | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which memories a list or a query is about; an empty field lets all pass."""
+
+    tiers: frozenset[Tier] = frozenset(Tier)
+    tags: tuple[str, ...] = ()
+    session_id: str = ""
+
+    @property
+    def durable_tiers(self) -> list[str]:
+        """The tiers that Postgres keeps, as it names them."""
+        return sorted(self.tiers - {Tier.SHORT_TERM})
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A memory that answers a query, and how much the words of the query weigh in it."""
+
+    memory: Memory
+    lexical: float
+
+
+def size_of(content: str, tags: tuple[str, ...]) -> int:
+    """Return what a memory counts against a quota: UTF-8 bytes of content and tags."""
+    return len(content.encode()) + sum(len(tag.encode()) for tag in tags)
+
+
+def hash_of(content: str) -> bytes:
+    """Return the SHA-256 that identical content is recognised by."""
+    return hashlib.sha256(content.encode()).digest()

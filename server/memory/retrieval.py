@@ -1,0 +1,108 @@
+"""Finding the memories that answer a question."""
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from server.caller import Caller
+from server.clock import Clock
+from server.memory import ranking
+from server.memory.model import Filter, Found, Memory
+from server.memory.short_term import ShortTermStore
+from server.memory.store import MemoryStore
+from server.memory.words import stems
+
+_LEXICON_LIFETIME = timedelta(seconds=60)
+_LEXICONS = 1_000
+_LEXICAL = 0.9
+_MEMORY_SCORE = 0.1
+_UNSCORED = 0.5
+_WORDS_IN_REASON = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A memory that answers a query, with what brought it here."""
+
+    memory: Memory
+    score: float
+    """0.9 · lexical + 0.1 · score of the memory (0.5 before its first meditation)."""
+    lexical: float
+    """BM25 relative to the best match of this answer, 0 to 1."""
+    reason: str
+
+
+class Retrieval:
+    """Ranks the memories of all tiers by the words of a query."""
+
+    def __init__(self, store: MemoryStore, short_term: ShortTermStore, clock: Clock) -> None:
+        self._store = store
+        self._short_term = short_term
+        self._lexicons = _Lexicons(clock)
+
+    async def query(self, caller: Caller, text: str, which: Filter, limit: int) -> list[Match]:
+        """Return at most `limit` memories that share words with the text, best first.
+
+        Raises:
+            ConsentMissing: The user has not consented to memory.store.
+            StoreUnavailable: A store does not answer.
+        """
+        lexicon = self._lexicons.find(caller)
+        if lexicon is None:
+            lexicon = await self._store.lexicon(caller)
+            self._lexicons.keep(caller, lexicon)
+        terms = ranking.query_weights(text, lexicon)
+        async with asyncio.TaskGroup() as group:
+            durable = group.create_task(self._store.query(caller, terms, which, limit))
+            short = group.create_task(self._short_term.query(caller, terms, which, limit))
+        found = [*durable.result(), *short.result()]
+        return rank(found, text, limit)
+
+    def forget(self, caller: Caller) -> None:
+        """Count the words of the caller's memories anew at the next query."""
+        self._lexicons.drop(caller)
+
+
+def rank(found: list[Found], query: str, limit: int) -> list[Match]:
+    """Order what the tiers found, best first, and say why each is there."""
+    best = max((one.lexical for one in found), default=1.0)
+    asked = dict.fromkeys(stems(query))
+    matches = [_match(one, one.lexical / best, asked) for one in found]
+    return sorted(matches, key=lambda match: (-match.score, match.memory.id))[:limit]
+
+
+def _match(found: Found, lexical: float, asked: dict[str, None]) -> Match:
+    memory = found.memory
+    worth = _UNSCORED if memory.score is None else memory.score.value
+    said = set(stems(memory.content))
+    shared = [stem for stem in asked if stem in said][:_WORDS_IN_REASON]
+    return Match(
+        memory=memory,
+        score=_LEXICAL * lexical + _MEMORY_SCORE * worth,
+        lexical=lexical,
+        reason=f"shares {', '.join(shared)}",
+    )
+
+
+class _Lexicons:
+    """Word frequencies of the users who asked last. They drift slowly: a minute old is fresh."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._kept: OrderedDict[Caller, tuple[datetime, ranking.Lexicon]] = OrderedDict()
+
+    def find(self, caller: Caller) -> ranking.Lexicon | None:
+        counted_at, lexicon = self._kept.get(caller, (None, None))
+        if counted_at is None or self._clock() - counted_at > _LEXICON_LIFETIME:
+            return None
+        return lexicon
+
+    def keep(self, caller: Caller, lexicon: ranking.Lexicon) -> None:
+        self._kept[caller] = (self._clock(), lexicon)
+        self._kept.move_to_end(caller)
+        if len(self._kept) > _LEXICONS:
+            self._kept.popitem(last=False)
+
+    def drop(self, caller: Caller) -> None:
+        self._kept.pop(caller, None)

@@ -1,0 +1,181 @@
+"""Serves kimberly.memory.v1.MemoryService: parse, act, answer."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime
+from typing import Any, TypeAlias, TypeVar
+from uuid import UUID
+
+import grpc
+from kimberly.memory.v1 import memory_pb2 as pb
+from kimberly.memory.v1 import memory_pb2_grpc as rpc
+
+from server import ids, paging
+from server.caller import Caller, current_caller
+from server.clock import Clock
+from server.errors import InvalidArgument, NotFound
+from server.memory import messages
+from server.memory.attachments import Attachments
+from server.memory.importing import Importer
+from server.memory.model import Tier
+from server.memory.retrieval import Retrieval
+from server.memory.short_term import ShortTermStore
+from server.memory.store import MemoryStore
+from server.requests import check_request_id
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+T = TypeVar("T")
+
+_LONGEST_QUERY_BYTES = 64 * 1024
+_MOST_MATCHES = 100
+_USUAL_MATCHES = 10
+
+
+class MemoryService(rpc.MemoryServiceServicer):
+    """Serves the memories of the signed-in user."""
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        short_term: ShortTermStore,
+        retrieval: Retrieval,
+        attachments: Attachments,
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._short_term = short_term
+        self._retrieval = retrieval
+        self._attachments = attachments
+        self._importer = Importer(store, clock)
+        self._clock = clock
+
+    async def CreateMemory(
+        self, request: pb.CreateMemoryRequest, context: Context
+    ) -> pb.CreateMemoryResponse:
+        check_request_id(request.request_id)
+        draft = messages.draft_from(request.memory, "memory")
+        store = self._short_term if draft.tier is Tier.SHORT_TERM else self._store
+        memory, created = await store.create(
+            current_caller(), draft, request.request_id, self._clock()
+        )
+        return pb.CreateMemoryResponse(memory=messages.memory_to(memory), created=created)
+
+    async def GetMemory(
+        self, request: pb.GetMemoryRequest, context: Context
+    ) -> pb.GetMemoryResponse:
+        caller = current_caller()
+        memory_id = ids.parse(ids.MEMORY, request.id, "id")
+        memory = await _either(
+            lambda: self._store.get(caller, memory_id),
+            lambda: self._short_term.get(caller, memory_id),
+        )
+        return pb.GetMemoryResponse(memory=messages.memory_to(memory))
+
+    async def ListMemories(
+        self, request: pb.ListMemoriesRequest, context: Context
+    ) -> pb.ListMemoriesResponse:
+        caller = current_caller()
+        which = messages.filter_from([request.tier], request.tags, request.session_id, "tier")
+        size = paging.page_size(request.page_size)
+        identity = ("ListMemories", caller, sorted(which.tiers), which.tags, which.session_id)
+        before = paging.decode(request.page_token, *identity)
+        durable = await self._store.page(caller, which, before=before, limit=size + 1)
+        short = await self._short_term.find(caller, which, before=before)
+        page = sorted([*durable, *short], key=lambda memory: memory.id, reverse=True)
+        more = len(page) > size
+        return pb.ListMemoriesResponse(
+            memories=map(messages.memory_to, page[:size]),
+            next_page_token=paging.encode(page[size - 1].id, *identity) if more else "",
+        )
+
+    async def UpdateMemory(
+        self, request: pb.UpdateMemoryRequest, context: Context
+    ) -> pb.UpdateMemoryResponse:
+        caller = current_caller()
+        memory_id = ids.parse(ids.MEMORY, request.memory.id, "memory.id")
+        change = messages.change_from(request.memory, request.update_mask.paths)
+        now = self._clock()
+        memory = await _either(
+            lambda: self._store.update(caller, memory_id, change, now),
+            lambda: self._short_term.update(caller, memory_id, change, now),
+        )
+        return pb.UpdateMemoryResponse(memory=messages.memory_to(memory))
+
+    async def DeleteMemory(
+        self, request: pb.DeleteMemoryRequest, context: Context
+    ) -> pb.DeleteMemoryResponse:
+        caller = current_caller()
+        memory_id = ids.parse(ids.MEMORY, request.id, "id")
+        await _either(
+            lambda: self._delete_durable(caller, memory_id),
+            lambda: self._short_term.delete(caller, memory_id),
+        )
+        return pb.DeleteMemoryResponse()
+
+    async def QueryMemories(
+        self, request: pb.QueryMemoriesRequest, context: Context
+    ) -> pb.QueryMemoriesResponse:
+        if len(request.query.encode()) > _LONGEST_QUERY_BYTES:
+            raise InvalidArgument("query", f"must have at most {_LONGEST_QUERY_BYTES} bytes")
+        if not 0 <= request.top_k <= _MOST_MATCHES:
+            raise InvalidArgument("top_k", f"must be 0 to {_MOST_MATCHES}")
+        which = messages.filter_from(request.tiers, request.tags, request.session_id, "tiers")
+        matches = await self._retrieval.query(
+            current_caller(), request.query, which, request.top_k or _USUAL_MATCHES
+        )
+        return pb.QueryMemoriesResponse(matches=map(messages.match_to, matches))
+
+    async def ImportMemories(
+        self, request_iterator: AsyncIterator[pb.ImportMemoriesRequest], context: Context
+    ) -> pb.ImportMemoriesResponse:
+        caller = current_caller()
+        response = await self._importer.run(caller, request_iterator)
+        self._retrieval.forget(caller)
+        return response
+
+    async def CreateAttachment(
+        self, request: pb.CreateAttachmentRequest, context: Context
+    ) -> pb.CreateAttachmentResponse:
+        now = self._clock()
+        attachment, url = await self._attachments.announce(
+            current_caller(), messages.announcement_from(request), now
+        )
+        return pb.CreateAttachmentResponse(
+            attachment=messages.attachment_to(attachment),
+            upload_url=url,
+            upload_expire_time=self._url_expiry(now),
+        )
+
+    async def CompleteAttachment(
+        self, request: pb.CompleteAttachmentRequest, context: Context
+    ) -> pb.CompleteAttachmentResponse:
+        attachment = await self._attachments.complete(
+            current_caller(), ids.parse(ids.ATTACHMENT, request.id, "id")
+        )
+        return pb.CompleteAttachmentResponse(attachment=messages.attachment_to(attachment))
+
+    async def GetAttachment(
+        self, request: pb.GetAttachmentRequest, context: Context
+    ) -> pb.GetAttachmentResponse:
+        attachment, url = await self._attachments.get(
+            current_caller(), ids.parse(ids.ATTACHMENT, request.id, "id")
+        )
+        return pb.GetAttachmentResponse(
+            attachment=messages.attachment_to(attachment),
+            download_url=url,
+            download_expire_time=self._url_expiry(self._clock()) if url else None,
+        )
+
+    async def _delete_durable(self, caller: Caller, memory_id: UUID) -> None:
+        attachment_ids = await self._store.delete(caller, memory_id)
+        await self._attachments.remove_objects(caller, attachment_ids)
+
+    def _url_expiry(self, now: datetime) -> Any:
+        return messages.timestamp(now + self._attachments.url_lifetime)
+
+
+async def _either(durable: Callable[[], Awaitable[T]], short_term: Callable[[], Awaitable[T]]) -> T:
+    """Act on the memory where it is: an id does not tell its tier."""
+    try:
+        return await durable()
+    except NotFound:
+        return await short_term()

@@ -1,0 +1,51 @@
+"""The memory service of one test, behind the real chain."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import pytest_asyncio
+from kimberly.memory.v1 import memory_pb2_grpc as rpc
+
+from server.blobs import Blobs
+from server.cache import Redis
+from server.database import Database
+from server.memory.attachment_store import AttachmentStore
+from server.memory.attachments import Attachments
+from server.memory.retrieval import Retrieval
+from server.memory.service import MemoryService
+from server.memory.short_term import ShortTermStore
+from server.memory.store import MemoryStore
+from tests.conftest import FakeClock, Serve
+
+
+@pytest.fixture
+def store(database: Database) -> MemoryStore:
+    return MemoryStore(database)
+
+
+@pytest.fixture
+def short_term(redis: Redis, database: Database) -> ShortTermStore:
+    return ShortTermStore(redis, database, timedelta(days=1))
+
+
+@pytest_asyncio.fixture
+async def memories(
+    serve: Serve,
+    store: MemoryStore,
+    short_term: ShortTermStore,
+    database: Database,
+    blobs: Blobs,
+    clock: FakeClock,
+) -> rpc.MemoryServiceAsyncStub:
+    """A stub of the memory service."""
+    service = MemoryService(
+        store,
+        short_term,
+        Retrieval(store, short_term, clock),
+        Attachments(AttachmentStore(database), blobs, timedelta(minutes=15)),
+        clock,
+    )
+    channel = await serve(lambda server: rpc.add_MemoryServiceServicer_to_server(service, server))
+    return rpc.MemoryServiceStub(channel)
