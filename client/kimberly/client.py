@@ -1,0 +1,158 @@
+"""A small client: one channel through the edge, tokens kept fresh, safe calls retried."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import cast
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from kimberly.auth.v1 import auth_pb2, auth_pb2_grpc
+from kimberly.jobs.v1 import jobs_pb2_grpc
+from kimberly.memory.v1 import memory_pb2_grpc
+from kimberly.users.v1 import users_pb2_grpc
+
+_MESSAGE_BYTES = 8 * 1024 * 1024
+_REFRESH_AT = 0.8
+"""Part of an access token's lifetime after which it is replaced."""
+
+_SAFE_TO_REPEAT = [
+    {"service": "kimberly.memory.v1.MemoryService", "method": method}
+    for method in (
+        "GetMemory",
+        "ListMemories",
+        "QueryMemories",
+        "GetAttachment",
+        "GetMeditation",
+    )
+] + [
+    {"service": "kimberly.users.v1.UserService"},
+    {"service": "kimberly.jobs.v1.JobService"},
+]
+_SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": _SAFE_TO_REPEAT,
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.05s",
+                    "maxBackoff": "1s",
+                    "backoffMultiplier": 3,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ],
+        "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+    }
+)
+
+
+class Client:
+    """Speaks to one mesh as one user. Open it with `connect`.
+
+    The stubs are the generated ones; what they need of tokens is done underneath.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, session: "_Session") -> None:
+        self._session = session
+        self.auth: auth_pb2_grpc.AuthServiceAsyncStub = auth_pb2_grpc.AuthServiceStub(channel)
+        self.users: users_pb2_grpc.UserServiceAsyncStub = users_pb2_grpc.UserServiceStub(channel)
+        self.memory: memory_pb2_grpc.MemoryServiceAsyncStub = memory_pb2_grpc.MemoryServiceStub(
+            channel
+        )
+        self.jobs: jobs_pb2_grpc.JobServiceAsyncStub = jobs_pb2_grpc.JobServiceStub(channel)
+
+    async def sign_up(self, email: str, password: str) -> auth_pb2.SignUpResponse:
+        """Create an account and act as its user from now on."""
+        answer = await self.auth.SignUp(auth_pb2.SignUpRequest(email=email, password=password))
+        self._session.begin(self.auth, answer.tokens)
+        return answer
+
+    async def log_in(self, email: str, password: str) -> None:
+        """Act as the user of an account from now on."""
+        answer = await self.auth.LogIn(auth_pb2.LogInRequest(email=email, password=password))
+        self._session.begin(self.auth, answer.tokens)
+
+    @property
+    def access_token(self) -> str:
+        """The access token that calls carry at the moment; empty before log-in."""
+        return self._session.tokens.access_token
+
+
+@asynccontextmanager
+async def connect(address: str, ca: Path) -> AsyncIterator[Client]:
+    """Open a client of the mesh whose edge is at `address`, such as "localhost:8443".
+
+    Args:
+        address: Host and port of the edge.
+        ca: PEM file of the authority that signed the edge's certificate.
+    """
+    session = _Session()
+    credentials = _credentials(ca, session)
+    options = (
+        ("grpc.service_config", _SERVICE_CONFIG),
+        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    )
+    async with grpc.aio.secure_channel(address, credentials, options=options) as channel:
+        try:
+            yield Client(channel, session)
+        finally:
+            await session.end()
+
+
+def _credentials(ca: Path, session: "_Session") -> grpc.ChannelCredentials:
+    return grpc.composite_channel_credentials(
+        grpc.ssl_channel_credentials(ca.read_bytes()),
+        grpc.metadata_call_credentials(session),
+    )
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """Return the reason of a refused call, a name of ErrorReason without its prefix; or ""."""
+    trailers = cast("tuple[tuple[str, str | bytes], ...]", tuple(error.trailing_metadata() or ()))
+    for key, value in trailers:
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            for detail in status_pb2.Status.FromString(value).details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Unpack(info):
+                    return str(info.reason)
+    return ""
+
+
+class _Session(grpc.AuthMetadataPlugin):
+    """The tokens of a user: put on every call, replaced before they expire."""
+
+    def __init__(self) -> None:
+        self.tokens = auth_pb2.Tokens()
+        self._keeper: asyncio.Task[None] | None = None
+
+    def __call__(
+        self,
+        _context: grpc.AuthMetadataContext,
+        callback: grpc.AuthMetadataPluginCallback,
+    ) -> None:
+        token = self.tokens.access_token
+        callback((("authorization", f"Bearer {token}"),) if token else (), None)
+
+    def begin(self, auth: "auth_pb2_grpc.AuthServiceAsyncStub", tokens: auth_pb2.Tokens) -> None:
+        if self._keeper:
+            self._keeper.cancel()
+        self.tokens = tokens
+        self._keeper = asyncio.create_task(self._keep_fresh(auth))
+
+    async def end(self) -> None:
+        if self._keeper:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+
+    async def _keep_fresh(self, auth: "auth_pb2_grpc.AuthServiceAsyncStub") -> None:
+        """Refresh until the session ends; after that, calls say UNAUTHENTICATED."""
+        while True:
+            lifetime = self.tokens.access_token_lifetime.ToTimedelta().total_seconds()
+            await asyncio.sleep(lifetime * _REFRESH_AT)
+            request = auth_pb2.RefreshTokenRequest(refresh_token=self.tokens.refresh_token)
+            self.tokens = (await auth.RefreshToken(request, wait_for_ready=True)).tokens
