@@ -1,0 +1,696 @@
+"""The Envoys as they are rendered: they boot, they refuse strangers, and they pass calls on."""
+
+import contextlib
+import datetime as dt
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import httpx
+import pytest
+from google.protobuf import json_format
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+from joserfc import jwt
+from joserfc.jwk import ECKey
+from kimberly.auth.v1 import auth_pb2
+
+from local import envoy
+from local.certificates import Authority, KeyPair, Names, make_leaf, make_root
+from local.envoy import Address, Binding, Domain, Edge, Method, Sidecar
+from server import access
+from server.access import Access
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    Handler = grpc.GenericRpcHandler[bytes, bytes]
+else:
+    # Generic in its stubs only.
+    Handler = grpc.GenericRpcHandler
+
+LOG_IN = "/kimberly.auth.v1.AuthService/LogIn"
+GET_USER = "/kimberly.users.v1.UserService/GetUser"
+GET_MEMORY = "/kimberly.memory.v1.MemoryService/GetMemory"
+WORK = "/kimberly.jobs.v1.WorkerService/Work"
+HEALTH = "/grpc.health.v1.Health/Check"
+
+ROLES = (access.EDGE, *access.PROCESSES, access.WORKER)
+LOCAL, KUBERNETES = Domain(), Domain("kimberly.example", "prod")
+RBAC = "type.googleapis.com/envoy.extensions.filters.http.rbac.v3.RBAC"
+NOW = dt.datetime.now(dt.UTC)
+
+
+# --- what the tests stand on -------------------------------------------------------------------
+
+
+def eventually(check: Callable[[], T], seconds: float = 8.0) -> T:
+    """Return what `check` returns once it does not raise."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return check()
+        except (AssertionError, OSError, httpx.TransportError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class Site:
+    """Files and addresses of one set of Envoys."""
+
+    directory: Path
+    authority: Authority
+    domain: Domain
+    host: str = "127.0.0.1"
+    listen_host: str = "127.0.0.1"
+    ports: Mapping[str, int] = field(
+        default_factory=lambda: {role: free_port() for role in (access.EDGE, *access.PROCESSES)}
+    )
+
+    @property
+    def peers(self) -> envoy.Peers:
+        return {process: (Address(self.host, self.ports[process]),) for process in access.PROCESSES}
+
+    def identity(self, role: str) -> Path:
+        return self.authority.ensure(role, Names(self.domain.identity(role)), now=NOW)
+
+    def render(self, role: str) -> str:
+        return self.render_edge() if role == access.EDGE else self.render_sidecar(role)
+
+    def render_edge(self) -> str:
+        public = Names(dns_names=("localhost",), addresses=("127.0.0.1",))
+        return envoy.render_edge(
+            Edge(
+                listen=Address(self.listen_host, self.ports[access.EDGE]),
+                peers=self.peers,
+                admin_socket=self.admin_socket(access.EDGE),
+                sds=self.identity(access.EDGE),
+                public_sds=self.authority.ensure("public", public, now=NOW),
+                domain=self.domain,
+                cors_origins=("https://app.example",),
+                access_log=self.directory / "edge.access",
+            )
+        )
+
+    def render_sidecar(self, process: str) -> str:
+        serves = process in access.PROCESSES
+        return envoy.render_sidecar(
+            Sidecar(
+                process=process,
+                name=f"{process}-1",
+                inbound=Address(self.listen_host, self.ports[process]) if serves else None,
+                app_socket=self.directory / f"{process}.app" if serves else None,
+                outbound_socket=self.directory / f"{process}.out",
+                peers=self.peers,
+                admin_socket=self.admin_socket(process),
+                sds=self.identity(process),
+                domain=self.domain,
+            )
+        )
+
+    def write(self, role: str) -> Path:
+        path = self.directory / f"{role}.yaml"
+        path.write_text(self.render(role))
+        return path
+
+    def admin_socket(self, role: str) -> Path:
+        return self.directory / f"{role}.admin"
+
+    def admin(self, role: str, path: str) -> httpx.Response:
+        transport = httpx.HTTPTransport(uds=str(self.admin_socket(role)))
+        with httpx.Client(transport=transport, base_url="http://envoy") as client:
+            return client.get(path)
+
+    def await_ready(self, role: str) -> None:
+        def ready() -> None:
+            assert self.admin(role, "/ready").text == "LIVE\n"
+
+        eventually(ready)
+
+    @contextlib.contextmanager
+    def running(self, *roles: str) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for role in roles:
+                log = stack.enter_context((self.directory / f"{role}.log").open("wb"))
+                child = subprocess.Popen(envoy.command(self.write(role)), stdout=log, stderr=log)
+                stack.callback(child.wait)
+                stack.callback(child.terminate)
+            for role in roles:
+                self.await_ready(role)
+            yield
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    # Not pytest's: the path of a socket must be short.
+    path = Path(tempfile.mkdtemp(prefix="kimberly-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def authority(directory: Path) -> Authority:
+    return Authority.open(directory / "certificates", now=NOW)
+
+
+SIGNING_KEY = ECKey.generate_key("P-256", {"kid": "key-1", "use": "sig", "alg": "ES256"})
+
+
+def token(key: ECKey = SIGNING_KEY, **claims: object) -> str:
+    now, tokens = int(time.time()), envoy.Tokens()
+    good = {
+        "iss": tokens.issuer,
+        "aud": tokens.audience,
+        "sub": "usr_1",
+        "tid": "ten_1",
+        "iat": now,
+        "nbf": now,
+        "exp": now + 600,
+    }
+    return jwt.encode({"alg": "ES256", "kid": "key-1", "typ": "at+jwt"}, good | claims, key)
+
+
+def bearer(value: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {value}"}
+
+
+class App(Handler):
+    """Answers every call with an empty message, and remembers the metadata of the last one."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, dict[str, str | bytes]] = {}
+        self._answers = {
+            HEALTH: health_pb2.HealthCheckResponse(status="SERVING").SerializeToString(),
+            envoy.JWKS_METHOD: json_format.ParseDict(
+                {"keys": [SIGNING_KEY.as_dict(private=False)]}, auth_pb2.GetJwksResponse()
+            ).SerializeToString(),
+        }
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
+        method = handler_call_details.method
+        if method.startswith("/grpc.reflection"):
+            return None
+        self.seen[method] = dict(handler_call_details.invocation_metadata)
+
+        def answer(requests: Iterator[bytes], _: grpc.ServicerContext) -> Iterator[bytes]:
+            for _request in requests:
+                pass
+            yield self._answers.get(method, b"")
+
+        return grpc.stream_stream_rpc_method_handler(answer)
+
+
+@pytest.fixture(scope="module")
+def app(directory: Path) -> Iterator[App]:
+    app = App()
+    server = grpc.server(ThreadPoolExecutor(8), handlers=[app])
+    names = [name for names in access.PROCESSES.values() for name in names]
+    reflection.enable_server_reflection(names, server)
+    for process in access.PROCESSES:
+        server.add_insecure_port(f"unix:{directory / process}.app")
+    server.start()
+    yield app
+    server.stop(None).wait()
+
+
+@pytest.fixture(scope="module")
+def mesh(directory: Path, authority: Authority, app: App) -> Iterator[Site]:
+    """Edge, sidecars and a worker's sidecar, in front of `app`."""
+    site = Site(directory, authority, LOCAL)
+    # The edge first, the one that everybody waits for last: any order must do.
+    with site.running(access.EDGE, access.WORKER, "jobs", "memory", "auth"):
+        with rest(site) as client:
+            eventually(lambda: expect(client.get("/healthz"), 200))
+            eventually(lambda: expect(client.get("/v1/user", headers=bearer(token())), 200))
+        yield site
+
+
+@pytest.fixture
+def client(mesh: Site) -> Iterator[httpx.Client]:
+    with rest(mesh) as client:
+        yield client
+
+
+def rest(site: Site) -> httpx.Client:
+    trust = ssl.create_default_context(cafile=str(site.authority.bundle))
+    return httpx.Client(base_url=f"https://localhost:{site.ports[access.EDGE]}", verify=trust)
+
+
+def expect(response: httpx.Response, status: int) -> None:
+    assert response.status_code == status, response.text
+
+
+def grpcurl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    binary = Path(sys.executable).with_name("grpcurl")
+    return subprocess.run(
+        [str(binary), "-max-time", "5", *arguments], check=False, capture_output=True, text=True
+    )
+
+
+def call_sidecar(
+    site: Site, process: str, method: str, caller: KeyPair, *headers: str
+) -> subprocess.CompletedProcess[str]:
+    """Call a sidecar as a peer does. grpcurl cannot check SPIFFE ids and takes any server."""
+    files = {"caller.crt": caller.certificate_pem, "caller.key": caller.key_pem}
+    for name, content in files.items():
+        (site.directory / name).write_bytes(content)
+    identity = ("-cert", f"{site.directory}/caller.crt", "-key", f"{site.directory}/caller.key")
+    contract = ("-insecure", "-protoset", str(envoy.DESCRIPTOR_SET))
+    metadata = [argument for header in headers for argument in ("-H", header)]
+    address = f"127.0.0.1:{site.ports[process]}"
+    return grpcurl(*contract, *identity, *metadata, address, method.lstrip("/"))
+
+
+def leaf(site: Site, role: str) -> KeyPair:
+    return make_leaf(site.authority.root, Names(site.domain.identity(role)), now=NOW)
+
+
+# --- what is rendered --------------------------------------------------------------------------
+
+
+def test_every_role_validates_and_boots_as_in_kubernetes(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="kimberly-") as directory:
+        authority = Authority.open(tmp_path / "certificates", now=NOW)
+        # A name that resolves everywhere stands for the headless services of a cluster.
+        site = Site(Path(directory), authority, KUBERNETES, host="localhost", listen_host="0.0.0.0")
+        for role in ROLES:
+            check = [*envoy.command(site.write(role)), "--mode", "validate"]
+            assert subprocess.run(check, check=False, capture_output=True).returncode == 0, role
+        assert "STRICT_DNS" in site.render_edge()
+        with site.running(access.EDGE, "memory"), rest(site) as client:
+            # Nobody can verify a token while auth is away, which does not make it a wrong one.
+            refused = client.get("/v1/user", headers=bearer(token()))
+            expect(refused, 503)
+            assert refused.json()["code"] == grpc.StatusCode.UNAVAILABLE.value[0]
+            expect(client.get("/healthz"), 503)
+
+
+def test_every_local_role_validates_boots_and_shows_its_certificate(mesh: Site) -> None:
+    for role in ROLES:
+        check = [*envoy.command(mesh.directory / f"{role}.yaml"), "--mode", "validate"]
+        assert subprocess.run(check, check=False, capture_output=True).returncode == 0, role
+        shown = mesh.admin(role, "/certs").json()["certificates"]
+        names = {
+            name.get("uri") for each in shown for name in each["cert_chain"][0]["subject_alt_names"]
+        }
+        assert LOCAL.identity(role) in names
+
+
+def policies_of(site: Site, role: str) -> dict[str, set[str]]:
+    """Return the exact methods of each RBAC policy, as the running Envoy holds them."""
+    filters = list(find(site.admin(role, "/config_dump").json(), RBAC))
+    policies = filters[0]["rules"]["policies"] if filters else {}
+    return {
+        name: {rule["url_path"]["path"]["exact"] for rule in rules}
+        for name, policy in policies.items()
+        for rules in [policy["permissions"][0]["or_rules"]["rules"]]
+    }
+
+
+def find(node: Any, kind: str) -> Iterator[dict[str, Any]]:
+    """Find the messages of one type anywhere in a configuration."""
+    if isinstance(node, dict):
+        if node.get("@type") == kind:
+            yield node
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from find(child, kind)
+
+
+@pytest.mark.parametrize("process", access.PROCESSES)
+def test_a_sidecar_opens_each_method_of_its_process_to_whom_it_is_meant_for(
+    mesh: Site, process: str
+) -> None:
+    services = {*access.PROCESSES[process], "grpc.health.v1.Health"}
+    rows = {path: row for path, row in access.METHODS.items() if path.split("/")[1] in services}
+    assert policies_of(mesh, process) == {
+        row.value: {path for path in rows if rows[path] is row} for row in rows.values()
+    }
+
+
+def test_the_edge_opens_what_is_meant_for_users_and_nothing_else(mesh: Site) -> None:
+    assert policies_of(mesh, access.EDGE) == {
+        row.value: {path for path, each in access.METHODS.items() if each is row}
+        for row in (Access.ANYONE, Access.USER)
+    }
+
+
+def test_the_sidecar_of_a_worker_has_no_inbound_side(mesh: Site) -> None:
+    assert policies_of(mesh, access.WORKER) == {}
+    listeners = mesh.admin(access.WORKER, "/listeners?format=json").json()["listener_statuses"]
+    assert [listener["name"] for listener in listeners] == ["outbound"]
+
+
+def test_a_method_without_an_access_row_is_refused() -> None:
+    contract = envoy.descriptor_set()
+    service = next(file for file in contract.file if file.package == "kimberly.jobs.v1").service[0]
+    service.method.add(name="PurgeJobs")
+    with pytest.raises(LookupError, match="JobService/PurgeJobs"):
+        envoy.methods_of_contract(contract)
+
+
+def test_an_access_row_without_a_method_is_refused() -> None:
+    with pytest.raises(LookupError, match="AuthService/LogIn"):
+        envoy.methods_of_contract(FileDescriptorSet())
+
+
+def test_a_rest_path_without_token_must_be_a_fixed_one() -> None:
+    method = Method(LOG_IN, bindings=(Binding("POST", "/v1/login/{name}"),))
+    with pytest.raises(ValueError, match="fixed path"):
+        envoy.bindings_without_token([method])
+
+
+def test_rest_calls_without_token_are_those_of_methods_for_anyone() -> None:
+    methods = envoy.methods_of_contract(envoy.descriptor_set())
+    bindings = {(binding.verb, binding.path) for binding in envoy.bindings_without_token(methods)}
+    assert bindings == {
+        ("POST", "/v1/signup"),
+        ("POST", "/v1/login"),
+        ("POST", "/v1/token:refresh"),
+        ("POST", "/v1/logout"),
+        ("GET", "/.well-known/jwks.json"),
+    }
+
+
+def test_a_worker_reaches_the_methods_of_workers_and_a_service_the_keys() -> None:
+    assert WORK in envoy.calls_of(access.WORKER)
+    assert all(access.METHODS[path] is Access.WORKER for path in envoy.calls_of(access.WORKER))
+    assert envoy.calls_of("memory") == envoy.calls_of("jobs") == (envoy.JWKS_METHOD,)
+    assert envoy.peers_of("auth") == ("auth",)
+
+
+# --- peers -------------------------------------------------------------------------------------
+
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""What an HTTP/2 client says first: the server does not speak before."""
+
+
+@contextlib.contextmanager
+def connected(site: Site, caller: KeyPair | None) -> Iterator[ssl.SSLSocket]:
+    """Connect to the sidecar of auth and check its certificate."""
+    trust = ssl.create_default_context(cafile=str(site.authority.bundle))
+    trust.check_hostname = False
+    trust.set_alpn_protocols(["h2"])
+    if caller:
+        pem = site.directory / "handshake.pem"
+        pem.write_bytes(caller.certificate_pem + caller.key_pem)
+        trust.load_cert_chain(pem)
+    address = ("127.0.0.1", site.ports["auth"])
+    with (
+        socket.create_connection(address, timeout=5) as plain,
+        trust.wrap_socket(plain) as secure,
+    ):
+        yield secure
+
+
+def certificate_shown_to(site: Site, caller: KeyPair) -> bytes:
+    """Return the certificate that the sidecar of auth shows to a peer whom it lets in."""
+    with connected(site, caller) as secure:
+        secure.sendall(HTTP2_PREFACE)
+        assert secure.recv(1)
+        return secure.getpeercert(binary_form=True) or b""
+
+
+def refusal_of(site: Site, caller: KeyPair | None) -> str:
+    """Return the alert with which the sidecar of auth refuses a peer."""
+    # With TLS 1.3 a client reads only after its handshake that its certificate was refused.
+    with pytest.raises(ssl.SSLError) as refused, connected(site, caller) as secure:
+        secure.recv(1)
+    return str(refused.value.reason).partition("_ALERT_")[2]
+
+
+def test_a_peer_of_the_mesh_is_let_in(mesh: Site) -> None:
+    assert certificate_shown_to(mesh, leaf(mesh, "memory"))
+
+
+def test_a_peer_without_a_certificate_is_refused(mesh: Site) -> None:
+    assert refusal_of(mesh, None) == "CERTIFICATE_REQUIRED"
+
+
+def test_a_certificate_of_another_authority_is_refused(mesh: Site) -> None:
+    stranger = make_root("Kimberly local authority", now=NOW)
+    forged = make_leaf(stranger, Names(LOCAL.identity(access.EDGE)), now=NOW)
+    assert refusal_of(mesh, forged) == "UNKNOWN_CA"
+
+
+def test_an_expired_certificate_is_refused(mesh: Site) -> None:
+    names, day = Names(LOCAL.identity(access.EDGE)), dt.timedelta(days=1)
+    expired = make_leaf(mesh.authority.root, names, now=NOW - day, lifetime=day / 2)
+    assert refusal_of(mesh, expired) == "CERTIFICATE_EXPIRED"
+
+
+@pytest.mark.parametrize(
+    "spiffe_id",
+    [
+        KUBERNETES.identity(access.EDGE),
+        "spiffe://kimberly.local/ns/other/sa/edge",
+        "spiffe://kimberly.local/ns/local/elsewhere/edge",
+    ],
+)
+def test_an_identity_of_another_namespace_is_refused(mesh: Site, spiffe_id: str) -> None:
+    outsider = make_leaf(mesh.authority.root, Names(spiffe_id), now=NOW)
+    assert refusal_of(mesh, outsider) == "CERTIFICATE_UNKNOWN"
+
+
+def test_the_certificate_that_clients_see_is_no_identity(mesh: Site) -> None:
+    public = make_leaf(mesh.authority.root, Names(dns_names=("localhost",)), now=NOW)
+    assert refusal_of(mesh, public) == "UNSUPPORTED_CERTIFICATE"
+
+
+@pytest.mark.parametrize(
+    ("process", "method", "caller", "answer"),
+    [
+        # A user's method: from the edge, and with a token.
+        ("auth", GET_USER, access.EDGE, "Jwt is missing"),
+        ("auth", f"{GET_USER} token", access.EDGE, ""),
+        ("auth", f"{GET_USER} token", "memory", "PermissionDenied"),
+        ("auth", f"{GET_USER} token", access.WORKER, "PermissionDenied"),
+        # A worker's method: a token opens it to nobody.
+        ("jobs", WORK, access.WORKER, ""),
+        ("jobs", f"{WORK} token", access.EDGE, "PermissionDenied"),
+        ("jobs", WORK, "memory", "PermissionDenied"),
+        # Anyone's: every workload of the namespace.
+        ("auth", envoy.JWKS_METHOD, "jobs", ""),
+        ("auth", LOG_IN, access.EDGE, ""),
+        # Another process's.
+        ("memory", f"{GET_USER} token", access.EDGE, "PermissionDenied"),
+    ],
+)
+def test_who_may_call_what_at_a_sidecar(
+    mesh: Site, process: str, method: str, caller: str, answer: str
+) -> None:
+    path, *with_token = method.split()
+    headers = [f"authorization: Bearer {token()}"] if with_token else []
+    result = call_sidecar(mesh, process, path, leaf(mesh, caller), *headers)
+    assert answer in result.stderr
+    assert (result.returncode == 0) is (not answer), result.stderr
+
+
+def test_a_renewed_certificate_is_served_without_a_restart(mesh: Site) -> None:
+    caller = leaf(mesh, "memory")
+    before = certificate_shown_to(mesh, caller)
+    directory = mesh.authority.issue("auth", Names(LOCAL.identity("auth")), now=NOW)
+    renewed = ssl.PEM_cert_to_DER_cert((directory / "current" / "tls.crt").read_text())
+
+    def served() -> None:
+        assert certificate_shown_to(mesh, caller) == renewed
+
+    assert before != renewed
+    eventually(served)
+
+
+def test_a_worker_reaches_its_services_through_its_own_sidecar(mesh: Site, app: App) -> None:
+    with grpc.insecure_channel(f"unix:{mesh.directory / access.WORKER}.out") as channel:
+        eventually_called(channel, WORK)
+        with pytest.raises(grpc.RpcError) as refused:
+            call(channel, GET_MEMORY)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    certificate = app.seen[WORK]["x-forwarded-client-cert"]
+    assert f"URI={LOCAL.identity(access.WORKER)}" in str(certificate)
+
+
+def call(channel: grpc.Channel, method: str) -> bytes:
+    """Send one empty message and return the answer."""
+    answer: bytes = channel.unary_unary(method, bytes, bytes)(b"", timeout=5)
+    return answer
+
+
+def eventually_called(channel: grpc.Channel, method: str) -> None:
+    # Its sidecar may yet have to see that the peer is well.
+    def attempt() -> None:
+        try:
+            call(channel, method)
+        except grpc.RpcError as error:
+            raise AssertionError(error) from error
+
+    eventually(attempt)
+
+
+# --- clients -----------------------------------------------------------------------------------
+
+
+def test_a_rest_call_with_a_token_reaches_the_service(client: httpx.Client) -> None:
+    expect(client.get("/v1/memories/mem_1", headers=bearer(token())), 200)
+
+
+def test_a_rest_call_without_a_token_is_refused_in_json(client: httpx.Client) -> None:
+    response = client.post("/v1/memories", json={"content": "x"})
+    expect(response, 401)
+    assert response.json() == {"code": 16, "message": "Jwt is missing", "details": []}
+
+
+@pytest.mark.parametrize(
+    ("bad", "status"),
+    [
+        (token(ECKey.generate_key("P-256")), 401),
+        (token(exp=1), 401),
+        (token(iss="https://elsewhere.example"), 401),
+        (token(aud="other"), 403),
+        (token(sub=""), 403),
+        (token(exp=int(time.time()) + 86_400), 401),
+        ("rubbish", 401),
+    ],
+)
+def test_a_bad_token_is_refused(client: httpx.Client, bad: str, status: int) -> None:
+    expect(client.get("/v1/user", headers=bearer(bad)), status)
+
+
+def test_a_token_in_the_query_is_no_token(client: httpx.Client) -> None:
+    expect(client.get("/v1/user", params={"access_token": token()}), 401)
+
+
+def test_an_unknown_query_parameter_is_refused(client: httpx.Client) -> None:
+    response = client.get("/v1/user", params={"verbose": "1"}, headers=bearer(token()))
+    expect(response, 400)
+    assert response.json()["code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+
+
+@pytest.mark.parametrize("path", ["/v1/memories", "/v1/memories:import"])
+def test_a_rest_body_over_a_mebibyte_is_refused(client: httpx.Client, path: str) -> None:
+    body = b'{"content": "' + b"x" * (1 << 20) + b'"}'
+    response = client.post(path, content=body, headers=bearer(token()))
+    expect(response, 413)
+    assert response.json()["code"] == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+
+
+IDENTITY_HEADERS = (
+    "forwarded",
+    "grpc-tags-bin",
+    "x-envoy-external-address",
+    "x-envoy-upstream-rq-timeout-ms",
+    "x-forwarded-client-cert",
+    "x-forwarded-for",
+    "x-http-method-override",
+    "x-jwt-payload",
+    "x-mesh-user",
+    "x-original-url",
+    "x-real-ip",
+    "x-request-id",
+    "x-rewrite-url",
+    "x-tenant-id",
+    "x-user-id",
+)
+
+
+def test_forged_headers_never_reach_the_app(client: httpx.Client, app: App) -> None:
+    forged = dict.fromkeys(IDENTITY_HEADERS, "Zm9yZ2Vk")
+    expect(client.get("/v1/user", headers=bearer(token()) | forged), 200)
+    assert not [name for name, value in app.seen[GET_USER].items() if value == "Zm9yZ2Vk"]
+    assert f"URI={LOCAL.identity(access.EDGE)}" in str(app.seen[GET_USER])
+
+
+def test_a_header_with_an_underscore_is_refused(client: httpx.Client) -> None:
+    expect(client.get("/v1/user", headers=bearer(token()) | {"x_user_id": "forged"}), 400)
+
+
+def test_a_foreign_host_is_not_served(client: httpx.Client) -> None:
+    expect(client.get("/v1/user", headers=bearer(token()) | {"host": "evil.example"}), 404)
+
+
+def test_a_method_of_workers_is_hidden_from_users(client: httpx.Client, mesh: Site) -> None:
+    expect(client.post(WORK, json={}, headers=bearer(token())), 404)
+    contract = ("-protoset", str(envoy.DESCRIPTOR_SET))
+    result = grpcurl(*contract, *edge_arguments(mesh, token()), WORK.lstrip("/"))
+    assert "PermissionDenied" in result.stderr
+
+
+def edge_arguments(site: Site, value: str) -> tuple[str, ...]:
+    address = f"localhost:{site.ports[access.EDGE]}"
+    return ("-cacert", str(site.authority.bundle), "-H", f"authorization: Bearer {value}", address)
+
+
+def test_reflection_works_with_a_token_only(mesh: Site) -> None:
+    listed = grpcurl(*edge_arguments(mesh, token()), "list")
+    assert "kimberly.memory.v1.MemoryService" in listed.stdout
+    assert "Unauthenticated" in grpcurl(*edge_arguments(mesh, "rubbish"), "list").stderr
+
+
+def test_a_refusal_over_grpc_is_plain_text(mesh: Site) -> None:
+    bundle = mesh.authority.bundle.read_bytes()
+    address = f"localhost:{mesh.ports[access.EDGE]}"
+    with (
+        grpc.secure_channel(address, grpc.ssl_channel_credentials(bundle)) as channel,
+        pytest.raises(grpc.RpcError) as refused,
+    ):
+        call(channel, GET_MEMORY)
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert refused.value.details() == "Jwt is missing"
+
+
+def test_grpc_web_is_served(client: httpx.Client) -> None:
+    headers = bearer(token()) | {"content-type": "application/grpc-web+proto"}
+    response = client.post(GET_MEMORY, content=b"\0\0\0\0\0", headers=headers)
+    expect(response, 200)
+    assert response.headers["content-type"] == "application/grpc-web+proto"
+    assert b"grpc-status:0" in response.content
+    refused = client.post(WORK, content=b"\0\0\0\0\0", headers=headers)
+    assert refused.headers["grpc-status"] == "7"
+
+
+def test_a_page_of_a_listed_origin_may_call(client: httpx.Client) -> None:
+    def preflight(origin: str) -> httpx.Response:
+        headers = {"origin": origin, "access-control-request-method": "POST"}
+        return client.options(GET_MEMORY, headers=headers)
+
+    allowed = preflight("https://app.example").headers["access-control-allow-origin"]
+    assert allowed == "https://app.example"
+    assert "access-control-allow-origin" not in preflight("https://evil.example").headers
+
+
+def test_the_access_log_holds_no_query_and_no_token(client: httpx.Client, mesh: Site) -> None:
+    secret = token()
+    client.get("/v1/user", params={"canary": "seen-in-query"}, headers=bearer(secret))
+
+    def logged() -> None:
+        text = (mesh.directory / "edge.access").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert [line["path"] for line in lines if line["code"] == 400][-1:] == ["/v1/user"]
+        assert "seen-in-query" not in text
+        assert secret not in text
+
+    eventually(logged)
