@@ -1,0 +1,101 @@
+"""One image, one process a service: python -m server auth, memory, jobs; migrate first."""
+
+import os
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+import uvloop
+from pydantic import ValidationError
+
+from server import telemetry
+from server.app import migrate_database, rotate_signing_key, serve
+from server.kms import MasterKeyUnusable
+from server.rpc.serving import UnsafeSocketDirectory
+from server.settings import MigrationSettings, Settings, explain
+
+EX_CONFIG = 78
+"""Exit status of sysexits.h for a wrong configuration: trying again will not help."""
+
+T = TypeVar("T", Settings, MigrationSettings)
+app = typer.Typer(
+    help="Services of the memory mesh. Settings are environment variables named KIMBERLY_….",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@app.command()
+def auth() -> None:
+    """Serve accounts, tokens, consents and the audit log."""
+    _serve("auth")
+
+
+@app.command()
+def memory() -> None:
+    """Serve memories and, to workers, scoring."""
+    _serve("memory")
+
+
+@app.command()
+def jobs() -> None:
+    """Serve jobs and, to workers, their leases."""
+    _serve("jobs")
+
+
+@app.command("migrate")
+def migrate_command() -> None:
+    """Bring the database schema up to date. Safe to run at any time, by any number at once."""
+    settings = _settings(MigrationSettings)
+    telemetry.configure("migrate", settings.log_level)
+    typer.echo(f"{_run(migrate_database(settings))} migrations applied")
+
+
+@app.command("rotate-signing-key")
+def rotate_signing_key_command() -> None:
+    """Publish a new key for access tokens. It signs in a minute; the old one goes later."""
+    settings = _settings(Settings)
+    telemetry.configure("rotate-signing-key", settings.log_level)
+    typer.echo(f"published {_run(rotate_signing_key(settings))}")
+
+
+@app.command("settings")
+def settings_command(
+    variable: Annotated[str, typer.Argument(help="Only this one.")] = "",
+) -> None:
+    """List the environment variables that services read, and whether each must be given."""
+    for name, field in Settings.model_fields.items():
+        known = f"KIMBERLY_{name.upper()}"
+        if variable in ("", known):
+            typer.echo(f"{known:40} {'required' if field.is_required() else field.default}")
+
+
+def _serve(process: str) -> None:
+    settings = _settings(Settings)
+    telemetry.configure(process, settings.log_level)
+    _run(serve(process, settings))
+
+
+def _settings(kind: type[T]) -> T:
+    try:
+        return kind()
+    except ValidationError as error:
+        _exit(explain(error))
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        return uvloop.run(work)
+    except (MasterKeyUnusable, UnsafeSocketDirectory) as error:
+        _exit(str(error))
+
+
+def _exit(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    sys.exit(EX_CONFIG)
+
+
+if __name__ == "__main__":
+    app(prog_name=f"{Path(sys.executable).name} -m server" if os.isatty(1) else None)

@@ -1,0 +1,282 @@
+"""The composition root: settings become pools, pools services, services a server."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import grpc
+import structlog
+from kimberly.auth.v1 import auth_pb2_grpc
+from kimberly.jobs.v1 import jobs_pb2_grpc
+from kimberly.memory.v1 import memory_pb2_grpc
+from kimberly.scoring.v1 import scoring_pb2_grpc
+from kimberly.users.v1 import users_pb2_grpc
+
+from server import access, telemetry
+from server.auth.access_tokens import Mint
+from server.auth.key_store import KeyStore
+from server.auth.keyring import Keyring
+from server.auth.passwords import Passwords
+from server.auth.service import AuthService
+from server.auth.store import AccountStore
+from server.blobs import Blobs
+from server.cache import open_cache
+from server.clock import utc_now
+from server.database import Database, SystemDatabase, open_pool
+from server.jobs.doorbell import Doorbell
+from server.jobs.queue import Queue
+from server.jobs.schedules import Planner, Schedule
+from server.jobs.service import JobService
+from server.jobs.store import JobStore
+from server.jobs.worker_service import WorkerService
+from server.kms import LocalKms
+from server.memory.attachment_store import AttachmentStore
+from server.memory.attachments import Attachments
+from server.memory.meditation_store import MeditationStore
+from server.memory.retrieval import Retrieval
+from server.memory.scoring_service import ScoringService
+from server.memory.service import MemoryService
+from server.memory.short_term import ShortTermStore
+from server.memory.store import MemoryStore
+from server.migrate import migrate, read_migrations
+from server.rpc.interceptors import chain
+from server.rpc.serving import Server, channel_to_peers
+from server.settings import MigrationSettings, Settings
+from server.tokens import KeySource, RemoteKeys, TokenVerifier
+from server.users.audit_log import AuditLog
+from server.users.audit_store import AuditStore
+from server.users.service import UserService
+from server.users.store import UserStore
+
+log = structlog.get_logger()
+
+_SESSION_PART = 0.8
+"""Part of the longest time of a stream after which a worker is asked to connect anew."""
+
+Loop = Callable[[], Awaitable[Any]]
+
+
+def _nothing() -> None:
+    """Announce nothing: this process has no streams that live long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """What one process serves."""
+
+    register: Callable[[grpc.aio.Server], None]
+    keys: KeySource
+    """Where access tokens are verified with."""
+    loops: Sequence[Loop] = field(default_factory=list)
+    """What runs beside the server until it stops."""
+    announce_drain: Callable[[], None] = _nothing
+    """Tells streams that live long to end."""
+
+
+@asynccontextmanager
+async def _databases(
+    settings: Settings, name: str
+) -> AsyncIterator[tuple[Database, SystemDatabase]]:
+    """Open both pools: one user's rows, and everything."""
+    url = settings.database_url.get_secret_value()
+    system_url = settings.system_database_url.get_secret_value()
+    async with (
+        await open_pool(url, size=settings.database_connections, name=name) as pool,
+        await open_pool(
+            system_url, size=settings.system_database_connections, name=f"{name}-system"
+        ) as system_pool,
+    ):
+        yield Database(pool), SystemDatabase(system_pool)
+
+
+async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
+    database, system = await stack.enter_async_context(_databases(settings, "auth"))
+    keyring = Keyring(
+        KeyStore(system),
+        LocalKms.from_file(settings.master_key_file),
+        access_token_seconds=settings.access_token_seconds,
+    )
+    await keyring.ensure_signing_key()
+    hashing = stack.enter_context(Passwords(concurrency=settings.password_hash_concurrency))
+    mint = Mint(
+        issuer=settings.token_issuer,
+        audience=settings.token_audience,
+        lifetime=timedelta(seconds=settings.access_token_seconds),
+    )
+    auth = AuthService(
+        AccountStore(system),
+        keyring,
+        hashing,
+        mint,
+        session_lifetime=timedelta(seconds=settings.refresh_token_seconds),
+    )
+    audit_log = AuditLog(AuditStore(system), seal_seconds=settings.audit_seal_seconds)
+    users = UserService(UserStore(database), audit_log)
+
+    def register(server: grpc.aio.Server) -> None:
+        auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
+        users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
+
+    return Application(register, keyring, loops=[keyring.run, audit_log.run])
+
+
+async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
+    database, system = await stack.enter_async_context(_databases(settings, "memory"))
+    keys = await _remote_keys(settings, stack)
+    redis = open_cache(settings.redis_url.get_secret_value())
+    stack.push_async_callback(redis.aclose)
+    store = MemoryStore(database)
+    short_term = ShortTermStore(redis, database, timedelta(seconds=settings.short_term_seconds))
+    meditations = MeditationStore(database, system, shards=settings.meditation_shards)
+    memories = MemoryService(
+        store,
+        short_term,
+        Retrieval(store, short_term, utc_now),
+        Attachments(
+            AttachmentStore(database),
+            _blobs(settings),
+            timedelta(seconds=settings.upload_url_seconds),
+        ),
+        meditations,
+        utc_now,
+    )
+    scoring = ScoringService(meditations)
+
+    def register(server: grpc.aio.Server) -> None:
+        memory_pb2_grpc.add_MemoryServiceServicer_to_server(memories, server)
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, server)
+
+    return Application(register, keys, loops=[keys.run])
+
+
+async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
+    database, system = await stack.enter_async_context(_databases(settings, "jobs"))
+    keys = await _remote_keys(settings, stack)
+    doorbell = Doorbell(settings.system_database_url.get_secret_value())
+    queue = Queue(system, settings.lease_seconds)
+    workers = WorkerService(
+        queue,
+        doorbell,
+        lease_seconds=settings.lease_seconds,
+        session_seconds=settings.stream_seconds * _SESSION_PART,
+    )
+    nightly = Schedule("meditation.nightly", settings.meditation_schedule, "meditation.plan")
+    planner = Planner(system, [nightly])
+    jobs = JobService(JobStore(database))
+
+    def register(server: grpc.aio.Server) -> None:
+        jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
+        jobs_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
+
+    return Application(
+        register,
+        keys,
+        loops=[keys.run, workers.run, planner.run],
+        announce_drain=workers.drain,
+    )
+
+
+COMPOSERS: dict[str, Callable[[Settings, AsyncExitStack], Awaitable[Application]]] = {
+    "auth": _auth,
+    "memory": _memory,
+    "jobs": _jobs,
+}
+
+
+async def serve(process: str, settings: Settings) -> None:
+    """Run one process until SIGTERM or SIGINT, then drain it."""
+    stopped = _stop_signal()
+    async with AsyncExitStack() as stack:
+        application = await COMPOSERS[process](settings, stack)
+        server = _server(process, settings, application)
+        application.register(server.grpc)
+        async with asyncio.TaskGroup() as tasks:
+            loops = [tasks.create_task(_forever(loop)) for loop in application.loops]
+            await server.start()
+            await stopped.wait()
+            log.info("draining")
+            await server.drain(
+                health_seconds=settings.health_interval_seconds,
+                grace_seconds=settings.drain_seconds,
+                announce=application.announce_drain,
+            )
+            for task in loops:
+                task.cancel()
+    log.info("stopped")
+
+
+async def migrate_database(settings: MigrationSettings) -> int:
+    """Apply the migrations that are waiting and return how many that were."""
+    connection = await asyncpg.connect(settings.owner_database_url.get_secret_value())
+    try:
+        return await migrate(connection, read_migrations())
+    finally:
+        await connection.close()
+
+
+async def rotate_signing_key(settings: Settings) -> str:
+    """Publish a new signing key and return its id. It signs once every verifier knows it."""
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(_databases(settings, "rotate-signing-key"))
+        keyring = Keyring(
+            KeyStore(system),
+            LocalKms.from_file(settings.master_key_file),
+            access_token_seconds=settings.access_token_seconds,
+        )
+        key = await keyring.rotate()
+        return key.kid
+
+
+def _server(process: str, settings: Settings, application: Application) -> Server:
+    verifier = TokenVerifier(
+        application.keys, issuer=settings.token_issuer, audience=settings.token_audience
+    )
+    layers = chain(
+        verifier,
+        worker_id=access.spiffe_id(settings.trust_domain, settings.namespace, access.WORKER),
+        unary_seconds=settings.unary_seconds,
+        stream_seconds=settings.stream_seconds,
+    )
+    server = Server(
+        settings.listen_socket,
+        layers,
+        access.PROCESSES[process],
+        telemetry.server_interceptors(process),
+    )
+    if access.REFLECTION in access.PROCESSES[process]:
+        server.reflect(access.public_services())
+    return server
+
+
+async def _remote_keys(settings: Settings, stack: AsyncExitStack) -> RemoteKeys:
+    channel = await stack.enter_async_context(channel_to_peers(settings.outbound_socket))
+    return RemoteKeys(channel, refresh_seconds=settings.jwks_refresh_seconds)
+
+
+def _blobs(settings: Settings) -> Blobs:
+    return Blobs.open(
+        endpoint=settings.s3_endpoint,
+        access_key=settings.s3_access_key.get_secret_value(),
+        secret_key=settings.s3_secret_key.get_secret_value(),
+        region=settings.s3_region,
+        secure=settings.s3_secure,
+        bucket=settings.s3_bucket,
+    )
+
+
+async def _forever(loop: Loop) -> None:
+    await loop()
+
+
+def _stop_signal() -> asyncio.Event:
+    """Return an event that SIGTERM and SIGINT set."""
+    stopped = asyncio.Event()
+    running = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        running.add_signal_handler(number, stopped.set)
+    return stopped

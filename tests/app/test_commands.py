@@ -1,0 +1,44 @@
+"""What the commands of the server say to the person who starts them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent.parent
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server", *arguments],
+        cwd=CHECKOUT,
+        env={"PATH": os.defpath, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'client'}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("process", ["auth", "memory", "jobs", "migrate"])
+def test_missing_settings_are_named(process: str) -> None:
+    ended = run(process)
+    assert ended.returncode == 78
+    assert "KIMBERLY_" in ended.stderr
+    assert "DATABASE_URL: Field required" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_wrong_settings_are_named_without_their_values() -> None:
+    ended = run("memory", KIMBERLY_UNARY_SECONDS="-1", KIMBERLY_DATABASE_URL="postgresql://secret")
+    assert "KIMBERLY_UNARY_SECONDS: Input should be greater than 0" in ended.stderr
+    assert "secret" not in ended.stderr
+
+
+def test_help_lists_the_commands() -> None:
+    ended = run("--help")
+    assert ended.returncode == 0
+    for command in ("auth", "memory", "jobs", "migrate", "rotate-signing-key", "settings"):
+        assert command in ended.stdout

@@ -1,0 +1,221 @@
+"""What the chain does for every kind of RPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from kimberly.memory.v1 import memory_pb2, memory_pb2_grpc
+from kimberly.scoring.v1 import scoring_pb2, scoring_pb2_grpc
+
+from server import access, ids
+from server.caller import Caller, current_caller
+from server.errors import NotFound, StoreUnavailable
+from server.rpc.interceptors import chain
+from server.rpc.serving import Server, UnsafeSocketDirectory
+from tests.conftest import WORKER_ID, PlainTokens, Serve, as_worker, bearer
+from tests.refusals import refusal_of
+
+CALLER = Caller(tenant_id=ids.new_id(), user_id=ids.new_id())
+GET = "/kimberly.memory.v1.MemoryService/GetMemory"
+IMPORT = "/kimberly.memory.v1.MemoryService/ImportMemories"
+SCORE = "/kimberly.scoring.v1.ScoringService/Score"
+MALFORMED = b"\xff\xff\xff"
+
+
+class Memories(memory_pb2_grpc.MemoryServiceServicer):
+    """Does what the id of the request says."""
+
+    async def GetMemory(
+        self, request: memory_pb2.GetMemoryRequest, context: Any
+    ) -> memory_pb2.GetMemoryResponse:
+        match request.id:
+            case "raise":
+                raise NotFound("memory")
+            case "bug":
+                raise ZeroDivisionError("secret text of a failure")
+            case "away":
+                raise StoreUnavailable("the database")
+            case "hang":
+                await asyncio.Event().wait()
+        return memory_pb2.GetMemoryResponse(
+            memory=memory_pb2.Memory(id=ids.show(ids.USER, current_caller().user_id))
+        )
+
+    async def ImportMemories(
+        self, request_iterator: AsyncIterator[memory_pb2.ImportMemoriesRequest], context: Any
+    ) -> memory_pb2.ImportMemoriesResponse:
+        chunks = [chunk async for chunk in request_iterator]
+        return memory_pb2.ImportMemoriesResponse(created=len(chunks))
+
+
+class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
+    """Answers each message, and fails at the third."""
+
+    async def Score(
+        self, request_iterator: AsyncIterator[scoring_pb2.ScoreRequest], context: Any
+    ) -> AsyncIterator[scoring_pb2.ScoreResponse]:
+        count = 0
+        async for _ in request_iterator:
+            count += 1
+            if count == 3:
+                raise NotFound("batch")
+            yield scoring_pb2.ScoreResponse(done=scoring_pb2.Done(scored=count))
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o700)
+    return tmp_path
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+async def channel(serve: Serve) -> grpc.aio.Channel:
+    def register(server: grpc.aio.Server) -> None:
+        memory_pb2_grpc.add_MemoryServiceServicer_to_server(Memories(), server)
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(Scoring(), server)
+
+    return await serve(register)
+
+
+def get(channel: grpc.aio.Channel, memory_id: str, **options: Any) -> Any:
+    stub = memory_pb2_grpc.MemoryServiceStub(channel)
+    options.setdefault("metadata", bearer(CALLER))
+    return stub.GetMemory(memory_pb2.GetMemoryRequest(id=memory_id), **options)
+
+
+async def test_call_with_a_token_knows_its_user(channel: grpc.aio.Channel) -> None:
+    answer = await get(channel, "fine")
+    assert answer.memory.id == ids.show(ids.USER, CALLER.user_id)
+
+
+async def test_call_without_a_valid_token_is_unauthenticated(channel: grpc.aio.Channel) -> None:
+    for metadata in [
+        (),
+        (("authorization", "Bearer nonsense"),),
+        (("authorization", "Basic YTpi"),),
+        (("x-user-id", str(CALLER.user_id)), ("x-tenant-id", str(CALLER.tenant_id))),
+    ]:
+        refusal = await refusal_of(get(channel, "fine", metadata=metadata))
+        assert (refusal.code, refusal.reason) == (
+            grpc.StatusCode.UNAUTHENTICATED,
+            "TOKEN_INVALID",
+        )
+
+
+async def test_problem_becomes_a_status_with_its_reason(channel: grpc.aio.Channel) -> None:
+    refusal = await refusal_of(get(channel, "raise"))
+    assert (refusal.code, refusal.reason, refusal.message) == (
+        grpc.StatusCode.NOT_FOUND,
+        "RESOURCE_NOT_FOUND",
+        "there is no such memory",
+    )
+    away = await refusal_of(get(channel, "away"))
+    assert (away.code, away.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
+
+
+async def test_unforeseen_failure_tells_the_caller_nothing(channel: grpc.aio.Channel) -> None:
+    refusal = await refusal_of(get(channel, "bug"))
+    assert (refusal.code, refusal.message) == (grpc.StatusCode.INTERNAL, "internal error")
+
+
+async def test_call_ends_at_the_deadline_of_its_client(channel: grpc.aio.Channel) -> None:
+    started = asyncio.get_running_loop().time()
+    refusal = await refusal_of(get(channel, "hang", timeout=0.2))
+    assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert asyncio.get_running_loop().time() - started < 1
+
+
+async def test_call_without_a_deadline_gets_ours(private: Path) -> None:
+    layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=0.1, stream_seconds=0.1)
+    server = Server(private / "s", layers, services=())
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(Memories(), server.grpc)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"unix:{private / 's'}") as channel:
+        refusal = await refusal_of(get(channel, "hang"))
+    await server.grpc.stop(None)
+    assert (refusal.code, refusal.reason) == (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "DEADLINE_EXCEEDED",
+    )
+
+
+async def test_bytes_that_are_no_message_are_refused(channel: grpc.aio.Channel) -> None:
+    unary = channel.unary_unary(GET)(MALFORMED, metadata=bearer(CALLER))
+    stream = channel.stream_unary(IMPORT)(iter([MALFORMED]), metadata=bearer(CALLER))
+    for call in (unary, stream):
+        refusal = await refusal_of(call)
+        assert (refusal.code, refusal.reason) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "MESSAGE_MALFORMED",
+        )
+    both = channel.stream_stream(SCORE)(iter([b"", MALFORMED]), metadata=as_worker())
+    await both.read()
+    assert (await refusal_of(both.read())).reason == "MESSAGE_MALFORMED"
+
+
+async def test_stream_is_answered_and_refused_like_a_unary_call(channel: grpc.aio.Channel) -> None:
+    stub = scoring_pb2_grpc.ScoringServiceStub(channel)
+    call = stub.Score(iter([scoring_pb2.ScoreRequest()] * 3), metadata=as_worker())
+    answers = [await call.read(), await call.read()]
+    assert [answer.done.scored for answer in answers] == [1, 2]
+    assert (await refusal_of(call.read())).reason == "RESOURCE_NOT_FOUND"
+
+
+async def test_worker_method_is_for_workers_only(channel: grpc.aio.Channel) -> None:
+    stub = scoring_pb2_grpc.ScoringServiceStub(channel)
+    for metadata in [
+        (),
+        bearer(CALLER),
+        as_worker("spiffe://kimberly.local/ns/test/sa/edge"),
+        as_worker("spiffe://other.domain/ns/test/sa/worker"),
+        as_worker(WORKER_ID + "x"),
+    ]:
+        call = stub.Score(iter([scoring_pb2.ScoreRequest()]), metadata=metadata)
+        refusal = await refusal_of(call.read())
+        assert (refusal.code, refusal.reason) == (
+            grpc.StatusCode.PERMISSION_DENIED,
+            "METHOD_NOT_ALLOWED",
+        )
+
+
+async def test_method_without_a_row_is_denied(
+    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {method: row for method, row in access.METHODS.items() if method != GET}
+    monkeypatch.setattr("server.rpc.interceptors.METHODS", rows)
+    assert (await refusal_of(get(channel, "fine"))).code is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_every_method_of_the_contract_has_a_row() -> None:
+    from google.protobuf import descriptor_pool
+    from kimberly.auth.v1 import auth_pb2
+    from kimberly.jobs.v1 import jobs_pb2
+    from kimberly.users.v1 import users_pb2
+
+    files = [m.DESCRIPTOR for m in (auth_pb2, users_pb2, memory_pb2, scoring_pb2, jobs_pb2)]
+    pool = descriptor_pool.Default()
+    assert all(pool.FindFileByName(file.name) is file for file in files)
+    methods = {
+        f"/{service.full_name}/{method.name}"
+        for file in files
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+    ours = {method for method in access.METHODS if method.startswith("/kimberly.")}
+    assert methods == ours
+
+
+async def test_server_refuses_a_directory_that_others_can_enter(shared: Path) -> None:
+    with pytest.raises(UnsafeSocketDirectory):
+        await Server(shared / "s", (), services=()).start()
