@@ -1,28 +1,90 @@
 SHELL := /bin/bash
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-PROTOS := $(shell find proto -name '*.proto')
+BIN := .venv/bin
 GOOGLEAPIS := third_party/googleapis
+PROTOS := $(shell find proto -name '*.proto' | sort)
+CODE := client server workers local bench tests
 FILE ?=
 WORKERS ?= 2
+# What the API must stay compatible with: the last main that was shared, or our own.
+BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse -q --verify main || echo HEAD)
+export PYTHONPATH := .:client
 
 .DEFAULT_GOAL := help
 
 help: ## Show what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+demo: ready ## Run the main job on a conversation: make demo FILE=talk.jsonl
+	@$(BIN)/python -m local demo $(FILE)
+
+up: ready ## Start the mesh and keep it running (Ctrl-C stops it)
+	@$(BIN)/python -m local up --workers $(WORKERS)
+
+down: ready ## Stop the mesh
+	@$(BIN)/python -m local down
+
+status: ready ## Show what runs and how to reach it
+	@$(BIN)/python -m local status
+
+test: ready ## Run the tests against real servers
+	@$(BIN)/python -m pytest
+
+faults: ready ## Kill processes while they work and count what is lost (slow)
+	@$(BIN)/python -m pytest tests/faults
+
+bench: ready ## Print the figures of the README's table
+	@$(BIN)/python -m bench
+
+check: ready lint types imports api drift ## Check style, types, imports, API and generated code
+
+gen: $(GOOGLEAPIS)/.copied ## Generate client/kimberly/*/v1 from proto/
+	@rm -rf client/kimberly/*/v1
+	@$(call generate,client)
+
+lock: ready ## Pin the newest dependencies that fit requirements/*.in
+	@cd requirements && for name in runtime dev; do ../$(BIN)/uv pip compile --quiet --upgrade \
+	  --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	  --no-annotate $$name.in -o $$name.txt; done
+
+# --- what check consists of ------------------------------------------------------------------
+
+lint:
+	@$(BIN)/ruff format --check --quiet $(CODE) || { echo "ruff format $(CODE) changes something"; exit 1; }
+	@$(BIN)/ruff check --quiet $(CODE) && echo "lint      ok"
+
+types:
+	@$(BIN)/mypy && echo "types     ok"
+
+imports:
+	@$(BIN)/lint-imports --no-logo > build/imports.log 2>&1 || { cat build/imports.log; exit 1; }
+	@echo "imports   ok"
+
+api: build/kimberly.binpb
+	@$(BIN)/buf lint && $(BIN)/buf format --diff --exit-code proto
+	@rm -rf build/base && mkdir -p build/base/third_party && git archive $(BASE) buf.yaml proto | tar -x -C build/base
+	@cp -r $(GOOGLEAPIS) build/base/third_party/ && cd build/base && ../../$(BIN)/buf build -o ../base.binpb
+	@$(BIN)/buf breaking build/kimberly.binpb --against build/base.binpb --exclude-imports && echo "api       ok"
+
+drift: $(GOOGLEAPIS)/.copied
+	@rm -rf build/generated && mkdir -p build/generated && $(call generate,build/generated)
+	@for package in build/generated/kimberly/*/; do \
+	  diff -r -x __pycache__ $$package/v1 client/kimberly/$$(basename $$package)/v1 || { echo "run: make gen"; exit 1; }; done
+	@echo "drift     ok"
 
 # --- what everything needs -------------------------------------------------------------------
 
-$(VENV)/installed: requirements/dev.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing pinned dependencies into $(VENV) …"
+ready: .venv/installed build/kimberly.binpb
+
+.venv/installed: requirements/dev.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing pinned dependencies into .venv …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.txt
 	@touch $@
 
-$(GOOGLEAPIS)/.copied: $(VENV)/installed
+$(GOOGLEAPIS)/.copied: .venv/installed
 	@mkdir -p $(GOOGLEAPIS)/google/api $(GOOGLEAPIS)/google/rpc
-	@source=$$($(BIN)/python -c 'import google.api, os; print(os.path.dirname(list(google.api.__path__)[0]))') && \
+	@source=$$($(BIN)/python -c 'import google.api, pathlib; print(pathlib.Path(list(google.api.__path__)[0]).parent)') && \
 	  cp $$source/api/{annotations,http}.proto $(GOOGLEAPIS)/google/api/ && \
 	  cp $$source/rpc/{status,error_details}.proto $(GOOGLEAPIS)/google/rpc/
 	@touch $@
@@ -30,14 +92,9 @@ $(GOOGLEAPIS)/.copied: $(VENV)/installed
 build/kimberly.binpb: $(PROTOS) $(GOOGLEAPIS)/.copied buf.yaml
 	@mkdir -p build && $(BIN)/buf build -o $@
 
-ready: $(VENV)/installed build/kimberly.binpb
+define generate
+PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
+  --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
+endef
 
-# --- the commands ----------------------------------------------------------------------------
-
-gen: $(GOOGLEAPIS)/.copied ## Generate client/kimberly/*/v1 from proto/
-	@rm -rf client/kimberly/*/v1
-	@PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
-	  --python_out=client --grpc_python_out=client --mypy_out=quiet:client --mypy_grpc_out=quiet:client \
-	  $(PROTOS)
-
-.PHONY: help ready gen
+.PHONY: help demo up down status test faults bench check gen lock lint types imports api drift ready

@@ -40,6 +40,7 @@ from server.memory.attachments import Attachments
 from server.memory.meditation_store import MeditationStore
 from server.memory.retrieval import Retrieval
 from server.memory.scoring_service import ScoringService
+from server.memory.scoring_store import ScoringStore
 from server.memory.service import MemoryService
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
@@ -132,7 +133,6 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     stack.push_async_callback(redis.aclose)
     store = MemoryStore(database)
     short_term = ShortTermStore(redis, database, timedelta(seconds=settings.short_term_seconds))
-    meditations = MeditationStore(database, system, shards=settings.meditation_shards)
     memories = MemoryService(
         store,
         short_term,
@@ -142,10 +142,10 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
             _blobs(settings),
             timedelta(seconds=settings.upload_url_seconds),
         ),
-        meditations,
+        MeditationStore(database),
         utc_now,
     )
-    scoring = ScoringService(meditations)
+    scoring = ScoringService(ScoringStore(system, settings.meditation_shards))
 
     def register(server: grpc.aio.Server) -> None:
         memory_pb2_grpc.add_MemoryServiceServicer_to_server(memories, server)

@@ -37,7 +37,8 @@ def server_interceptors(service: str) -> list[Any]:
         return []
     from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
-    return [aio_server_interceptor(tracer_provider=_tracer_provider(service))]
+    interceptor: Any = aio_server_interceptor  # untyped
+    return [interceptor(tracer_provider=_tracer_provider(service))]
 
 
 def _tracer_provider(service: str) -> Any:

@@ -204,5 +204,5 @@ async def serve() -> AsyncIterator[Serve]:
 
     yield start
     for server, channel in running:
-        await channel.close()
+        await channel.close(None)
         await server.grpc.stop(None)

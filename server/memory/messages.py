@@ -10,6 +10,7 @@ from server import ids
 from server.errors import EtagMismatch, InvalidArgument
 from server.memory import drafts
 from server.memory.attachment_store import Announcement, Attachment, AttachmentState
+from server.memory.meditation_store import Meditation, MeditationState
 from server.memory.model import Change, Draft, Filter, Memory, Source, Tier
 from server.memory.retrieval import Match
 
@@ -29,6 +30,10 @@ _SOURCES_TO_PROTO = {source: pb.Source.ValueType(number) for number, source in S
 _STATES_TO_PROTO = {
     AttachmentState.PENDING: pb.ATTACHMENT_STATE_PENDING,
     AttachmentState.COMPLETE: pb.ATTACHMENT_STATE_COMPLETE,
+}
+_MEDITATION_STATES_TO_PROTO = {
+    MeditationState.RUNNING: pb.MEDITATION_STATE_RUNNING,
+    MeditationState.SUCCEEDED: pb.MEDITATION_STATE_SUCCEEDED,
 }
 
 _LONGEST_FILE_NAME = 255
@@ -196,6 +201,24 @@ def attachment_to(attachment: Attachment) -> pb.Attachment:
         state=_STATES_TO_PROTO[attachment.state],
         create_time=timestamp(attachment.created_at),
     )
+
+
+def meditation_to(run: Meditation) -> pb.Meditation:
+    """Return a meditation as the contract shows it."""
+    message = pb.Meditation(
+        id=ids.show(ids.MEDITATION, run.id),
+        state=_MEDITATION_STATES_TO_PROTO[run.state],
+        as_of_time=timestamp(run.as_of),
+        shards=run.shards,
+        shards_done=run.shards_done,
+        scored=run.scored,
+        mean_score=run.mean_score,
+        scorer_version=run.scorer_version,
+        create_time=timestamp(run.created_at),
+        finish_time=timestamp(run.finished_at) if run.finished_at else None,
+    )
+    message.duration.FromTimedelta(run.duration)
+    return message
 
 
 def timestamp(instant: datetime) -> Timestamp:

@@ -16,6 +16,7 @@ from server.errors import InvalidArgument, NotFound
 from server.memory import messages
 from server.memory.attachments import Attachments
 from server.memory.importing import Importer
+from server.memory.meditation_store import MeditationStore
 from server.memory.model import Tier
 from server.memory.retrieval import Retrieval
 from server.memory.short_term import ShortTermStore
@@ -39,12 +40,14 @@ class MemoryService(rpc.MemoryServiceServicer):
         short_term: ShortTermStore,
         retrieval: Retrieval,
         attachments: Attachments,
+        meditations: MeditationStore,
         clock: Clock,
     ) -> None:
         self._store = store
         self._short_term = short_term
         self._retrieval = retrieval
         self._attachments = attachments
+        self._meditations = meditations
         self._importer = Importer(store, clock)
         self._clock = clock
 
@@ -164,6 +167,18 @@ class MemoryService(rpc.MemoryServiceServicer):
             download_url=url,
             download_expire_time=self._url_expiry(self._clock()) if url else None,
         )
+
+    async def Meditate(self, request: pb.MeditateRequest, context: Context) -> pb.MeditateResponse:
+        run = await self._meditations.start(current_caller(), request.request_id)
+        return pb.MeditateResponse(meditation=messages.meditation_to(run))
+
+    async def GetMeditation(
+        self, request: pb.GetMeditationRequest, context: Context
+    ) -> pb.GetMeditationResponse:
+        run = await self._meditations.get(
+            current_caller(), ids.parse(ids.MEDITATION, request.id, "id")
+        )
+        return pb.GetMeditationResponse(meditation=messages.meditation_to(run))
 
     async def _delete_durable(self, caller: Caller, memory_id: UUID) -> None:
         attachment_ids = await self._store.delete(caller, memory_id)

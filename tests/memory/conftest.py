@@ -13,6 +13,7 @@ from server.cache import Redis
 from server.database import Database
 from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
+from server.memory.meditation_store import MeditationStore
 from server.memory.retrieval import Retrieval
 from server.memory.service import MemoryService
 from server.memory.short_term import ShortTermStore
@@ -45,6 +46,7 @@ async def memories(
         short_term,
         Retrieval(store, short_term, clock),
         Attachments(AttachmentStore(database), blobs, timedelta(minutes=15)),
+        MeditationStore(database),
         clock,
     )
     channel = await serve(lambda server: rpc.add_MemoryServiceServicer_to_server(service, server))

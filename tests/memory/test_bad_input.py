@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
@@ -66,19 +68,20 @@ async def test_malformed_id_is_refused_by_field(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, bad: str
 ) -> None:
     metadata = bearer(caller)
-    for call, field in [
+    calls: list[tuple[Awaitable[object], str]] = [
         (memories.GetMemory(pb.GetMemoryRequest(id=bad), metadata=metadata), "id"),
         (memories.DeleteMemory(pb.DeleteMemoryRequest(id=bad), metadata=metadata), "id"),
         (
             memories.UpdateMemory(
                 pb.UpdateMemoryRequest(
-                    memory=pb.Memory(id=bad, content="x"), update_mask={"paths": ["content"]}
+                    memory=pb.Memory(id=bad, content="x"), update_mask=FieldMask(paths=["content"])
                 ),
                 metadata=metadata,
             ),
             "memory.id",
         ),
-    ]:
+    ]
+    for call, field in calls:
         refusal = await refusal_of(call)
         assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
         assert refusal.fields == (field,)
@@ -126,7 +129,7 @@ async def test_update_mask_names_changeable_fields_only(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, paths: list[str]
 ) -> None:
     request = pb.UpdateMemoryRequest(
-        memory=pb.Memory(id=ID, content="x"), update_mask={"paths": paths}
+        memory=pb.Memory(id=ID, content="x"), update_mask=FieldMask(paths=paths)
     )
     refusal = await refusal_of(memories.UpdateMemory(request, metadata=bearer(caller)))
     assert refusal.fields == ("update_mask",)

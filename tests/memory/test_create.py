@@ -7,6 +7,7 @@ import asyncio
 import asyncpg
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
@@ -97,7 +98,7 @@ async def test_every_write_leaves_an_audit_event_without_text(
         )
     ).memory
     change = pb.UpdateMemoryRequest(
-        memory=pb.Memory(id=memory.id, content="zebras"), update_mask={"paths": ["content"]}
+        memory=pb.Memory(id=memory.id, content="zebras"), update_mask=FieldMask(paths=["content"])
     )
     await memories.UpdateMemory(change, metadata=metadata)
     await memories.DeleteMemory(pb.DeleteMemoryRequest(id=memory.id), metadata=metadata)

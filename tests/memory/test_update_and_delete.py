@@ -7,6 +7,7 @@ import asyncio
 import asyncpg
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
@@ -29,7 +30,7 @@ async def create(
 
 def change(memory: pb.Memory, **fields: object) -> pb.UpdateMemoryRequest:
     changed = pb.Memory(id=memory.id, etag=memory.etag, **fields)  # type: ignore[arg-type]
-    return pb.UpdateMemoryRequest(memory=changed, update_mask={"paths": list(fields)})
+    return pb.UpdateMemoryRequest(memory=changed, update_mask=FieldMask(paths=list(fields)))
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -82,8 +82,8 @@ def shared(tmp_path: Path) -> Path:
 @pytest.fixture
 async def channel(serve: Serve) -> grpc.aio.Channel:
     def register(server: grpc.aio.Server) -> None:
-        memory_pb2_grpc.add_MemoryServiceServicer_to_server(Memories(), server)
-        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(Scoring(), server)
+        memory_pb2_grpc.add_MemoryServiceServicer_to_server(Memories(), server)  # type: ignore[abstract]
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(Scoring(), server)  # type: ignore[abstract]
 
     return await serve(register)
 
@@ -139,7 +139,7 @@ async def test_call_ends_at_the_deadline_of_its_client(channel: grpc.aio.Channel
 async def test_call_without_a_deadline_gets_ours(private: Path) -> None:
     layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=0.1, stream_seconds=0.1)
     server = Server(private / "s", layers, services=())
-    memory_pb2_grpc.add_MemoryServiceServicer_to_server(Memories(), server.grpc)
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(Memories(), server.grpc)  # type: ignore[abstract]
     await server.start()
     async with grpc.aio.insecure_channel(f"unix:{private / 's'}") as channel:
         refusal = await refusal_of(get(channel, "hang"))
@@ -151,15 +151,15 @@ async def test_call_without_a_deadline_gets_ours(private: Path) -> None:
 
 
 async def test_bytes_that_are_no_message_are_refused(channel: grpc.aio.Channel) -> None:
-    unary = channel.unary_unary(GET)(MALFORMED, metadata=bearer(CALLER))
-    stream = channel.stream_unary(IMPORT)(iter([MALFORMED]), metadata=bearer(CALLER))
+    unary = channel.unary_unary(GET, None, None)(MALFORMED, metadata=bearer(CALLER))
+    stream = channel.stream_unary(IMPORT, None, None)(iter([MALFORMED]), metadata=bearer(CALLER))
     for call in (unary, stream):
         refusal = await refusal_of(call)
         assert (refusal.code, refusal.reason) == (
             grpc.StatusCode.INVALID_ARGUMENT,
             "MESSAGE_MALFORMED",
         )
-    both = channel.stream_stream(SCORE)(iter([b"", MALFORMED]), metadata=as_worker())
+    both = channel.stream_stream(SCORE, None, None)(iter([b"", MALFORMED]), metadata=as_worker())
     await both.read()
     assert (await refusal_of(both.read())).reason == "MESSAGE_MALFORMED"
 
@@ -167,7 +167,7 @@ async def test_bytes_that_are_no_message_are_refused(channel: grpc.aio.Channel) 
 async def test_stream_is_answered_and_refused_like_a_unary_call(channel: grpc.aio.Channel) -> None:
     stub = scoring_pb2_grpc.ScoringServiceStub(channel)
     call = stub.Score(iter([scoring_pb2.ScoreRequest()] * 3), metadata=as_worker())
-    answers = [await call.read(), await call.read()]
+    answers: list[Any] = [await call.read(), await call.read()]
     assert [answer.done.scored for answer in answers] == [1, 2]
     assert (await refusal_of(call.read())).reason == "RESOURCE_NOT_FOUND"
 

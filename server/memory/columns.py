@@ -1,0 +1,138 @@
+"""Memories to be scored, and their scores, as columns: no Python object for each of them."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+from asyncpg.pgproto.pgproto import UUID as PostgresUUID
+
+Column = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_DAY_MICROSECONDS = 86_400e6
+
+# COPY's binary format: a header, each field after its length, a trailer. No column is NULL, so
+# that every row has the same size and the whole answer is one array.
+_HEADER_BYTES: Final = 19
+_TRAILER: Final = struct.pack(">h", -1)
+_FIELDS: Final = (
+    ("user_id", "S16"),
+    ("memory_id", "S16"),
+    ("text_version", ">i4"),
+    ("last_seen_at", ">i8"),
+    ("use_count", ">i4"),
+    ("retrieved_count", ">i4"),
+    ("useful_count", ">i4"),
+    ("feedback", ">f4"),
+    ("sentiment", ">f4"),
+)
+_ROW: Final = np.dtype(
+    [("fields", ">i2")]
+    + [item for name, kind in _FIELDS for item in ((f"{name}_bytes", ">i4"), (name, kind))]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Memories in order of (user, memory), as Postgres copied them out."""
+
+    table: Column
+    """Structured array with a field for each of `_FIELDS`."""
+
+    @classmethod
+    def parse(cls, copied: bytes) -> "Rows":
+        """Read the answer to COPY … WITH (FORMAT binary).
+
+        Raises:
+            ValueError: It does not have the columns of `_FIELDS`, all of them NOT NULL.
+        """
+        if not copied.endswith(_TRAILER):
+            raise ValueError("COPY ended early")
+        return cls(np.frombuffer(copied[_HEADER_BYTES : -len(_TRAILER)], _ROW))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def head(self, size: int) -> "Rows":
+        """Return the first rows only."""
+        return Rows(self.table[:size])
+
+    def column(self, name: str, kind: str) -> Column:
+        """Return a column, converted."""
+        return self.table[name].astype(kind)
+
+    def days_since_last_seen(self, as_of: datetime) -> Floats:
+        """Return ages in days; nothing is younger than 0."""
+        then = (as_of - _EPOCH).total_seconds() * 1e6
+        days = (then - self.table["last_seen_at"].astype(np.float64)) / _DAY_MICROSECONDS
+        return np.maximum(days, 0).astype(np.float32)
+
+    def key(self, index: int) -> tuple[UUID, UUID]:
+        """Return user and memory of one row."""
+        user, memory = self.table["user_id"][index], self.table["memory_id"][index]
+        # NumPy drops trailing zero bytes of what it takes for text.
+        return UUID(bytes=user.ljust(16, b"\0")), UUID(bytes=memory.ljust(16, b"\0"))
+
+    def memory_ids(self, indexes: Column | None = None) -> list[PostgresUUID]:
+        """Return the ids of all memories, or of some."""
+        column = self.table["memory_id"]
+        return _uuids(column if indexes is None else column[indexes])
+
+    def user_ids(self, indexes: Column | None = None) -> list[PostgresUUID]:
+        """Return the user of each memory, or of some; few objects, many references."""
+        column = self.table["user_id"]
+        users, places = np.unique(
+            column if indexes is None else column[indexes], return_inverse=True
+        )
+        objects = np.empty(len(users), dtype=object)
+        objects[:] = _uuids(users)
+        listed: list[PostgresUUID] = objects[places].tolist()
+        return listed
+
+    def users(self) -> list[PostgresUUID]:
+        """Return every user once."""
+        return _uuids(np.unique(self.table["user_id"]))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreColumns:
+    """What a scorer found, one element a memory, in the order of the batch."""
+
+    scorer_version: int
+    score: Floats
+    relevance_to_goals: Floats
+    emotional_weight: Floats
+    predictive_value: Floats
+    recency_frequency: Floats
+    sentiment: Floats
+    """NaN where there is none."""
+
+    def components(self) -> Sequence[Floats]:
+        """Return the columns that are never NaN."""
+        return (
+            self.score,
+            self.relevance_to_goals,
+            self.emotional_weight,
+            self.predictive_value,
+            self.recency_frequency,
+        )
+
+    def is_sound(self, size: int) -> bool:
+        """Tell whether there are `size` of each, and every number is 0 to 1."""
+        if any(len(column) != size for column in (*self.components(), self.sentiment)):
+            return False
+        known = self.sentiment[~np.isnan(self.sentiment)]
+        return all(
+            bool(np.all((column >= 0) & (column <= 1))) for column in (*self.components(), known)
+        )
+
+
+def _uuids(column: Column) -> list[PostgresUUID]:
+    raw = column.tobytes()
+    return [PostgresUUID(raw[start : start + 16]) for start in range(0, len(raw), 16)]
