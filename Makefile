@@ -9,6 +9,8 @@ WORKERS ?= 2
 # What the API must stay compatible with: the last main that was shared, or our own.
 BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse -q --verify main || echo HEAD)
 export PYTHONPATH := .:client
+# gRPC logs every connection that a test ends.
+export GRPC_VERBOSITY := ERROR
 
 .DEFAULT_GOAL := help
 
