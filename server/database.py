@@ -23,6 +23,8 @@ _OUT_OF_REACH = (
     asyncpg.InterfaceError,
     asyncpg.exceptions.OperatorInterventionError,
     asyncpg.TooManyConnectionsError,
+    # What asyncpg says of an idle connection whose end it has read but not yet understood.
+    asyncpg.InternalClientError,
 )
 _SETTINGS = {
     "jit": "off",

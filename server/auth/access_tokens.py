@@ -1,0 +1,46 @@
+"""Access tokens: JWTs of a few minutes (RFC 9068)."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from joserfc import jwt
+from joserfc.jwk import ECKey
+
+from server import ids
+from server.caller import Caller
+from server.tokens import ALGORITHM, TYP
+
+_SCOPE: Final = "user"
+
+
+@dataclass(frozen=True, slots=True)
+class Mint:
+    """Makes access tokens of one issuer."""
+
+    issuer: str
+    audience: str
+    lifetime: timedelta
+
+    def expiry(self, now: datetime, session_expires_at: datetime) -> datetime:
+        """Return when a token made now ends: no token outlives its session."""
+        return min(now + self.lifetime, session_expires_at)
+
+    def make(self, caller: Caller, key: ECKey, now: datetime, expires_at: datetime) -> str:
+        """Return a token that names the caller, signed with a private key."""
+        return jwt.encode(
+            {"alg": ALGORITHM, "kid": key.kid, "typ": TYP},
+            {
+                "iss": self.issuer,
+                "aud": self.audience,
+                "sub": ids.show(ids.USER, caller.user_id),
+                "tid": ids.show(ids.TENANT, caller.tenant_id),
+                "scope": _SCOPE,
+                "jti": ids.new_id().hex,
+                "iat": int(now.timestamp()),
+                "nbf": int(now.timestamp()),
+                "exp": int(expires_at.timestamp()),
+            },
+            key,
+            algorithms=[ALGORITHM],
+        )

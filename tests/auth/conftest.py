@@ -1,0 +1,169 @@
+"""The auth service of one test, behind the real chain."""
+
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from datetime import timedelta
+from typing import Any, Literal, TypeAlias
+
+import argon2
+import asyncpg
+import grpc
+import pytest
+import pytest_asyncio
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from kimberly.auth.v1 import auth_pb2 as pb
+from kimberly.auth.v1 import auth_pb2_grpc as rpc
+
+from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
+from local.servers import Stores
+from server import ids
+from server.auth.access_tokens import Mint
+from server.auth.key_store import KeyStore
+from server.auth.keyring import Keyring
+from server.auth.passwords import Passwords
+from server.auth.service import AuthService
+from server.auth.store import AccountStore
+from server.database import SystemDatabase
+from server.kms import LocalKms
+from server.tokens import TokenVerifier
+from tests.conftest import FakeClock, Serve, Urls
+
+Auth: TypeAlias = "rpc.AuthServiceAsyncStub"
+"""The generated type of the stub; it exists for type checkers only."""
+
+PASSWORD = "correct horse battery"
+ISSUER = "https://auth.test"
+AUDIENCE = "kimberly"
+ACCESS_TOKEN_SECONDS = 600
+SESSION_LIFETIME = timedelta(days=30)
+
+
+class CountingHasher(argon2.PasswordHasher):
+    """Argon2id at next to no cost, which counts how often it is asked."""
+
+    verified = 0
+
+    def __init__(self, memory_cost: int = 8) -> None:
+        super().__init__(time_cost=1, memory_cost=memory_cost, parallelism=1)
+
+    def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002
+        self.verified += 1
+        return super().verify(hash, password)
+
+
+EMPTYING = """
+    DELETE FROM users;  -- with accounts, sessions, refresh tokens
+    DELETE FROM tenants;
+    DELETE FROM signing_keys;
+    DELETE FROM consents;
+    DELETE FROM audit_events;
+    DELETE FROM audit_links;
+    DELETE FROM audit_heads;
+"""
+
+
+@pytest_asyncio.fixture(scope="session")
+async def shared_urls(stores: Stores, template: str) -> AsyncIterator[Urls]:
+    """One database for all tests of a directory."""
+    name = f"test_{ids.new_id().hex}"
+    connection = await asyncpg.connect(stores.postgres.dsn(SUPERUSER, "postgres"))
+    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} OWNER {OWNER}")
+    yield Urls(*(stores.postgres.dsn(r, name) for r in (SUPERUSER, OWNER, APPLICATION, SYSTEM)))
+    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await connection.close()
+
+
+@pytest_asyncio.fixture
+async def urls(shared_urls: Urls) -> Urls:
+    """An empty database. Emptying one takes 10 ms where cloning one takes 300."""
+    connection = await asyncpg.connect(shared_urls.superuser)
+    await connection.execute(EMPTYING)
+    await connection.close()
+    return shared_urls
+
+
+@pytest.fixture
+def hasher() -> CountingHasher:
+    return CountingHasher()
+
+
+@pytest.fixture
+def hashing(hasher: CountingHasher) -> Iterator[Passwords]:
+    with Passwords(concurrency=2, hasher=hasher) as hashing:
+        yield hashing
+
+
+@pytest.fixture
+def kms() -> LocalKms:
+    return LocalKms(bytes(range(32)))
+
+
+@pytest.fixture
+def key_store(system_database: SystemDatabase) -> KeyStore:
+    return KeyStore(system_database)
+
+
+@pytest.fixture
+def keyring(key_store: KeyStore, kms: LocalKms, clock: FakeClock) -> Keyring:
+    return Keyring(key_store, kms, access_token_seconds=ACCESS_TOKEN_SECONDS, clock=clock)
+
+
+@pytest.fixture
+def mint() -> Mint:
+    return Mint(ISSUER, AUDIENCE, timedelta(seconds=ACCESS_TOKEN_SECONDS))
+
+
+@pytest.fixture
+def service(
+    system_database: SystemDatabase,
+    keyring: Keyring,
+    hashing: Passwords,
+    mint: Mint,
+    clock: FakeClock,
+) -> AuthService:
+    return AuthService(
+        AccountStore(system_database),
+        keyring,
+        hashing,
+        mint,
+        session_lifetime=SESSION_LIFETIME,
+        clock=clock,
+    )
+
+
+@pytest_asyncio.fixture
+async def auth(serve: Serve, service: AuthService) -> AsyncIterator[Auth]:
+    """A stub of the auth service."""
+    channel = await serve(lambda server: rpc.add_AuthServiceServicer_to_server(service, server))
+    yield rpc.AuthServiceStub(channel)
+
+
+@pytest.fixture
+def verifier(keyring: Keyring, clock: FakeClock) -> TokenVerifier:
+    """Verifies as the auth process itself does."""
+    return TokenVerifier(keyring, issuer=ISSUER, audience=AUDIENCE, clock=clock)
+
+
+async def sign_up(auth: Auth, email: str = "ada@example.com") -> pb.Tokens:
+    """Make an account and return the tokens of its first session."""
+    response = await auth.SignUp(pb.SignUpRequest(email=email, password=PASSWORD))
+    return response.tokens
+
+
+async def refresh(auth: Auth, refresh_token: str) -> pb.Tokens:
+    """Exchange a refresh token."""
+    response = await auth.RefreshToken(pb.RefreshTokenRequest(refresh_token=refresh_token))
+    return response.tokens
+
+
+async def reason_of(call: Awaitable[Any]) -> str:
+    """Return the reason that a call is refused with, and for a field which: "REASON field"."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]  # has all it asks for
+    assert status is not None, caught.value
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    status.details[0].Unpack(info)
+    for detail in status.details[1:]:
+        detail.Unpack(bad)
+    return " ".join([info.reason, *(violation.field for violation in bad.field_violations)])

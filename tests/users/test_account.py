@@ -1,0 +1,100 @@
+import asyncio
+
+import asyncpg
+import grpc
+import pytest
+from kimberly.users.v1 import users_pb2 as pb
+
+from server import ids
+from server.caller import Caller
+from server.database import Database
+from tests.conftest import bearer, new_caller
+from tests.users.conftest import Users
+
+
+async def named(owner: asyncpg.Connection, caller: Caller, email: str) -> Caller:
+    """Give a caller an account, past the auth service."""
+    await owner.execute(
+        "INSERT INTO tenants (id, created_at) VALUES ($1, '2026-01-02T03:04:05Z')",
+        caller.tenant_id,
+    )
+    await owner.execute(
+        """
+        INSERT INTO users (tenant_id, id, email, display_name, created_at)
+        VALUES ($1, $2, $3, 'Ada', '2026-01-02T03:04:05Z')
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        email,
+    )
+    return caller
+
+
+def decide(*, granted: bool) -> pb.RecordConsentRequest:
+    return pb.RecordConsentRequest(purpose=pb.CONSENT_PURPOSE_MEMORY_STORE, granted=granted)
+
+
+async def test_users_see_themselves(
+    users: Users, owner: asyncpg.Connection, database: Database
+) -> None:
+    ada = await named(owner, await new_caller(database), "ada@example.com")
+    await named(owner, await new_caller(database), "bob@example.com")
+    user = (await users.GetUser(pb.GetUserRequest(), metadata=bearer(ada))).user
+    assert user.id == ids.show(ids.USER, ada.user_id)
+    assert user.tenant_id == ids.show(ids.TENANT, ada.tenant_id)
+    assert (user.email, user.display_name) == ("ada@example.com", "Ada")
+    assert user.create_time.ToJsonString() == "2026-01-02T03:04:05Z"
+
+
+async def test_a_token_that_outlives_its_account_finds_no_user(
+    users: Users, caller: Caller
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await users.GetUser(pb.GetUserRequest(), metadata=bearer(caller))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_nobody_is_served_without_a_token(users: Users) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await users.GetUser(pb.GetUserRequest())
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_the_last_decision_on_a_purpose_stands(users: Users, database: Database) -> None:
+    mine = bearer(await new_caller(database, consenting=False))
+    assert not (await users.ListConsents(pb.ListConsentsRequest(), metadata=mine)).consents
+    for version, granted in enumerate((True, True, False), start=1):
+        response = await users.RecordConsent(decide(granted=granted), metadata=mine)
+        assert (response.consent.version, response.consent.granted) == (version, granted)
+        listed = await users.ListConsents(pb.ListConsentsRequest(), metadata=mine)
+        assert list(listed.consents) == [response.consent]
+
+
+async def test_consents_are_everyone_s_own(users: Users, database: Database) -> None:
+    await users.RecordConsent(decide(granted=True), metadata=bearer(await new_caller(database)))
+    other = await new_caller(database, consenting=False)
+    response = await users.ListConsents(pb.ListConsentsRequest(), metadata=bearer(other))
+    assert not response.consents
+
+
+async def test_concurrent_decisions_get_one_version_each_and_are_all_audited(
+    users: Users, database: Database, owner: asyncpg.Connection
+) -> None:
+    caller = await new_caller(database, consenting=False)
+    answers = await asyncio.gather(
+        *(
+            users.RecordConsent(decide(granted=bool(number % 2)), metadata=bearer(caller))
+            for number in range(20)
+        )
+    )
+    assert sorted(answer.consent.version for answer in answers) == list(range(1, 21))
+    actions = await owner.fetch("SELECT action, count(*) FROM audit_events GROUP BY action")
+    assert dict(actions) == {"consent.grant": 10, "consent.withdraw": 10}
+
+
+@pytest.mark.parametrize("purpose", [0, 99])
+async def test_an_unknown_purpose_is_refused(users: Users, caller: Caller, purpose: int) -> None:
+    request = pb.RecordConsentRequest(granted=True)
+    request.purpose = purpose  # type: ignore[assignment]
+    with pytest.raises(grpc.aio.AioRpcError, match="purpose: must be one of"):
+        await users.RecordConsent(request, metadata=bearer(caller))
