@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from server import telemetry
 from server.app import migrate_database, rotate_signing_key, serve
-from server.kms import MasterKeyUnusable
+from server.kms import MasterKeyUnusable, UnwrapFailed
 from server.rpc.serving import UnsafeSocketDirectory
 from server.settings import MigrationSettings, Settings, explain
 
@@ -88,7 +88,7 @@ def _settings(kind: type[T]) -> T:
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
     try:
         return uvloop.run(work)
-    except (MasterKeyUnusable, UnsafeSocketDirectory) as error:
+    except (MasterKeyUnusable, UnwrapFailed, UnsafeSocketDirectory) as error:
         _exit(str(error))
 
 

@@ -20,6 +20,8 @@ class Access(enum.Enum):
     """Any SPIFFE identity of the mesh. Never reachable through the edge."""
 
 
+REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
+
 METHODS: Mapping[str, Access] = {
     "/kimberly.auth.v1.AuthService/SignUp": Access.ANYONE,
     "/kimberly.auth.v1.AuthService/LogIn": Access.ANYONE,
@@ -56,7 +58,7 @@ PROCESSES: Mapping[str, tuple[str, ...]] = {
     "auth": (
         "kimberly.auth.v1.AuthService",
         "kimberly.users.v1.UserService",
-        "grpc.reflection.v1alpha.ServerReflection",
+        REFLECTION,
     ),
     "memory": ("kimberly.memory.v1.MemoryService", "kimberly.scoring.v1.ScoringService"),
     "jobs": ("kimberly.jobs.v1.JobService", "kimberly.jobs.v1.WorkerService"),
@@ -73,6 +75,15 @@ def methods_of(process: str) -> dict[str, Access]:
     return {
         method: access for method, access in METHODS.items() if method.split("/")[1] in prefixes
     }
+
+
+def public_services() -> list[str]:
+    """Return the services that users may call through the edge, reflection left out."""
+    public = {Access.ANYONE, Access.USER}
+    return sorted(
+        {method.split("/")[1] for method, access in METHODS.items() if access in public}
+        - {REFLECTION}
+    )
 
 
 def spiffe_id(trust_domain: str, namespace: str, process: str) -> str:

@@ -1,10 +1,13 @@
-"""BM25: how much the words of a query weigh in a memory.
+"""BM25 over memories in their conversation: how much the words of a query weigh in a memory.
 
 score(q, d) = Σ_t idf(t) · w(t, d)   (Robertson & Zaragoza 2009, "The Probabilistic Relevance
 Framework: BM25 and Beyond", equation 3.15), split so that the database can do the sum:
 
 * w(t, d), the saturated and length-normalised frequency, is stored with the memory;
 * idf(t) comes from a sample of the user's memories, when they ask.
+
+A turn of a conversation is matched together with the turns around it: the answer to a question
+often has none of its words, but stands next to a turn that has them.
 """
 
 import math
@@ -14,18 +17,34 @@ from dataclasses import dataclass, field
 
 from server.memory.words import term_counts
 
-K1 = 1.2
-B = 0.75
-USUAL_LENGTH = 12
-"""Terms of a usual memory. A constant: weights that are stored cannot follow a mean that moves."""
+K1 = 0.9
+B = 0.4
+"""K1 and B are Anserini's defaults for BM25, which carry over between collections."""
+
+NEIGHBOURHOOD = (2.0, 1.0, 0.5)
+"""What a term counts in the memory itself, in the turns next to it, in the ones after those."""
+
+USUAL_LENGTH = 35
+"""Weighted terms of a usual turn with its neighbours. A constant: weights that are stored cannot
+follow a mean that moves."""
 
 MOST_TERMS = 1_000
 """How many terms of one memory are indexed; pgvector takes 16 000."""
 
 
-def weights(text: str) -> dict[int, float]:
-    """Return w(t, d) for every term of a text: {term id: weight}, weights in 0..2.2."""
-    counts = term_counts(text)
+def weights(text: str, neighbours: Iterable[tuple[int, str]] = ()) -> dict[int, float]:
+    """Return w(t, d) for every term: {term id: weight}, weights in 0..K1 + 1.
+
+    Args:
+        text: The memory.
+        neighbours: Turns of the same conversation: how many places away, and the text. Those
+            beyond the neighbourhood do not count.
+    """
+    counts: Counter[int] = Counter()
+    for distance, said in ((0, text), *neighbours):
+        if distance < len(NEIGHBOURHOOD):
+            for term, count in term_counts(said).items():
+                counts[term] += NEIGHBOURHOOD[distance] * count  # type: ignore[assignment]
     norm = K1 * (1 - B + B * counts.total() / USUAL_LENGTH)
     heaviest = counts.most_common(MOST_TERMS)
     return {term: count * (K1 + 1) / (count + norm) for term, count in heaviest}

@@ -5,13 +5,13 @@ from datetime import datetime
 from uuid import UUID
 
 import asyncpg
-from pgvector import SparseVector
 
 from server import audit, consent, ids, requests
 from server.caller import Caller
 from server.database import Connection, Database
 from server.errors import AlreadyExists, EtagMismatch, NotFound
 from server.memory import ranking
+from server.memory.conversation import Place, Surroundings, place_of, sparse
 from server.memory.model import (
     Change,
     Draft,
@@ -24,16 +24,9 @@ from server.memory.model import (
     hash_of,
     size_of,
 )
-from server.memory.words import DIMENSIONS
 
 _SAMPLE = 4_096
 """How many of a user's memories the word frequencies are taken from."""
-
-
-def sparse(weights: Mapping[int, float]) -> SparseVector:
-    """Return weights of terms as pgvector takes them."""
-    vector: SparseVector = SparseVector(dict(weights), DIMENSIONS)
-    return vector
 
 
 class MemoryStore:
@@ -159,6 +152,21 @@ class MemoryStore:
             NotFound: There is none, or it is not the caller's.
         """
         async with self._database.transaction(caller) as connection:
+            doomed = await connection.fetchrow(
+                """
+                SELECT session_id, session_position
+                  FROM memories
+                 WHERE tenant_id = $1 AND user_id = $2 AND id = $3
+                   FOR UPDATE
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                memory_id,
+            )
+            if doomed is None:
+                raise NotFound("memory")
+            place = _place(doomed)
+            around = await Surroundings.of(connection, caller, [place] if place else [])
             attachments = await connection.fetch(
                 """
                 DELETE FROM attachments
@@ -169,18 +177,17 @@ class MemoryStore:
                 caller.user_id,
                 memory_id,
             )
-            deleted = await connection.fetchval(
+            await connection.execute(
                 """
                 DELETE FROM memories
                  WHERE tenant_id = $1 AND user_id = $2 AND id = $3
-                RETURNING id
                 """,
                 caller.tenant_id,
                 caller.user_id,
                 memory_id,
             )
-            if deleted is None:
-                raise NotFound("memory")
+            if place:
+                await around.without(memory_id).refresh(connection, caller, [place])
             await audit.record(connection, caller, "memory.delete", ids.show(ids.MEMORY, memory_id))
         return [row["id"] for row in attachments]
 
@@ -270,6 +277,9 @@ async def _insert(
     connection: Connection, caller: Caller, memory_id: UUID, draft: Draft, now: datetime
 ) -> Memory | None:
     """Insert a memory; None if its text is there already."""
+    place = place_of(draft)
+    around = await Surroundings.of(connection, caller, [place] if place else [])
+    around = around.with_drafts([draft])
     row = await connection.fetchrow(
         """
         WITH created AS (
@@ -298,9 +308,13 @@ async def _insert(
         draft.size_bytes,
         draft.content_hash,
         now,
-        sparse(ranking.weights(draft.content)),
+        around.terms(draft.content, place),
     )
-    return new_memory(memory_id, draft, now) if row else None
+    if row is None:
+        return None
+    if place:
+        await around.refresh(connection, caller, [place])
+    return new_memory(memory_id, draft, now)
 
 
 def new_memory(memory_id: UUID, draft: Draft, now: datetime) -> Memory:
@@ -358,6 +372,9 @@ async def _insert_all(
     connection: Connection, caller: Caller, drafts: Sequence[Draft], now: datetime
 ) -> list[UUID]:
     """Insert memories, leave out those whose text is there already, return the new ids."""
+    places = [place for draft in drafts if (place := place_of(draft))]
+    around = await Surroundings.of(connection, caller, places)
+    around = around.with_drafts(drafts)
     rows = await connection.fetch(
         """
         WITH created AS (
@@ -394,8 +411,9 @@ async def _insert_all(
         [draft.occurred_at or now for draft in drafts],
         [draft.size_bytes for draft in drafts],
         [draft.content_hash for draft in drafts],
-        [sparse(ranking.weights(draft.content)) for draft in drafts],
+        [around.terms(draft.content, place_of(draft)) for draft in drafts],
     )
+    await around.refresh(connection, caller, places)
     return [row["memory_id"] for row in rows]
 
 
@@ -404,7 +422,7 @@ async def _update(
 ) -> None:
     current = await connection.fetchrow(
         """
-        SELECT content, tags, version
+        SELECT content, tags, version, session_id, session_position
           FROM memories
          WHERE tenant_id = $1 AND user_id = $2 AND id = $3
            FOR UPDATE
@@ -419,6 +437,9 @@ async def _update(
         raise EtagMismatch
     content = current["content"] if change.content is None else change.content
     tags = tuple(current["tags"]) if change.tags is None else change.tags
+    place = _place(current)
+    around = await Surroundings.of(connection, caller, [place] if place else [])
+    around = around.with_text(memory_id, content)
     try:
         await connection.execute(
             """
@@ -437,12 +458,14 @@ async def _update(
             change.occurred_at,
             size_of(content, tags),
             hash_of(content),
-            sparse(ranking.weights(content)),
+            around.terms(content, place),
             now,
         )
     except asyncpg.UniqueViolationError as error:
         raise AlreadyExists("another memory of this tier and place has the same content") from error
     if content != current["content"]:
+        if place:
+            await around.refresh(connection, caller, [place])
         await _forget_sentiment(connection, caller, memory_id)
 
 
@@ -451,13 +474,19 @@ async def _forget_sentiment(connection: Connection, caller: Caller, memory_id: U
     await connection.execute(
         """
         UPDATE memory_scores
-           SET sentiment = NULL
+           SET sentiment = NULL, text_version = text_version + 1
          WHERE tenant_id = $1 AND user_id = $2 AND memory_id = $3
         """,
         caller.tenant_id,
         caller.user_id,
         memory_id,
     )
+
+
+def _place(row: asyncpg.Record) -> Place | None:
+    if row["session_position"] is None:
+        return None
+    return Place(row["session_id"], row["session_position"])
 
 
 def _memory(row: asyncpg.Record) -> Memory:

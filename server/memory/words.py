@@ -20,18 +20,22 @@ _STOP_WORDS = frozenset(
     ourselves out over own same she should so some such than that the their theirs them
     themselves then there these they this those through to too under until up very was we were
     what when where which while who whom why will with would you your yours yourself yourselves
-    i'm i've i'd i'll it's that's don't didn't doesn't isn't wasn't can't you're we're they're
-    he's she's what's there's let's won't couldn't wouldn't shouldn't
+    i'm i've i'd i'll don't didn't doesn't isn't wasn't can't you're we're they're
+    let won't couldn't wouldn't shouldn't
     """.split()  # noqa: SIM905 - words read better without quotes
 )
 _stemmer = Stemmer.Stemmer("english")
 
 
+def words(text: str) -> list[str]:
+    """Return the words of a text in order, in lower case."""
+    return [word.replace("’", "'").removesuffix("'s") for word in _WORD.findall(text.lower())]
+
+
 def stems(text: str) -> list[str]:
     """Return the stems of a text in order, stop words left out."""
-    words = (word.replace("’", "'") for word in _WORD.findall(text.lower()))
     stemmed: list[str] = _stemmer.stemWords(
-        [word[:_LONGEST_WORD] for word in words if word not in _STOP_WORDS]
+        [word[:_LONGEST_WORD] for word in words(text) if word not in _STOP_WORDS]
     )
     return stemmed
 

@@ -5,7 +5,6 @@ from datetime import timedelta
 from typing import Any, Literal, TypeAlias
 
 import argon2
-import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
@@ -14,9 +13,6 @@ from grpc_status import rpc_status
 from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
-from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
-from local.servers import Stores
-from server import ids
 from server.auth.access_tokens import Mint
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
@@ -26,7 +22,7 @@ from server.auth.store import AccountStore
 from server.database import SystemDatabase
 from server.kms import LocalKms
 from server.tokens import TokenVerifier
-from tests.conftest import FakeClock, Serve, Urls
+from tests.conftest import FakeClock, Serve
 
 Auth: TypeAlias = "rpc.AuthServiceAsyncStub"
 """The generated type of the stub; it exists for type checkers only."""
@@ -49,37 +45,6 @@ class CountingHasher(argon2.PasswordHasher):
     def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002
         self.verified += 1
         return super().verify(hash, password)
-
-
-EMPTYING = """
-    DELETE FROM users;  -- with accounts, sessions, refresh tokens
-    DELETE FROM tenants;
-    DELETE FROM signing_keys;
-    DELETE FROM consents;
-    DELETE FROM audit_events;
-    DELETE FROM audit_links;
-    DELETE FROM audit_heads;
-"""
-
-
-@pytest_asyncio.fixture(scope="session")
-async def shared_urls(stores: Stores, template: str) -> AsyncIterator[Urls]:
-    """One database for all tests of a directory."""
-    name = f"test_{ids.new_id().hex}"
-    connection = await asyncpg.connect(stores.postgres.dsn(SUPERUSER, "postgres"))
-    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} OWNER {OWNER}")
-    yield Urls(*(stores.postgres.dsn(r, name) for r in (SUPERUSER, OWNER, APPLICATION, SYSTEM)))
-    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    await connection.close()
-
-
-@pytest_asyncio.fixture
-async def urls(shared_urls: Urls) -> Urls:
-    """An empty database. Emptying one takes 10 ms where cloning one takes 300."""
-    connection = await asyncpg.connect(shared_urls.superuser)
-    await connection.execute(EMPTYING)
-    await connection.close()
-    return shared_urls
 
 
 @pytest.fixture

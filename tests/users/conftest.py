@@ -12,10 +12,7 @@ from server.users.audit_log import AuditLog
 from server.users.audit_store import AuditStore
 from server.users.service import UserService
 from server.users.store import UserStore
-from tests.auth.conftest import shared_urls, urls
 from tests.conftest import Serve
-
-__all__ = ["shared_urls", "urls"]
 
 Users: TypeAlias = "rpc.UserServiceAsyncStub"
 """The generated type of the stub; it exists for type checkers only."""

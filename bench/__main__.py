@@ -1,0 +1,44 @@
+"""python -m bench: measure a mesh of its own, durable, on this machine, and print the table."""
+
+import asyncio
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench import calls, standing
+from bench.table import Row, for_eyes, for_readme
+from local.layout import Layout
+from local.mesh import Mesh
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
+        bool, typer.Option(help="Print the table as the README has it.")
+    ] = False,
+) -> None:
+    """Measure calls, start-up and memory. Let nothing else run meanwhile; it takes a minute."""
+    console = Console()
+    with console.status("measuring …"):
+        rows = asyncio.run(_measure())
+    print(for_readme(rows)) if markdown else console.print(for_eyes(rows))
+
+
+async def _measure() -> list[Row]:
+    with TemporaryDirectory(prefix="kimberly-bench-") as directory:
+        state = Path(directory)
+        rows = await standing.start_up(state)
+        async with Mesh(Layout(state)) as mesh:
+            await mesh.wait_ready()
+            rows += await calls.run(mesh)
+            rows += standing.resident(mesh)
+        return rows
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,152 @@
+"""Keeps the terms of conversation turns right when turns around them come, change or go."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from uuid import UUID
+
+from pgvector import SparseVector
+
+from server.caller import Caller
+from server.database import Connection
+from server.memory import ranking
+from server.memory.model import Draft
+from server.memory.words import DIMENSIONS
+
+REACH = len(ranking.NEIGHBOURHOOD) - 1
+"""How many places away a turn is still a neighbour."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where a turn stands."""
+
+    session_id: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A stored turn."""
+
+    id: UUID
+    place: Place
+    content: str
+
+
+def sparse(weights: Mapping[int, float]) -> SparseVector:
+    """Return weights of terms as pgvector takes them."""
+    vector: SparseVector = SparseVector(dict(weights), DIMENSIONS)
+    return vector
+
+
+def place_of(draft: Draft) -> Place | None:
+    """Return where a draft stands in its conversation, if it is a turn of one."""
+    if draft.session_position is None:
+        return None
+    return Place(draft.session_id, draft.session_position)
+
+
+class Surroundings:
+    """The stored turns around some places, read and locked before those places change.
+
+    Two writers next to each other in one conversation take turns: each sees the other's text.
+    """
+
+    def __init__(self, turns: Iterable[Turn], coming: Iterable[Draft] = ()) -> None:
+        self._turns = tuple(turns)
+        # A set a place, in order: a turn may be retold, but the same words count once.
+        self._said: dict[Place, dict[str, None]] = defaultdict(dict)
+        for turn in self._turns:
+            self._said[turn.place][turn.content] = None
+        for draft in coming:
+            if place := place_of(draft):
+                self._said[place][draft.content] = None
+
+    @classmethod
+    async def of(
+        cls, connection: Connection, caller: Caller, places: Iterable[Place]
+    ) -> "Surroundings":
+        """Read what the terms at the places, and at their neighbours, are made of."""
+        wanted = sorted(set(places))
+        if not wanted:
+            return cls(())
+        sessions = [place.session_id for place in wanted]
+        await connection.execute(
+            """
+            SELECT pg_advisory_xact_lock(hashtextextended($1 || session_id, 0))
+              FROM (SELECT DISTINCT unnest($2::text[]) AS session_id ORDER BY 1) AS sessions
+            """,
+            str(caller.user_id),
+            sessions,
+        )
+        rows = await connection.fetch(
+            """
+            SELECT DISTINCT memory.id, memory.session_id, memory.session_position, memory.content
+              FROM unnest($3::text[], $4::integer[]) AS place (session_id, position)
+              JOIN memories AS memory
+                ON memory.tenant_id = $1 AND memory.user_id = $2
+               AND memory.session_id <> '' AND memory.session_id = place.session_id
+               AND memory.session_position BETWEEN place.position - $5 AND place.position + $5
+            """,
+            caller.tenant_id,
+            caller.user_id,
+            sessions,
+            [place.position for place in wanted],
+            2 * REACH,
+        )
+        return cls(
+            Turn(row["id"], Place(row["session_id"], row["session_position"]), row["content"])
+            for row in rows
+        )
+
+    def with_drafts(self, drafts: Iterable[Draft]) -> "Surroundings":
+        """Return these surroundings once the drafts are stored."""
+        return Surroundings(self._turns, drafts)
+
+    def without(self, memory_id: UUID) -> "Surroundings":
+        """Return these surroundings once a turn is gone."""
+        return Surroundings(turn for turn in self._turns if turn.id != memory_id)
+
+    def with_text(self, memory_id: UUID, content: str) -> "Surroundings":
+        """Return these surroundings once a turn has another text."""
+        return Surroundings(
+            Turn(turn.id, turn.place, content) if turn.id == memory_id else turn
+            for turn in self._turns
+        )
+
+    def terms(self, content: str, place: Place | None) -> SparseVector:
+        """Return the terms of a memory, with those of the turns around it."""
+        return sparse(ranking.weights(content, self._around(place) if place else ()))
+
+    async def refresh(
+        self, connection: Connection, caller: Caller, places: Iterable[Place]
+    ) -> None:
+        """Store anew the terms of the stored turns at the places and next to them."""
+        near = {near for place in places for near in _neighbourhood(place)}
+        turns = sorted((t for t in self._turns if t.place in near), key=lambda turn: turn.id)
+        if not turns:
+            return
+        await connection.execute(
+            """
+            UPDATE memories AS memory
+               SET terms = turn.terms
+              FROM unnest($3::uuid[], $4::sparsevec[]) AS turn (id, terms)
+             WHERE memory.tenant_id = $1 AND memory.user_id = $2 AND memory.id = turn.id
+            """,
+            caller.tenant_id,
+            caller.user_id,
+            [turn.id for turn in turns],
+            [self.terms(turn.content, turn.place) for turn in turns],
+        )
+
+    def _around(self, place: Place) -> Iterable[tuple[int, str]]:
+        for near in _neighbourhood(place):
+            if near != place:
+                distance = abs(near.position - place.position)
+                yield from ((distance, text) for text in self._said.get(near, ()))
+
+
+def _neighbourhood(place: Place) -> list[Place]:
+    offsets = range(-REACH, REACH + 1)
+    return [Place(place.session_id, place.position + offset) for offset in offsets]
