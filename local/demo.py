@@ -25,6 +25,7 @@ _SESSION_GAP = timedelta(hours=1)
 _CHUNK = 200
 _MEDITATION_SECONDS = 60.0
 _QUESTIONS = 3
+_ANSWERS = 3
 _WORDS_TO_ASK_FOR = 6
 
 
@@ -134,9 +135,8 @@ async def run(address: str, ca: Path, transcript: Path, console: Console) -> Non
     async with connect(address, ca) as client:
         await _sign_up(client, report)
         await _import(client, to_memories(turns), report, console)
-        answers = await _ask(client, questions, report)
         meditation = await _meditate(client, report, console)
-        answers = await _ask_again(client, questions, answers)
+        answers = await _ask(client, questions, report)
         await _verify_audit(client, report)
     console.print(_answers_table(answers), _meditation_table(meditation), _steps_table(report))
 
@@ -172,25 +172,19 @@ async def _import(
         )
 
 
-Answers = list[tuple[str, memory.Match | None]]
+Answers = list[tuple[str, list[memory.Match]]]
 
 
 async def _ask(client: Client, questions: list[str], report: Report) -> Answers:
     with report.step("query") as tell:
         answers = [(question, await _best(client, question)) for question in questions]
-        tell(f"{sum(best is not None for _, best in answers)} of {len(answers)} answered")
+        tell(f"{sum(bool(best) for _, best in answers)} of {len(answers)} answered")
     return answers
 
 
-async def _ask_again(client: Client, questions: list[str], before: Answers) -> Answers:
-    """Ask once more: the memories now carry the scores of the meditation."""
-    after = [(question, await _best(client, question)) for question in questions]
-    return after if all(best for _, best in after) else before
-
-
-async def _best(client: Client, question: str) -> memory.Match | None:
-    answer = await client.memory.QueryMemories(memory.QueryMemoriesRequest(query=question, top_k=1))
-    return answer.matches[0] if answer.matches else None
+async def _best(client: Client, question: str) -> list[memory.Match]:
+    request = memory.QueryMemoriesRequest(query=question, top_k=_ANSWERS)
+    return list((await client.memory.QueryMemories(request)).matches)
 
 
 async def _meditate(client: Client, report: Report, console: Console) -> memory.Meditation:
@@ -233,16 +227,16 @@ def _progress(console: Console) -> Progress:
 
 
 def _answers_table(answers: Answers) -> Table:
-    table = Table(title="Three questions", title_justify="left")
-    for heading in ("question", "best memory", "said by", "rank score", "meditated score", "why"):
+    table = Table(title="Three questions and their best memories", title_justify="left")
+    for heading in ("match", "memory", "said by", "score", "why"):
         table.add_column(heading, overflow="fold")
     for question, best in answers:
-        if best is None:
-            table.add_row(question, "[yellow]nothing found")
-            continue
-        said = best.memory
-        worth = f"{said.score.value:.3f}" if said.HasField("score") else "-"
-        table.add_row(question, said.content, said.speaker, f"{best.score:.3f}", worth, best.reason)
+        table.add_row("", f"[bold]{question}")
+        for match in best:
+            said = match.memory
+            worth = f"{said.score.value:.3f}" if said.HasField("score") else "-"
+            table.add_row(f"{match.score:.3f}", said.content, said.speaker, worth, match.reason)
+        table.add_section()
     return table
 
 
