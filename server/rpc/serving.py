@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import FileDescriptor
 from grpc_health.v1 import _async as async_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -26,6 +28,24 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
+
+
+class _Symbols:
+    """The descriptor pool, which also finds methods: grpcurl asks for those by name."""
+
+    def __init__(self) -> None:
+        self._pool = descriptor_pool.Default()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            service_name, _, method = symbol.rpartition(".")
+            service = self._pool.FindServiceByName(service_name)
+            return service.methods_by_name[method].containing_service.file
 
 
 class UnsafeSocketDirectory(Exception):
@@ -50,7 +70,9 @@ class Server:
 
     def reflect(self, services: Sequence[str]) -> None:
         """Answer reflection for these services, wherever in the mesh they are served."""
-        reflection.enable_server_reflection((*services, reflection.SERVICE_NAME), self.grpc)
+        names = (*services, reflection.SERVICE_NAME)
+        symbols: Any = _Symbols()
+        reflection.enable_server_reflection(names, self.grpc, pool=symbols)
 
     async def start(self) -> None:
         """Listen, and report SERVING.
