@@ -11,7 +11,7 @@ from server.memory import ranking
 from server.memory.model import Filter, Found, Memory
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
-from server.memory.words import stems, words
+from server.memory.words import stems, telling_words, words
 
 _LEXICON_LIFETIME = timedelta(seconds=60)
 _LEXICONS = 1_000
@@ -72,7 +72,7 @@ class Retrieval:
 def rank(found: list[Found], query: str, limit: int) -> list[Match]:
     """Order what the tiers found, best first, and say why each is there."""
     best = max((one.lexical for one in found), default=1.0)
-    asked = dict.fromkeys(stems(query))
+    asked = dict(zip(stems(query), telling_words(query), strict=True))
     names = set(words(query))
     scored = [(_score(one, best, names), one) for one in found]
     scored.sort(key=lambda pair: (-pair[0], pair[1].memory.id))
@@ -89,9 +89,9 @@ def _score(found: Found, best: float, names: set[str]) -> float:
     return found.lexical / best + _NAMED_SPEAKER * is_named + _MEMORY_SCORE * worth
 
 
-def _reason(memory: Memory, asked: dict[str, None]) -> str:
+def _reason(memory: Memory, asked: dict[str, str]) -> str:
     said = set(stems(memory.content))
-    shared = [stem for stem in asked if stem in said][:_WORDS_IN_REASON]
+    shared = [word for stem, word in asked.items() if stem in said][:_WORDS_IN_REASON]
     if shared:
         return f"shares {', '.join(shared)}"
     return "was said next to turns that share words with the query"

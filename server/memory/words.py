@@ -32,11 +32,14 @@ def words(text: str) -> list[str]:
     return [word.replace("’", "'").removesuffix("'s") for word in _WORD.findall(text.lower())]
 
 
+def telling_words(text: str) -> list[str]:
+    """Return the words of a text in order, without those that say nothing."""
+    return [word[:_LONGEST_WORD] for word in words(text) if word not in _STOP_WORDS]
+
+
 def stems(text: str) -> list[str]:
-    """Return the stems of a text in order, stop words left out."""
-    stemmed: list[str] = _stemmer.stemWords(
-        [word[:_LONGEST_WORD] for word in words(text) if word not in _STOP_WORDS]
-    )
+    """Return the stems of the telling words of a text, in order."""
+    stemmed: list[str] = _stemmer.stemWords(telling_words(text))
     return stemmed
 
 

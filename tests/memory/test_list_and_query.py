@@ -72,7 +72,7 @@ async def test_query_finds_the_memory_that_answers(
     best = answer.matches[0]
     assert best.memory.content.startswith("Caroline")
     assert best.lexical == 1.0
-    assert best.reason == "shares support, group, carolin"
+    assert best.reason == "shares support, groups, caroline"
     dinner = await memories.QueryMemories(
         pb.QueryMemoriesRequest(query="dinner"), metadata=bearer(caller)
     )
