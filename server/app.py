@@ -41,6 +41,7 @@ from server.memory.meditation_store import MeditationStore
 from server.memory.retrieval import Retrieval
 from server.memory.scoring_service import ScoringService
 from server.memory.scoring_store import ScoringStore
+from server.memory.search_store import SearchStore
 from server.memory.service import MemoryService
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
@@ -131,12 +132,13 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     keys = await _remote_keys(settings, stack)
     redis = open_cache(settings.redis_url.get_secret_value())
     stack.push_async_callback(redis.aclose)
-    store = MemoryStore(database)
+    search = SearchStore(database)
     short_term = ShortTermStore(redis, database, timedelta(seconds=settings.short_term_seconds))
     memories = MemoryService(
-        store,
+        MemoryStore(database),
+        search,
         short_term,
-        Retrieval(store, short_term, utc_now),
+        Retrieval(search, short_term, utc_now),
         Attachments(
             AttachmentStore(database),
             _blobs(settings),

@@ -9,8 +9,8 @@ from server.caller import Caller
 from server.clock import Clock
 from server.memory import ranking
 from server.memory.model import Filter, Found, Memory
+from server.memory.search_store import SearchStore
 from server.memory.short_term import ShortTermStore
-from server.memory.store import MemoryStore
 from server.memory.words import stems, telling_words, words
 
 _LEXICON_LIFETIME = timedelta(seconds=60)
@@ -40,7 +40,7 @@ class Match:
 class Retrieval:
     """Ranks the memories of all tiers by the words of a query."""
 
-    def __init__(self, store: MemoryStore, short_term: ShortTermStore, clock: Clock) -> None:
+    def __init__(self, store: SearchStore, short_term: ShortTermStore, clock: Clock) -> None:
         self._store = store
         self._short_term = short_term
         self._lexicons = _Lexicons(clock)
@@ -57,10 +57,14 @@ class Retrieval:
             lexicon = await self._store.lexicon(caller)
             self._lexicons.keep(caller, lexicon)
         terms = ranking.query_weights(text, lexicon)
-        async with asyncio.TaskGroup() as group:
-            wanted = limit * _CANDIDATES
-            durable = group.create_task(self._store.query(caller, terms, which, wanted))
-            short = group.create_task(self._short_term.query(caller, terms, which, wanted))
+        try:
+            async with asyncio.TaskGroup() as group:
+                wanted = limit * _CANDIDATES
+                durable = group.create_task(self._store.query(caller, terms, which, wanted))
+                short = group.create_task(self._short_term.query(caller, terms, which, wanted))
+        except ExceptionGroup as failures:
+            # A group of problems is no problem that anyone knows: it would be told as INTERNAL.
+            raise failures.exceptions[0] from None
         found = [*durable.result(), *short.result()]
         return rank(found, text, limit)
 

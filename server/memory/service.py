@@ -19,6 +19,7 @@ from server.memory.importing import Importer
 from server.memory.meditation_store import MeditationStore
 from server.memory.model import Tier
 from server.memory.retrieval import Retrieval
+from server.memory.search_store import SearchStore
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
 from server.requests import check_request_id
@@ -37,6 +38,7 @@ class MemoryService(rpc.MemoryServiceServicer):
     def __init__(
         self,
         store: MemoryStore,
+        search: SearchStore,
         short_term: ShortTermStore,
         retrieval: Retrieval,
         attachments: Attachments,
@@ -44,6 +46,7 @@ class MemoryService(rpc.MemoryServiceServicer):
         clock: Clock,
     ) -> None:
         self._store = store
+        self._search = search
         self._short_term = short_term
         self._retrieval = retrieval
         self._attachments = attachments
@@ -81,7 +84,7 @@ class MemoryService(rpc.MemoryServiceServicer):
         size = paging.page_size(request.page_size)
         identity = ("ListMemories", caller, sorted(which.tiers), which.tags, which.session_id)
         before = paging.decode(request.page_token, *identity)
-        durable = await self._store.page(caller, which, before=before, limit=size + 1)
+        durable = await self._search.page(caller, which, before=before, limit=size + 1)
         short = await self._short_term.find(caller, which, before=before)
         page = sorted([*durable, *short], key=lambda memory: memory.id, reverse=True)
         more = len(page) > size

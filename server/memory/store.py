@@ -1,6 +1,6 @@
 """Memories in Postgres: the long-term and the permanent tier."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
@@ -10,23 +10,15 @@ from server import audit, consent, ids, requests
 from server.caller import Caller
 from server.database import Connection, Database
 from server.errors import AlreadyExists, EtagMismatch, NotFound
-from server.memory import ranking
-from server.memory.conversation import Place, Surroundings, place_of, sparse
+from server.memory.conversation import Place, Surroundings, place_of
 from server.memory.model import (
     Change,
     Draft,
-    Filter,
-    Found,
     Memory,
-    Score,
-    Source,
-    Tier,
     hash_of,
     size_of,
 )
-
-_SAMPLE = 4_096
-"""How many of a user's memories the word frequencies are taken from."""
+from server.memory.rows import memory_from
 
 
 class MemoryStore:
@@ -92,38 +84,6 @@ class MemoryStore:
         """
         async with self._database.transaction(caller) as connection:
             return await _get(connection, caller, memory_id)
-
-    async def page(
-        self, caller: Caller, which: Filter, *, before: UUID | None, limit: int
-    ) -> list[Memory]:
-        """Return memories with ids below `before`, highest first, at most `limit`."""
-        async with self._database.transaction(caller) as connection:
-            rows = await connection.fetch(
-                """
-                SELECT id, tier, content, tags, source, session_id, session_position, speaker,
-                       occurred_at, size_bytes, content_hash, version, created_at, updated_at,
-                       last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
-                       predictive_value, recency_frequency, scorer_version, scored_at
-                  FROM memories AS memory
-                  JOIN memory_scores AS scores
-                    ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
-                 WHERE memory.tenant_id = $1 AND memory.user_id = $2
-                   AND ($3::uuid IS NULL OR memory.id < $3)
-                   AND tier = ANY ($4)
-                   AND tags @> $5
-                   AND ($6 = '' OR session_id = $6)
-                 ORDER BY memory.id DESC
-                 LIMIT $7
-                """,
-                caller.tenant_id,
-                caller.user_id,
-                before,
-                which.durable_tiers,
-                list(which.tags),
-                which.session_id,
-                limit,
-            )
-        return [_memory(row) for row in rows]
 
     async def update(
         self, caller: Caller, memory_id: UUID, change: Change, now: datetime
@@ -191,66 +151,6 @@ class MemoryStore:
             await audit.record(connection, caller, "memory.delete", ids.show(ids.MEMORY, memory_id))
         return [row["id"] for row in attachments]
 
-    async def lexicon(self, caller: Caller) -> ranking.Lexicon:
-        """Return the word frequencies of the caller's newest memories."""
-        async with self._database.transaction(caller) as connection:
-            rows = await connection.fetch(
-                """
-                SELECT terms
-                  FROM memories
-                 WHERE tenant_id = $1 AND user_id = $2
-                 ORDER BY id DESC
-                 LIMIT $3
-                """,
-                caller.tenant_id,
-                caller.user_id,
-                _SAMPLE,
-            )
-        return ranking.Lexicon.of(row["terms"].indices() for row in rows)
-
-    async def query(
-        self, caller: Caller, terms: Mapping[int, float], which: Filter, limit: int
-    ) -> list[Found]:
-        """Return the memories that the weighted terms match best, best first.
-
-        Raises:
-            ConsentMissing: The user has not consented to memory.store.
-        """
-        async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
-            if not terms or not which.durable_tiers:
-                return []
-            rows = await connection.fetch(
-                """
-                SELECT id, tier, content, tags, source, session_id, session_position, speaker,
-                       occurred_at, size_bytes, content_hash, version, created_at, updated_at,
-                       last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
-                       predictive_value, recency_frequency, scorer_version, scored_at, lexical
-                  FROM (
-                        SELECT *, -(terms <#> $3) AS lexical
-                          FROM memories
-                         WHERE tenant_id = $1 AND user_id = $2
-                           AND tier = ANY ($4)
-                           AND tags @> $5
-                           AND ($6 = '' OR session_id = $6)
-                           AND (terms <#> $3) < 0
-                         ORDER BY terms <#> $3, id
-                         LIMIT $7
-                       ) AS memory
-                  JOIN memory_scores AS scores
-                    ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
-                 ORDER BY lexical DESC, id
-                """,
-                caller.tenant_id,
-                caller.user_id,
-                sparse(terms),
-                which.durable_tiers,
-                list(which.tags),
-                which.session_id,
-                limit,
-            )
-        return [Found(_memory(row), row["lexical"]) for row in rows]
-
 
 async def _get(connection: Connection, caller: Caller, memory_id: UUID) -> Memory:
     row = await connection.fetchrow(
@@ -270,7 +170,7 @@ async def _get(connection: Connection, caller: Caller, memory_id: UUID) -> Memor
     )
     if row is None:
         raise NotFound("memory")
-    return _memory(row)
+    return memory_from(row)
 
 
 async def _insert(
@@ -487,39 +387,3 @@ def _place(row: asyncpg.Record) -> Place | None:
     if row["session_position"] is None:
         return None
     return Place(row["session_id"], row["session_position"])
-
-
-def _memory(row: asyncpg.Record) -> Memory:
-    return Memory(
-        id=row["id"],
-        tier=Tier(row["tier"]),
-        content=row["content"],
-        tags=tuple(row["tags"]),
-        source=Source(row["source"]),
-        session_id=row["session_id"],
-        session_position=row["session_position"],
-        speaker=row["speaker"],
-        occurred_at=row["occurred_at"],
-        size_bytes=row["size_bytes"],
-        content_hash=row["content_hash"],
-        version=row["version"],
-        created_at=row["created_at"],
-        updated_at=row["updated_at"],
-        last_seen_at=row["last_seen_at"],
-        use_count=row["use_count"],
-        score=_score(row),
-    )
-
-
-def _score(row: asyncpg.Record) -> Score | None:
-    if row["scored_at"] is None:
-        return None
-    return Score(
-        value=row["score"],
-        relevance_to_goals=row["relevance_to_goals"],
-        emotional_weight=row["emotional_weight"],
-        predictive_value=row["predictive_value"],
-        recency_frequency=row["recency_frequency"],
-        scorer_version=row["scorer_version"],
-        scored_at=row["scored_at"],
-    )

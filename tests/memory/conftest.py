@@ -15,6 +15,7 @@ from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
 from server.memory.meditation_store import MeditationStore
 from server.memory.retrieval import Retrieval
+from server.memory.search_store import SearchStore
 from server.memory.service import MemoryService
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
@@ -43,8 +44,9 @@ async def memories(
     """A stub of the memory service."""
     service = MemoryService(
         store,
+        SearchStore(database),
         short_term,
-        Retrieval(store, short_term, clock),
+        Retrieval(SearchStore(database), short_term, clock),
         Attachments(AttachmentStore(database), blobs, timedelta(minutes=15)),
         MeditationStore(database),
         clock,

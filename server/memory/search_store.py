@@ -1,0 +1,114 @@
+"""Finding memories in Postgres: by page and by words."""
+
+from collections.abc import Mapping
+from uuid import UUID
+
+from server import consent
+from server.caller import Caller
+from server.database import Database
+from server.memory import ranking
+from server.memory.conversation import sparse
+from server.memory.model import Filter, Found, Memory
+from server.memory.rows import memory_from
+
+_SAMPLE = 4_096
+"""How many of a user's memories the word frequencies are taken from."""
+
+
+class SearchStore:
+    """Finds memories of one user at a time. Every method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def page(
+        self, caller: Caller, which: Filter, *, before: UUID | None, limit: int
+    ) -> list[Memory]:
+        """Return memories with ids below `before`, highest first, at most `limit`."""
+        async with self._database.transaction(caller) as connection:
+            rows = await connection.fetch(
+                """
+                SELECT id, tier, content, tags, source, session_id, session_position, speaker,
+                       occurred_at, size_bytes, content_hash, version, created_at, updated_at,
+                       last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
+                       predictive_value, recency_frequency, scorer_version, scored_at
+                  FROM memories AS memory
+                  JOIN memory_scores AS scores
+                    ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
+                 WHERE memory.tenant_id = $1 AND memory.user_id = $2
+                   AND ($3::uuid IS NULL OR memory.id < $3)
+                   AND tier = ANY ($4)
+                   AND tags @> $5
+                   AND ($6 = '' OR session_id = $6)
+                 ORDER BY memory.id DESC
+                 LIMIT $7
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                before,
+                which.durable_tiers,
+                list(which.tags),
+                which.session_id,
+                limit,
+            )
+        return [memory_from(row) for row in rows]
+
+    async def lexicon(self, caller: Caller) -> ranking.Lexicon:
+        """Return the word frequencies of the caller's newest memories."""
+        async with self._database.transaction(caller) as connection:
+            rows = await connection.fetch(
+                """
+                SELECT terms
+                  FROM memories
+                 WHERE tenant_id = $1 AND user_id = $2
+                 ORDER BY id DESC
+                 LIMIT $3
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                _SAMPLE,
+            )
+        return ranking.Lexicon.of(row["terms"].indices() for row in rows)
+
+    async def query(
+        self, caller: Caller, terms: Mapping[int, float], which: Filter, limit: int
+    ) -> list[Found]:
+        """Return the memories that the weighted terms match best, best first.
+
+        Raises:
+            ConsentMissing: The user has not consented to memory.store.
+        """
+        async with self._database.transaction(caller) as connection:
+            await consent.require(connection, caller, consent.MEMORY_STORE)
+            if not terms or not which.durable_tiers:
+                return []
+            rows = await connection.fetch(
+                """
+                SELECT id, tier, content, tags, source, session_id, session_position, speaker,
+                       occurred_at, size_bytes, content_hash, version, created_at, updated_at,
+                       last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
+                       predictive_value, recency_frequency, scorer_version, scored_at, lexical
+                  FROM (
+                        SELECT *, -(terms <#> $3) AS lexical
+                          FROM memories
+                         WHERE tenant_id = $1 AND user_id = $2
+                           AND tier = ANY ($4)
+                           AND tags @> $5
+                           AND ($6 = '' OR session_id = $6)
+                           AND (terms <#> $3) < 0
+                         ORDER BY terms <#> $3, id
+                         LIMIT $7
+                       ) AS memory
+                  JOIN memory_scores AS scores
+                    ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
+                 ORDER BY lexical DESC, id
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                sparse(terms),
+                which.durable_tiers,
+                list(which.tags),
+                which.session_id,
+                limit,
+            )
+        return [Found(memory_from(row), row["lexical"]) for row in rows]
