@@ -9,7 +9,7 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
-from asyncpg.pgproto.pgproto import UUID as PostgresUUID
+from asyncpg.pgproto import pgproto
 
 Column = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -79,12 +79,12 @@ class Rows:
         # NumPy drops trailing zero bytes of what it takes for text.
         return UUID(bytes=user.ljust(16, b"\0")), UUID(bytes=memory.ljust(16, b"\0"))
 
-    def memory_ids(self, indexes: Column | None = None) -> list[PostgresUUID]:
+    def memory_ids(self, indexes: Column | None = None) -> list[pgproto.UUID]:
         """Return the ids of all memories, or of some."""
         column = self.table["memory_id"]
         return _uuids(column if indexes is None else column[indexes])
 
-    def user_ids(self, indexes: Column | None = None) -> list[PostgresUUID]:
+    def user_ids(self, indexes: Column | None = None) -> list[pgproto.UUID]:
         """Return the user of each memory, or of some; few objects, many references."""
         column = self.table["user_id"]
         users, places = np.unique(
@@ -92,10 +92,10 @@ class Rows:
         )
         objects = np.empty(len(users), dtype=object)
         objects[:] = _uuids(users)
-        listed: list[PostgresUUID] = objects[places].tolist()
+        listed: list[pgproto.UUID] = objects[places].tolist()
         return listed
 
-    def users(self) -> list[PostgresUUID]:
+    def users(self) -> list[pgproto.UUID]:
         """Return every user once."""
         return _uuids(np.unique(self.table["user_id"]))
 
@@ -133,6 +133,6 @@ class ScoreColumns:
         )
 
 
-def _uuids(column: Column) -> list[PostgresUUID]:
+def _uuids(column: Column) -> list[pgproto.UUID]:
     raw = column.tobytes()
-    return [PostgresUUID(raw[start : start + 16]) for start in range(0, len(raw), 16)]
+    return [pgproto.UUID(raw[start : start + 16]) for start in range(0, len(raw), 16)]

@@ -25,6 +25,7 @@ Cursor = tuple[UUID, UUID]
 _MOST_TEXTS: Final = 4096
 _TEXT_BYTES: Final = 1024 * 1024
 """How much text a batch may hold: one gRPC message has 4 MiB, one worker patience."""
+_USERS_AT_ONCE: Final = 1000
 _DEADLOCK_TRIES: Final = 5
 
 
@@ -128,8 +129,8 @@ class ScoringStore:
         Memories of users who have withdrawn their consent are left out.
         """
         async with self._database.transaction() as connection:
-            rows = await _copy(connection, shard, start, limit)
-            if not len(rows):
+            rows = await _read_on(connection, shard, start, limit)
+            if rows is None:
                 return None
             # Read after the version of the text: a text that is newer meets no row later.
             unknown = np.flatnonzero(np.isnan(rows.table["sentiment"]))
@@ -244,8 +245,52 @@ async def _hold(connection: Connection, shard: Shard, cursor: Cursor) -> None:
         raise LeaseLost
 
 
-async def _copy(connection: Connection, shard: Shard, start: Cursor, limit: int) -> Rows:
-    """Copy out what the scorer needs. COPY makes no Python object for a row."""
+async def _read_on(connection: Connection, shard: Shard, start: Cursor, limit: int) -> Rows | None:
+    """Return the next memories, passing over users who have none, or None at the end."""
+    first = start[0]
+    while users := await _consenting(connection, shard, first):
+        rows = await _copy(connection, users, start, limit)
+        if len(rows):
+            return rows
+        first = UUID(int=users[-1]["user_id"].int + 1)
+    return None
+
+
+async def _consenting(connection: Connection, shard: Shard, first: UUID) -> list[asyncpg.Record]:
+    """Return the next users of the shard, from `first` on, whose last word was yes."""
+    users: list[asyncpg.Record] = await connection.fetch(
+        """
+        SELECT user_id, tenant_id
+          FROM (
+               SELECT DISTINCT ON (user_id, tenant_id) user_id, tenant_id, granted
+                 FROM consents
+                WHERE purpose = 'memory.store' AND user_id >= $1
+                  AND ($3::uuid IS NULL OR (tenant_id = $2 AND user_id = $3))
+                  AND (uuid_hash_extended(user_id, 0) & 2147483647) % $4 = $5::bigint
+                ORDER BY user_id, tenant_id, version DESC
+               ) AS consent
+         WHERE granted
+         ORDER BY user_id
+         FETCH FIRST ($6::bigint) ROWS WITH TIES
+        """,
+        first,
+        shard.tenant_id,
+        shard.user_id,
+        shard.shards,
+        shard.number,
+        _USERS_AT_ONCE,
+    )
+    return users
+
+
+async def _copy(
+    connection: Connection, users: Sequence[asyncpg.Record], start: Cursor, limit: int
+) -> Rows:
+    """Copy out what the scorer needs: COPY makes no Python object for a row.
+
+    IS TRUE keeps the planner from making a join of the tenants, which would be sorted; the
+    users' part of the primary key is read in its order and no further than the limit.
+    """
     chunks: list[bytes] = []
 
     async def take(chunk: bytes) -> None:
@@ -253,34 +298,20 @@ async def _copy(connection: Connection, shard: Shard, start: Cursor, limit: int)
 
     await connection.copy_from_query(
         """
-        SELECT memory.user_id, memory_id, text_version, last_seen_at, use_count, retrieved_count,
+        SELECT user_id, memory_id, text_version, last_seen_at, use_count, retrieved_count,
                useful_count, coalesce(feedback, 'NaN'), coalesce(sentiment, 'NaN')
-          FROM (
-               SELECT DISTINCT ON (user_id, tenant_id) user_id, tenant_id, granted
-                 FROM consents
-                WHERE purpose = 'memory.store' AND user_id >= $1::uuid
-                  AND ($4::uuid IS NULL OR (tenant_id = $3::uuid AND user_id = $4::uuid))
-                  AND (uuid_hash_extended(user_id, 0) & 2147483647) % $5::integer = $6::integer
-                ORDER BY user_id, tenant_id, version DESC
-               ) AS consent
-         CROSS JOIN LATERAL (
-               SELECT user_id, memory_id, text_version, last_seen_at, use_count, retrieved_count,
-                      useful_count, feedback, sentiment
-                 FROM memory_scores AS memory
-                WHERE memory.user_id = consent.user_id AND memory.tenant_id = consent.tenant_id
-                  AND (memory.user_id, memory.memory_id) > ($1::uuid, $2::uuid)
-                ORDER BY memory.memory_id
-                LIMIT $7::integer
-               ) AS memory
-         WHERE granted
-         ORDER BY memory.user_id, memory_id
-         LIMIT $7::integer
+          FROM memory_scores
+         WHERE user_id = ANY ($3::uuid[])
+           AND (user_id, memory_id) > ($1::uuid, $2::uuid)
+           AND ((user_id, tenant_id) IN (SELECT user_id, tenant_id
+                                           FROM unnest($3::uuid[], $4::uuid[])
+                                                AS consenting (user_id, tenant_id))) IS TRUE
+         ORDER BY user_id, memory_id
+         LIMIT $5::bigint
         """,
         *start,
-        shard.tenant_id,
-        shard.user_id,
-        shard.shards,
-        shard.number,
+        [user["user_id"] for user in users],
+        [user["tenant_id"] for user in users],
         limit,
         output=take,
         format="binary",
@@ -329,6 +360,8 @@ async def _store(
     The update checks the version of the text in the very row that it changes: having waited for
     a change of the text to commit, it looks at the row anew.
     """
+    # Row by row through the primary key: the planner would rather read the whole table.
+    await connection.execute("SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off")
     row = await connection.fetchrow(
         """
         WITH consenting AS MATERIALIZED (
@@ -352,8 +385,8 @@ async def _store(
                              emotional_weight, predictive_value, recency_frequency, sentiment)
              WHERE memory.user_id = batch.user_id AND memory.memory_id = batch.memory_id
                AND memory.text_version = batch.text_version
-               AND (memory.tenant_id, memory.user_id) IN (SELECT tenant_id, user_id
-                                                            FROM consenting)
+               AND ((memory.tenant_id, memory.user_id) IN (SELECT tenant_id, user_id
+                                                             FROM consenting)) IS TRUE
             RETURNING memory.score
         )
         SELECT count(*) AS scored, coalesce(sum(score::double precision), 0) AS score_sum

@@ -1,7 +1,7 @@
 """One adapter that puts the same layers around all four kinds of RPC."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from typing import Any, TypeAlias
 
 import grpc
@@ -94,7 +94,10 @@ def _answers_often(behavior: Any, method: str, enter: Enter) -> Any:
     async def serve(request: Any, context: Any) -> AsyncIterator[Any]:
         async with AsyncExitStack() as stack:
             await enter(stack, Call(method, context, streams=True))
-            async for response in behavior(_well_formed(request), context):
+            responses = await stack.enter_async_context(
+                aclosing(behavior(_well_formed(request), context))
+            )
+            async for response in responses:
                 yield response
 
     return serve

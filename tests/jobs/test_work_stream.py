@@ -1,0 +1,391 @@
+"""The stream on which workers take jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import UUID
+
+import asyncpg
+import grpc
+import pytest
+from kimberly.jobs.v1 import jobs_pb2 as pb
+from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
+
+from server import ids
+from server.caller import Caller
+from server.database import Database, SystemDatabase
+from server.enqueue import NewJob, enqueue, enqueue_all
+from server.jobs.doorbell import Doorbell
+from server.jobs.queue import Queue
+from server.jobs.worker_service import WorkerService
+from tests.conftest import Serve, Urls, as_worker, bearer
+from tests.jobs.conftest import Stream, completed, failed, working
+from tests.refusals import refusal_of
+
+
+async def enqueue_some(database: SystemDatabase, count: int = 1) -> list[str]:
+    async with database.transaction() as connection:
+        job_ids = await enqueue_all(connection, [NewJob("test") for _ in range(count)])
+    return [ids.show(ids.JOB, job_id) for job_id in job_ids]
+
+
+async def state(owner: asyncpg.Connection, job_id: str) -> str:
+    found: str = await owner.fetchval(
+        "SELECT state FROM jobs WHERE id = $1", ids.parse(ids.JOB, job_id, "id")
+    )
+    return found
+
+
+async def pass_on(owner: asyncpg.Connection, queue: Queue) -> None:
+    """Let all leases lapse and another worker take the jobs."""
+    await owner.execute("UPDATE jobs SET lease_expires_at = now() WHERE state = 'running'")
+    await queue.reclaim()
+    assert await queue.lease("another worker", ["test"], 100)
+
+
+async def refusal_of_stream(stream: Stream) -> tuple[grpc.StatusCode, str, tuple[str, ...]]:
+    async def hear_all() -> None:
+        while isinstance(await stream.call.read(), pb.WorkResponse):
+            pass
+
+    refusal = await refusal_of(hear_all())
+    return refusal.code, refusal.reason, refusal.fields
+
+
+async def test_job_is_leased_done_and_settled(
+    workers: rpc.WorkerServiceAsyncStub,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    (job_id,) = await enqueue_some(system_database)
+    async with working(workers) as stream:
+        lease = await stream.lease()
+        assert (lease.job_id, lease.kind, lease.attempt) == (job_id, "test", 1)
+        await stream.settle(completed(lease, '{"n": 1}'))
+        assert (await stream.hear("settled")).job_ids == [job_id]
+    assert await state(owner, job_id) == "succeeded"
+
+
+async def test_welcome_asks_for_three_heartbeats_a_lease(
+    workers: rpc.WorkerServiceAsyncStub,
+) -> None:
+    call = workers.Work(metadata=as_worker())  # type: ignore[call-arg]
+    stream = Stream(call)
+    await stream.say(hello=pb.Hello(worker_id="w" * 32, kinds=["test"]))
+    welcome = await stream.hear("welcome")
+    assert welcome.lease_duration.ToSeconds() == 30
+    assert welcome.heartbeat_interval.ToSeconds() == 10
+    call.cancel()
+
+
+async def test_idle_worker_is_called_when_a_job_is_enqueued(
+    workers: rpc.WorkerServiceAsyncStub,
+    database: Database,
+    caller: Caller,
+    owner: asyncpg.Connection,
+) -> None:
+    async with working(workers) as stream:
+        await stream.say(credit=pb.Credit(jobs=1))
+        async with database.transaction(caller) as connection:
+            await enqueue(connection, kind="test", payload={}, caller=caller)
+        # The fixture's doorbell polls once an hour: only the notification can have rung it.
+        assert len((await stream.hear("leased")).leases) == 1
+
+
+async def test_lost_notification_is_made_up_for_by_polling(
+    serve: Serve, queue: Queue, urls: Urls, system_database: SystemDatabase
+) -> None:
+    deaf = Doorbell("postgresql://nobody@127.0.0.1:1/nothing", poll_seconds=0.01)
+    service = WorkerService(queue, deaf, lease_seconds=30, session_seconds=60)
+    running = asyncio.create_task(service.run())
+    channel = await serve(lambda server: rpc.add_WorkerServiceServicer_to_server(service, server))
+    async with working(rpc.WorkerServiceStub(channel)) as stream:
+        await stream.say(credit=pb.Credit(jobs=1))
+        await enqueue_some(system_database)
+        assert len((await stream.hear("leased")).leases) == 1
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_doorbell_is_heard_again_after_its_connection_was_cut(
+    urls: Urls, owner: asyncpg.Connection
+) -> None:
+    doorbell = Doorbell(urls.system, poll_seconds=3600)
+    rung = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(doorbell.run())
+        with doorbell.heard_by(rung):
+            for _ in range(2):
+                # It rings when it has connected: something may have come before.
+                await asyncio.wait_for(rung.wait(), 5)
+                rung.clear()
+                await owner.execute("SELECT pg_notify('jobs', '')")
+                await asyncio.wait_for(rung.wait(), 5)
+                rung.clear()
+                await owner.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE application_name = 'kimberly-doorbell' AND datname = current_database()"
+                )
+        running.cancel()
+
+
+async def test_no_more_jobs_come_than_there_is_credit(
+    workers: rpc.WorkerServiceAsyncStub, system_database: SystemDatabase
+) -> None:
+    await enqueue_some(system_database, 5)
+    async with working(workers) as stream:
+        await stream.say(credit=pb.Credit(jobs=2))
+        first = (await stream.hear("leased")).leases
+        await stream.settle(completed(first[0]))
+        await stream.hear("settled")
+        await stream.say(credit=pb.Credit(jobs=1))
+        second = (await stream.hear("leased")).leases
+    assert (len(first), len(second)) == (2, 1)
+
+
+async def test_zombie_hears_that_its_lease_is_lost(
+    workers: rpc.WorkerServiceAsyncStub,
+    system_database: SystemDatabase,
+    queue: Queue,
+    owner: asyncpg.Connection,
+) -> None:
+    (job_id,) = await enqueue_some(system_database)
+    async with working(workers) as stream:
+        lease = await stream.lease()
+        await pass_on(owner, queue)
+        beat = pb.LeaseProgress(job_id=lease.job_id, lease_token=lease.lease_token)
+        await stream.say(heartbeat=pb.Heartbeat(leases=[beat]))
+        assert (await stream.hear("lease_lost")).job_ids == [job_id]
+        await stream.settle(completed(lease))
+        assert (await stream.hear("lease_lost")).job_ids == [job_id]
+    assert await state(owner, job_id) == "running"
+
+
+async def test_worker_that_closes_its_stream_hands_back_what_it_holds(
+    workers: rpc.WorkerServiceAsyncStub, system_database: SystemDatabase
+) -> None:
+    (job_id,) = await enqueue_some(system_database)
+    async with working(workers) as leaving:
+        await leaving.lease()
+        await leaving.close()
+    async with working(workers, worker_id="x" * 32) as stream:
+        lease = await stream.lease()
+    assert (lease.job_id, lease.attempt) == (job_id, 1)
+
+
+async def test_worker_that_vanishes_keeps_its_leases_until_they_lapse(
+    workers: rpc.WorkerServiceAsyncStub,
+    worker_service: WorkerService,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    (job_id,) = await enqueue_some(system_database)
+    async with working(workers) as vanishing:
+        await vanishing.lease()
+    # A stream that was opened later and is served: the one that broke is long dealt with.
+    async with working(workers, worker_id="x" * 32) as stream:
+        await stream.close()
+    assert await state(owner, job_id) == "running"
+
+
+async def test_worker_takes_its_leases_along_to_the_next_stream(
+    workers: rpc.WorkerServiceAsyncStub,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    (job_id,) = await enqueue_some(system_database)
+    async with working(workers) as breaking:
+        lease = await breaking.lease()
+    async with working(workers) as stream:
+        beat = pb.LeaseProgress(job_id=lease.job_id, lease_token=lease.lease_token, progress=0.5)
+        await stream.say(heartbeat=pb.Heartbeat(leases=[beat]))
+        await stream.settle(completed(lease))
+        assert (await stream.hear("settled")).job_ids == [job_id]
+
+
+async def test_failed_attempt_is_settled_and_tried_again_later(
+    workers: rpc.WorkerServiceAsyncStub,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    (job_id,) = await enqueue_some(system_database)
+    async with working(workers) as stream:
+        lease = await stream.lease()
+        await stream.settle(failed(lease, "no\0 luck"))
+        assert (await stream.hear("settled")).job_ids == [job_id]
+        await owner.execute("UPDATE jobs SET run_at = now()")
+        again = await stream.lease()
+    assert again.attempt == 2
+    assert again.lease_token > lease.lease_token
+    error = await owner.fetchval("SELECT error FROM jobs")
+    assert error == "no luck"
+
+
+async def test_drain_asks_workers_to_finish_and_leases_no_more(
+    workers: rpc.WorkerServiceAsyncStub,
+    worker_service: WorkerService,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    held, waiting = await enqueue_some(system_database, 2)
+    async with working(workers) as stream:
+        lease = await stream.lease()
+        await stream.say(credit=pb.Credit(jobs=1000))
+        leased = await stream.hear("leased")
+        worker_service.drain()
+        await stream.hear("drain")
+        more = await enqueue_some(system_database)
+        await stream.settle(completed(lease), completed(leased.leases[0]))
+        assert set((await stream.hear("settled")).job_ids) == {held, waiting}
+        await stream.close()
+    assert await state(owner, more[0]) == "waiting"
+    async with working(workers) as late:
+        await late.hear("drain")
+
+
+async def test_old_stream_is_asked_to_connect_again(serve: Serve, queue: Queue, urls: Urls) -> None:
+    service = WorkerService(queue, Doorbell(urls.system), lease_seconds=30, session_seconds=0.01)
+    running = asyncio.create_task(service.run())
+    channel = await serve(lambda server: rpc.add_WorkerServiceServicer_to_server(service, server))
+    async with working(rpc.WorkerServiceStub(channel)) as stream:
+        await stream.hear("drain")
+        await stream.close()
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_stream_of_a_silent_worker_ends(serve: Serve, queue: Queue, urls: Urls) -> None:
+    service = WorkerService(queue, Doorbell(urls.system), lease_seconds=0.05, session_seconds=60)
+    running = asyncio.create_task(service.run())
+    channel = await serve(lambda server: rpc.add_WorkerServiceServicer_to_server(service, server))
+    async with working(rpc.WorkerServiceStub(channel)) as stream:
+        code, reason, _ = await refusal_of_stream(stream)
+    assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "LEASE_LOST")
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_lapsed_leases_are_swept_up_by_the_service(
+    workers: rpc.WorkerServiceAsyncStub,
+    serve: Serve,
+    urls: Urls,
+    queue: Queue,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    (job_id,) = await enqueue_some(system_database)
+    assert await Queue(system_database, 0.01).lease("dead worker", ["test"], 1)
+    sweeper = WorkerService(queue, Doorbell(urls.system), lease_seconds=0.1, session_seconds=60)
+    running = asyncio.create_task(sweeper.run())
+    async with working(workers) as stream:
+        assert (await stream.lease()).job_id == job_id
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_two_replicas_share_the_jobs_of_two_workers(
+    workers: rpc.WorkerServiceAsyncStub,
+    serve: Serve,
+    urls: Urls,
+    queue: Queue,
+    system_database: SystemDatabase,
+) -> None:
+    replica = WorkerService(queue, Doorbell(urls.system), lease_seconds=30, session_seconds=60)
+    running = asyncio.create_task(replica.run())
+    channel = await serve(lambda server: rpc.add_WorkerServiceServicer_to_server(replica, server))
+    job_ids = await enqueue_some(system_database, 40)
+
+    async def do_all(stub: rpc.WorkerServiceAsyncStub, worker_id: str) -> list[str]:
+        done: list[str] = []
+        async with working(stub, worker_id=worker_id) as stream:
+            for _ in range(20):
+                lease = await stream.lease()
+                await stream.settle(completed(lease))
+                done += (await stream.hear("settled")).job_ids
+        return done
+
+    shares = await asyncio.gather(
+        do_all(workers, "a" * 32), do_all(rpc.WorkerServiceStub(channel), "b" * 32)
+    )
+    assert sorted([*shares[0], *shares[1]]) == sorted(job_ids)
+    running.cancel()
+    await asyncio.wait([running])
+
+
+JOB = ids.show(ids.JOB, UUID(int=1))
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"hello": pb.Hello(worker_id="w" * 32, kinds=["test"])}, "message"),
+        ({}, "message"),
+        ({"credit": pb.Credit(jobs=0)}, "credit.jobs"),
+        ({"credit": pb.Credit(jobs=1001)}, "credit.jobs"),
+        (
+            {"heartbeat": pb.Heartbeat(leases=[pb.LeaseProgress(job_id="x")])},
+            "heartbeat.leases[0].job_id",
+        ),
+        (
+            {"heartbeat": pb.Heartbeat(leases=[pb.LeaseProgress(job_id=JOB, progress=2)])},
+            "heartbeat.leases[0].progress",
+        ),
+        (
+            {"settle": pb.Settle(outcomes=[pb.Outcome(job_id=JOB)])},
+            "settle.outcomes[0].result",
+        ),
+        *(
+            (
+                {
+                    "settle": pb.Settle(
+                        outcomes=[pb.Outcome(job_id=JOB, completed=pb.Completed(result_json=text))]
+                    )
+                },
+                "settle.outcomes[0].completed.result_json",
+            )
+            for text in ("[1]", "{", '{"a": "\\u0000"}', '{"a": "\\ud800"}', '{"a": NaN}')
+        ),
+    ],
+)
+async def test_message_that_makes_no_sense_ends_the_stream(
+    workers: rpc.WorkerServiceAsyncStub, message: dict[str, object], field: str
+) -> None:
+    async with working(workers) as stream:
+        await stream.say(**message)
+        assert await refusal_of_stream(stream) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "FIELD_INVALID",
+            (field,),
+        )
+
+
+async def test_result_with_any_other_character_is_taken(
+    workers: rpc.WorkerServiceAsyncStub, system_database: SystemDatabase
+) -> None:
+    await enqueue_some(system_database)
+    async with working(workers) as stream:
+        lease = await stream.lease()
+        await stream.settle(completed(lease, '{"a": "\\ud83d\\ude00 \\\\u0000 ü"}'))
+        await stream.hear("settled")
+
+
+async def test_stream_must_open_with_hello(workers: rpc.WorkerServiceAsyncStub) -> None:
+    call = workers.Work(metadata=as_worker())  # type: ignore[call-arg]
+    stream = Stream(call)
+    await stream.say(credit=pb.Credit(jobs=1))
+    code, _, fields = await refusal_of_stream(stream)
+    assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ("message",))
+
+
+@pytest.mark.parametrize("identity", ["user", "auth", "nobody"])
+async def test_only_workers_may_work(
+    workers: rpc.WorkerServiceAsyncStub, caller: Caller, identity: str
+) -> None:
+    metadata = {
+        "user": bearer(caller),
+        "auth": as_worker("spiffe://kimberly.local/ns/test/sa/auth"),
+        "nobody": (),
+    }[identity]
+    call = workers.Work(metadata=metadata)  # type: ignore[call-arg]
+    code, reason, _ = await refusal_of_stream(Stream(call))
+    assert (code, reason) == (grpc.StatusCode.PERMISSION_DENIED, "METHOD_NOT_ALLOWED")

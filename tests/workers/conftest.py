@@ -1,0 +1,134 @@
+"""A jobs service that a test can stop and start, and workers that it can let go."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from kimberly.jobs.v1 import jobs_pb2_grpc
+from kimberly.scoring.v1 import scoring_pb2_grpc
+
+from server.database import SystemDatabase
+from server.jobs.doorbell import Doorbell
+from server.jobs.queue import Queue
+from server.jobs.worker_service import WorkerService
+from server.memory.scoring_service import ScoringService
+from server.memory.scoring_store import ScoringStore
+from server.rpc.interceptors import chain
+from server.rpc.serving import Server
+from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker
+from workers.meditation import Meditation
+from workers.stream import Handler, Worker
+
+
+async def until(condition: Callable[[], Awaitable[Any]]) -> None:
+    """Return when something that tells nobody, such as a row, is as it should be."""
+    async with asyncio.timeout(20):
+        while True:
+            if await condition():
+                return
+
+
+class Mesh:
+    """Worker and scoring service on one Unix socket."""
+
+    def __init__(self, database: SystemDatabase, urls: Urls, socket: Path) -> None:
+        self.database = database
+        self.queue = Queue(database, self.lease_seconds)
+        self.service = WorkerService(
+            self.queue,
+            Doorbell(urls.system),
+            lease_seconds=self.lease_seconds,
+            session_seconds=600,
+        )
+        self.scoring = ScoringService(ScoringStore(database, shards=3))
+        self._socket = socket
+        self._server: Server | None = None
+
+    lease_seconds = 1.0
+
+    async def start(self) -> None:
+        layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=10, stream_seconds=60)
+        self._server = Server(self._socket, layers, services=())
+        jobs_pb2_grpc.add_WorkerServiceServicer_to_server(self.service, self._server.grpc)
+        scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self.scoring, self._server.grpc)
+        await self._server.start()
+
+    async def break_down(self) -> None:
+        """Stop at once; streams break."""
+        if self._server is not None:
+            await self._server.grpc.stop(None)
+            self._server = None
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
+        options = (
+            ("grpc.initial_reconnect_backoff_ms", 20),
+            ("grpc.min_reconnect_backoff_ms", 20),
+            ("grpc.max_reconnect_backoff_ms", 100),
+            ("grpc.use_local_subchannel_pool", 1),
+        )
+        async with grpc.aio.insecure_channel(f"unix:{self._socket}", options=options) as channel:
+            yield channel
+
+    @asynccontextmanager
+    async def working(
+        self,
+        handlers: Mapping[str, Handler] | Callable[[grpc.aio.Channel], Mapping[str, Handler]],
+        *,
+        concurrency: int = 4,
+        drain_seconds: float = 5,
+    ) -> AsyncIterator[tuple[Worker, asyncio.Task[None]]]:
+        """Run a worker; leaving the block kills it: it settles and hands back nothing."""
+        async with self.channel() as channel:
+            worker = Worker(
+                channel,
+                handlers(channel) if callable(handlers) else handlers,
+                concurrency=concurrency,
+                drain_seconds=drain_seconds,
+                metadata=as_worker(),
+            )
+            running = asyncio.create_task(worker.run())
+            try:
+                yield worker, running
+            finally:
+                running.cancel()
+                await asyncio.wait([running])
+        if not running.cancelled() and (error := running.exception()):
+            raise error
+
+
+def meditating(batch_size: int = 100) -> Callable[[grpc.aio.Channel], Mapping[str, Handler]]:
+    """Return what makes the handlers of a meditation."""
+
+    def handlers(channel: grpc.aio.Channel) -> Mapping[str, Handler]:
+        meditation = Meditation(channel, metadata=as_worker(), batch_size=batch_size)
+        return {"meditation.plan": meditation.plan, "meditation.shard": meditation.score_shard}
+
+    return handlers
+
+
+@pytest.fixture
+def socket() -> Iterator[Path]:
+    directory = Path(mkdtemp(prefix="kimberly-"))
+    yield directory / "mesh"
+    shutil.rmtree(directory)
+
+
+@pytest_asyncio.fixture
+async def mesh(system_database: SystemDatabase, urls: Urls, socket: Path) -> AsyncIterator[Mesh]:
+    mesh = Mesh(system_database, urls, socket)
+    running = asyncio.create_task(mesh.service.run())
+    await mesh.start()
+    yield mesh
+    await mesh.break_down()
+    running.cancel()
+    await asyncio.wait([running])

@@ -1,0 +1,238 @@
+"""The loop of a worker against the real queue."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from server.enqueue import NewJob, enqueue_all
+from tests.workers.conftest import Mesh, until
+from workers.stream import Handler, Task
+
+
+async def enqueue(mesh: Mesh, *kinds: str, max_attempts: int = 5) -> list[UUID]:
+    async with mesh.database.transaction() as connection:
+        return await enqueue_all(
+            connection,
+            [NewJob(kind, {"n": n}, max_attempts=max_attempts) for n, kind in enumerate(kinds)],
+        )
+
+
+class Handled:
+    """Handlers that a test holds the reins of."""
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.stopped = asyncio.Event()
+        self.tasks: list[Task] = []
+
+    async def wait(self, task: Task) -> Mapping[str, Any]:
+        self.tasks.append(task)
+        self.started.set()
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.stopped.set()
+            raise
+        return {"waited": True}
+
+    async def count(self, task: Task) -> Mapping[str, Any]:
+        self.tasks.append(task)
+        return {"n": task.payload["n"]}
+
+    async def fail(self, task: Task) -> Mapping[str, Any]:
+        self.tasks.append(task)
+        self.started.set()
+        raise ZeroDivisionError("what it was about")
+
+    @property
+    def all(self) -> dict[str, Handler]:
+        return {"wait": self.wait, "count": self.count, "fail": self.fail}
+
+
+@pytest.fixture
+def handled() -> Handled:
+    return Handled()
+
+
+async def states(owner: asyncpg.Connection) -> list[tuple[str, int]]:
+    rows = await owner.fetch("SELECT state, attempt FROM jobs ORDER BY id")
+    return [tuple(row) for row in rows]
+
+
+async def test_worker_does_jobs_and_settles_them(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    await enqueue(mesh, *["count"] * 50)
+    async with mesh.working(handled.all) as (worker, running):
+        await enqueue(mesh, "wait")
+        await asyncio.wait_for(handled.started.wait(), 10)
+        worker.drain()
+        handled.go_on.set()
+        await running
+    assert await states(owner) == [("succeeded", 1)] * 51
+    results = await owner.fetch("SELECT result->>'n' AS n FROM jobs WHERE kind = 'count'")
+    assert sorted(int(row["n"]) for row in results) == list(range(50))
+
+
+async def test_drained_worker_finishes_what_it_holds(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    await enqueue(mesh, "wait", "wait")
+    async with mesh.working(handled.all, concurrency=1) as (worker, running):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        worker.drain()
+        handled.go_on.set()
+        await running
+    assert sorted(await states(owner)) == [("succeeded", 1), ("waiting", 0)]
+
+
+async def test_drained_worker_hands_back_what_takes_too_long(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    await enqueue(mesh, "wait")
+    async with mesh.working(handled.all, drain_seconds=0) as (worker, running):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        worker.drain()
+        await running
+    assert handled.stopped.is_set()
+    assert await states(owner) == [("waiting", 0)]
+
+
+async def test_idle_worker_drains_at_once(mesh: Mesh, handled: Handled) -> None:
+    async with mesh.working(handled.all) as (worker, running):
+        worker.drain()
+        await asyncio.wait_for(running, 10)
+
+
+async def test_worker_drains_while_no_service_answers(mesh: Mesh, handled: Handled) -> None:
+    await mesh.break_down()
+    async with mesh.working(handled.all) as (worker, running):
+        worker.drain()
+        await asyncio.wait_for(running, 10)
+
+
+async def test_failing_job_is_reported_without_what_it_was_about(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    await enqueue(mesh, "fail", max_attempts=1)
+    await enqueue(mesh, "count")
+    async with mesh.working(handled.all) as (worker, running):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        worker.drain()
+        await running
+    row = await owner.fetchrow("SELECT state, error FROM jobs WHERE kind = 'fail'")
+    assert tuple(row) == ("dead", "ZeroDivisionError")
+
+
+async def test_no_more_jobs_run_at_once_than_there_is_room_for(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    await enqueue(mesh, *["wait"] * 3)
+    async with mesh.working(handled.all, concurrency=2):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        await enqueue(mesh, "count")
+        async with mesh.working({"count": handled.count}) as (other, done):
+            await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'succeeded'"))
+            other.drain()
+            await done
+        assert [task.kind for task in handled.tasks].count("wait") == 2
+
+
+async def test_work_goes_on_over_a_broken_stream(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    mesh.lease_seconds = 30
+    await enqueue(mesh, "wait")
+    async with mesh.working(handled.all) as (worker, running):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        await mesh.break_down()
+        handled.go_on.set()
+        await mesh.start()
+        worker.drain()
+        await running
+    assert await states(owner) == [("succeeded", 1)]
+    assert len(handled.tasks) == 1
+
+
+async def test_heartbeats_keep_a_long_job_alive_while_a_thread_computes(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    def compute() -> None:
+        until = time.perf_counter() + 2 * mesh.lease_seconds
+        while time.perf_counter() < until:
+            sum(range(1000))
+
+    async def long(task: Task) -> Mapping[str, Any]:
+        handled.tasks.append(task)
+        handled.started.set()
+        await asyncio.to_thread(compute)
+        return {}
+
+    await enqueue(mesh, "long")
+    async with mesh.working({"long": long}) as (worker, running):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        worker.drain()
+        await running
+    assert await states(owner) == [("succeeded", 1)]
+
+
+async def test_worker_whose_heartbeats_do_not_get_through_stops_the_work(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    await enqueue(mesh, "wait")
+    async with mesh.working(handled.all):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        await mesh.break_down()
+        await asyncio.wait_for(handled.stopped.wait(), 10 * mesh.lease_seconds)
+
+
+async def test_job_of_a_killed_worker_is_done_by_another(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    await enqueue(mesh, "wait")
+    async with mesh.working(handled.all):
+        await asyncio.wait_for(handled.started.wait(), 10)
+    handled.go_on.set()
+    handled.started.clear()
+    async with mesh.working(handled.all) as (worker, running):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        worker.drain()
+        await running
+    assert await states(owner) == [("succeeded", 2)]
+    assert handled.tasks[0].lease_token < handled.tasks[1].lease_token
+
+
+async def test_worker_stops_work_that_passed_to_another(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    await enqueue(mesh, "wait")
+    async with mesh.working(handled.all):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        await owner.execute("UPDATE jobs SET lease_token = lease_token + 1000")
+        await asyncio.wait_for(handled.stopped.wait(), 10)
+    assert (await states(owner))[0][0] == "running"
+
+
+async def test_worker_returns_after_the_service_asked_it_to_connect_again(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    async with mesh.working(handled.all) as (worker, running):
+        await enqueue(mesh, "wait")
+        await asyncio.wait_for(handled.started.wait(), 10)
+        mesh.service.drain()
+        handled.go_on.set()
+        await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'succeeded'"))
+        mesh.service._is_draining = False
+        handled.started.clear()
+        await enqueue(mesh, "wait")
+        await asyncio.wait_for(handled.started.wait(), 10)
+        worker.drain()
+        await running

@@ -1,0 +1,313 @@
+"""The loop of a worker: lease, work, settle, on a stream that is opened again when it breaks.
+
+A lease outlives the stream it came on. The work goes on, the next stream carries its heartbeats;
+only when no heartbeat got through for as long as a lease lives is the work stopped, for by then
+it may be another worker's. What it writes is fenced by the lease token all the while.
+"""
+
+import asyncio
+import json
+import random
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import structlog
+from kimberly.jobs.v1 import jobs_pb2 as pb
+from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
+
+log = structlog.get_logger()
+
+_MOST_CREDIT: Final = 1000
+_STREAM_SECONDS: Final = 900.0
+_LONGEST_PAUSE_SECONDS: Final = 2.0
+_WATCH_SECONDS: Final = 0.25
+_BROKEN = (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A leased job, as its handler sees it."""
+
+    job_id: str
+    lease_token: int
+    """Fences whatever the job writes."""
+    kind: str
+    payload: Mapping[str, Any]
+    attempt: int
+
+
+Handler = Callable[[Task], Awaitable[Mapping[str, Any]]]
+"""Does a job and returns its result. Whatever it raises fails the attempt."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lease that is ours, until it is settled or lost."""
+
+    token: int
+    expires_at: float
+    """By the clock of the event loop."""
+    work: asyncio.Task[None] | None = None
+    outcome: pb.Outcome | None = None
+    sent_on: "_Session | None" = None
+    """The stream that carried the outcome."""
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """One stream."""
+
+    call: Any
+    lease_seconds: float
+    heartbeat_seconds: float
+    credit: int = 0
+    """Granted and not yet used."""
+    is_draining: bool = False
+    """The server asked us to finish and to connect again."""
+
+
+class Worker:
+    """Does jobs until it is drained."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        handlers: Mapping[str, Handler],
+        *,
+        concurrency: int,
+        drain_seconds: float,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """Prepare to work.
+
+        Args:
+            channel: Leads to WorkerService, by way of the sidecar.
+            handlers: What does a job, by its kind.
+            concurrency: How many jobs are done at once.
+            drain_seconds: How long a drained worker goes on before it hands back what it holds.
+            metadata: Sent with every stream; in the mesh the sidecar adds what is needed.
+        """
+        self._stub = rpc.WorkerServiceStub(channel)
+        self._handlers = dict(handlers)
+        self._concurrency = concurrency
+        self._drain_seconds = drain_seconds
+        self._metadata = metadata
+        # Random for each process: a worker that comes back under an old name adopts nothing.
+        self._id = uuid.uuid4().hex
+        self._held: dict[str, _Held] = {}
+        self._called = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._give_up_at: float | None = None
+
+    def drain(self) -> None:
+        """Take no more jobs; `run` returns when those at hand are done or handed back."""
+        if self._give_up_at is None:
+            self._give_up_at = _now() + self._drain_seconds
+        self._drained.set()
+        self._called.set()
+
+    async def run(self) -> None:
+        """Work until drained."""
+        async with asyncio.TaskGroup() as self._tasks:
+            watch = self._tasks.create_task(self._stop_lapsed())
+            try:
+                await self._stream_again_and_again()
+            finally:
+                watch.cancel()
+                self._forget(list(self._held))
+
+    async def _stream_again_and_again(self) -> None:
+        failures = 0
+        while not self._is_finished():
+            try:
+                await self._stream()
+                failures = 0
+            except _BROKEN as error:
+                failures += 1
+                log.info("stream broke", error=_brief(error), failures=failures)
+            if not self._is_finished():
+                await asyncio.sleep(_pause_seconds(failures, random.random()))  # noqa: S311
+
+    def _is_finished(self) -> bool:
+        if self._give_up_at is None:
+            return False
+        return not self._held or _now() >= self._give_up_at
+
+    async def _stream(self) -> None:
+        """Open a stream and serve it to its end."""
+        # grpc.aio never ends a call that nobody looks at any more (grpc#43462).
+        call = self._stub.Work(  # type: ignore[call-arg] # written by hand, no iterator
+            timeout=_STREAM_SECONDS, metadata=self._metadata
+        )
+        try:
+            hello = pb.Hello(worker_id=self._id, kinds=sorted(self._handlers))
+            await call.write(pb.WorkRequest(hello=hello))
+            response = await call.read()
+            if not isinstance(response, pb.WorkResponse):
+                return
+            welcome = response.welcome
+            session = _Session(
+                call,
+                welcome.lease_duration.ToTimedelta().total_seconds(),
+                welcome.heartbeat_interval.ToTimedelta().total_seconds(),
+            )
+            log.info("stream open", lease_seconds=session.lease_seconds)
+            sender = self._tasks.create_task(self._send(session))
+            try:
+                await self._receive(session)
+            finally:
+                sender.cancel()
+        finally:
+            call.cancel()
+
+    # --- what is received
+
+    async def _receive(self, session: _Session) -> None:
+        while isinstance(response := await session.call.read(), pb.WorkResponse):
+            match response.WhichOneof("message"):
+                case "leased":
+                    session.credit -= len(response.leased.leases)
+                    for lease in response.leased.leases:
+                        self._start(session, lease)
+                case "settled":
+                    self._forget(response.settled.job_ids)
+                case "lease_lost":
+                    log.warning("leases lost", jobs=list(response.lease_lost.job_ids))
+                    self._forget(response.lease_lost.job_ids)
+                case "drain":
+                    session.is_draining = True
+            self._called.set()
+
+    def _start(self, session: _Session, lease: pb.Lease) -> None:
+        if self._give_up_at is not None:
+            # Not begun: the server gives it to another when we close the stream.
+            return
+        self._forget([lease.job_id])
+        held = _Held(lease.lease_token, _now() + session.lease_seconds)
+        self._held[lease.job_id] = held
+        held.work = self._tasks.create_task(self._work(held, lease))
+
+    async def _work(self, held: _Held, lease: pb.Lease) -> None:
+        outcome = pb.Outcome(job_id=lease.job_id, lease_token=lease.lease_token)
+        try:
+            payload = json.loads(lease.payload_json)
+            task = Task(lease.job_id, lease.lease_token, lease.kind, payload, lease.attempt)
+            result = await self._handlers[lease.kind](task)
+            outcome.completed.result_json = json.dumps(result)
+        except Exception as error:
+            log.warning("job failed", job=lease.job_id, kind=lease.kind, exc_info=error)
+            outcome.failed.error = _brief(error)
+        held.outcome = outcome
+        self._called.set()
+
+    def _forget(self, job_ids: Iterable[str]) -> None:
+        """Drop leases that are settled or no longer ours, and stop their work."""
+        for job_id in job_ids:
+            held = self._held.pop(job_id, None)
+            if held is not None and held.work is not None:
+                held.work.cancel()
+
+    async def _stop_lapsed(self) -> None:
+        """Stop work whose lease has had no heartbeat for as long as it lives."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            lapsed = [job_id for job_id, held in self._held.items() if held.expires_at <= _now()]
+            if lapsed:
+                log.warning("leases lapsed", jobs=lapsed)
+                self._forget(lapsed)
+                self._called.set()
+
+    # --- what is sent
+
+    async def _send(self, session: _Session) -> None:
+        """Send outcomes, credit and heartbeats until everything is said."""
+        try:
+            beat_at = _now()
+            while True:
+                self._called.clear()
+                await self._settle(session)
+                if self._has_nothing_more(session):
+                    await session.call.done_writing()
+                    return
+                await self._grant(session)
+                if _now() >= beat_at:
+                    beat_at = _now() + session.heartbeat_seconds
+                    await self._beat(session)
+                await self._wait(beat_at)
+        except _BROKEN:
+            # The receiving side learns of it too, and says so.
+            return
+
+    async def _settle(self, session: _Session) -> None:
+        ready = [
+            (held, held.outcome)
+            for held in self._held.values()
+            if held.outcome is not None and held.sent_on is not session
+        ]
+        if not ready:
+            return
+        for held, _ in ready:
+            held.sent_on = session
+        outcomes = [outcome for _, outcome in ready]
+        await session.call.write(pb.WorkRequest(settle=pb.Settle(outcomes=outcomes)))
+
+    def _has_nothing_more(self, session: _Session) -> bool:
+        """Tell whether we are to stop, and all is said or the time for it is over."""
+        if self._give_up_at is None and not session.is_draining:
+            return False
+        if all(held.sent_on is session for held in self._held.values()):
+            return True
+        if self._give_up_at is None or _now() < self._give_up_at:
+            return False
+        # Handed back: closing the stream in good order gives leases to others at once.
+        self._forget([job for job, held in self._held.items() if held.sent_on is not session])
+        return True
+
+    async def _grant(self, session: _Session) -> None:
+        if session.is_draining or self._give_up_at is not None:
+            return
+        room = min(self._concurrency - len(self._held) - session.credit, _MOST_CREDIT)
+        if room > 0:
+            session.credit += room
+            await session.call.write(pb.WorkRequest(credit=pb.Credit(jobs=room)))
+
+    async def _beat(self, session: _Session) -> None:
+        beating = {
+            job_id: held for job_id, held in self._held.items() if held.sent_on is not session
+        }
+        leases = [
+            pb.LeaseProgress(job_id=job_id, lease_token=held.token)
+            for job_id, held in beating.items()
+        ]
+        sent_at = _now()
+        await session.call.write(pb.WorkRequest(heartbeat=pb.Heartbeat(leases=leases)))
+        for held in beating.values():
+            held.expires_at = sent_at + session.lease_seconds
+
+    async def _wait(self, until: float) -> None:
+        if self._give_up_at is not None:
+            until = min(until, self._give_up_at)
+        try:
+            async with asyncio.timeout_at(until):
+                await self._called.wait()
+        except TimeoutError:
+            pass
+
+
+def _pause_seconds(failures: int, chance: float) -> float:
+    """Return how long to wait before the next stream: by chance, longer after each failure."""
+    return min(0.1 * 2.0 ** min(failures, 10), _LONGEST_PAUSE_SECONDS) * chance
+
+
+def _brief(error: BaseException) -> str:
+    """Say what went wrong without what it was about: the user may read it, logs are kept."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return type(error).__name__
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
