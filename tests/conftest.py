@@ -1,6 +1,7 @@
 """Real stores for every test: started once, one cloned database a test."""
 
 import datetime as dt
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,3 +228,4 @@ async def serve() -> AsyncIterator[Serve]:
     for server, channel in running:
         await channel.close(None)
         await server.grpc.stop(None)
+    shutil.rmtree(directory)

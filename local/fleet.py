@@ -1,0 +1,265 @@
+"""The processes of the mesh beside the stores: what each of them runs, is told, and trusts."""
+
+import base64
+import datetime as dt
+import os
+import re
+import secrets
+import ssl
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from local import envoy, probes
+from local.certificates import Authority, Names
+from local.layout import CHECKOUT, Layout
+from local.ports import LOOPBACK, Ports
+from local.postgres import APPLICATION, OWNER, SYSTEM
+from local.processes import Probe, Program, installed
+from local.servers import BUCKET, Stores
+from server.access import EDGE, PROCESSES, WORKER
+
+EDGE_PORT = 8443
+PUBLIC = "public"
+"""The identity that clients of the edge see."""
+MASTER_KEY = "master.key"
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """What the processes of ours run. Tests put stand-ins here."""
+
+    migrate: tuple[str, ...] = (sys.executable, "-m", "server", "migrate")
+    service: tuple[str, ...] = (sys.executable, "-m", "server")
+    """Followed by the name of the process."""
+    worker: tuple[str, ...] = (sys.executable, "-m", "workers")
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Describes services, workers, their sidecars and the edge of one mesh."""
+
+    layout: Layout
+    stores: Stores
+    ports: Mapping[str, int]
+    """Of the edge and of the inbound listener of each sidecar."""
+    workers: Sequence[str]
+    commands: Commands
+    domain: envoy.Domain = field(default_factory=envoy.Domain)
+    tokens: envoy.Tokens = field(default_factory=envoy.Tokens)
+
+    @property
+    def sidecars(self) -> tuple[str, ...]:
+        """The processes that have a sidecar."""
+        return (*PROCESSES, *self.workers)
+
+    def prepare(self) -> None:
+        """Make the master key, the certificates and the Envoy configurations."""
+        self.stores.secrets.get(MASTER_KEY, new_master_key)
+        self.renew()
+        methods = envoy.methods_of_contract(envoy.descriptor_set())
+        self._config(EDGE).write_text(envoy.render_edge(self._edge(), methods))
+        for name in self.sidecars:
+            rendered = envoy.render_sidecar(self._sidecar(name), methods)
+            self._config(name).write_text(rendered)
+
+    def renew(self) -> None:
+        """Issue the certificates that do not exist or have lived half their life."""
+        now = dt.datetime.now(dt.UTC)
+        authority = Authority.open(self.layout.certificates, now=now)
+        for process in (EDGE, WORKER, *PROCESSES):
+            authority.ensure(process, Names(spiffe_id=self.domain.identity(process)), now=now)
+        public = Names(dns_names=("localhost",), addresses=(LOOPBACK,))
+        authority.ensure(PUBLIC, public, now=now)
+
+    # --- programs ------------------------------------------------------------------------------
+
+    def migration(self) -> Program:
+        """Return the program that brings the tables up to date, and ends."""
+        told = {"KIMBERLY_OWNER_DATABASE_URL": self.stores.dsn(OWNER)}
+        return self._python("migrate", self.commands.migrate, told, _never)
+
+    def service(self, process: str) -> Program:
+        """Return the program of a service."""
+        socket = self.layout.app_socket(process)
+
+        async def is_ready() -> bool:
+            return await probes.grpc_serving(socket)
+
+        told = self._store_settings() | self._mesh_settings(process)
+        command = (*self.commands.service, process)
+        return self._python(process, command, told, is_ready, f"unix:{socket.name}")
+
+    def worker(self, name: str) -> Program:
+        """Return the program of a worker. It is told of no store and gets no password."""
+
+        async def is_ready() -> bool:
+            return await self._is_listening_for_work(name)
+
+        return self._python(name, self.commands.worker, self._mesh_settings(name), is_ready)
+
+    def sidecar(self, process: str) -> Program:
+        """Return the program of a sidecar."""
+        inbound = f"{LOOPBACK}:{self.ports[process]}" if process in PROCESSES else "outbound only"
+        return self._envoy(f"{process}-sidecar", process, inbound)
+
+    def edge(self) -> Program:
+        """Return the program of the edge."""
+        return self._envoy(EDGE, EDGE, f"https://{LOOPBACK}:{self.ports[EDGE]}")
+
+    async def is_whole(self) -> bool:
+        """Tell whether the edge reaches every service and every Envoy has the keys of tokens."""
+        trust = ssl.create_default_context(cafile=self.layout.certificates / "ca.pem")
+        edge = probes.Endpoint(port=self.ports[EDGE], tls=trust)
+        if (await probes.http(edge, "GET", "/healthz")).status != 200:
+            return False
+        return all([await self._stat(name, r"jwks_fetch_success") for name in (EDGE, *PROCESSES)])
+
+    def _python(
+        self,
+        name: str,
+        command: tuple[str, ...],
+        told: Mapping[str, str],
+        is_ready: Probe,
+        address: str = "",
+    ) -> Program:
+        return Program(
+            name=name,
+            command=command,
+            directory=CHECKOUT,
+            environment={**_inherited(), **told},
+            log=self.layout.logs / f"{name}.log",
+            is_ready=is_ready,
+            address=address,
+            # It drains: it reports NOT_SERVING, then waits for the calls under way.
+            stop_seconds=4.0,
+        )
+
+    def _envoy(self, name: str, process: str, address: str) -> Program:
+        admin = probes.Endpoint(socket=self.layout.admin_socket(process))
+
+        async def is_ready() -> bool:
+            return (await probes.http(admin, "GET", "/ready")).status == 200
+
+        options = ("--concurrency", "1", "--disable-hot-restart", "-l", "warn")
+        binary = next(installed("envoy").glob("_bin/envoy*"))
+        return Program(
+            name=name,
+            command=(
+                str(binary),
+                "-c",
+                str(self._config(process)),
+                *options,
+                "--drain-time-s",
+                "2",
+            ),
+            directory=self.layout.envoy,
+            log=self.layout.logs / f"{name}.log",
+            is_ready=is_ready,
+            address=address,
+            stop_seconds=1.0,
+        )
+
+    # --- what they are told --------------------------------------------------------------------
+
+    def _mesh_settings(self, process: str) -> dict[str, str]:
+        return {
+            "KIMBERLY_LISTEN_SOCKET": str(self.layout.app_socket(process)),
+            "KIMBERLY_OUTBOUND_SOCKET": str(self.layout.outbound_socket(process)),
+            "KIMBERLY_TRUST_DOMAIN": self.domain.trust_domain,
+            "KIMBERLY_NAMESPACE": self.domain.namespace,
+        }
+
+    def _store_settings(self) -> dict[str, str]:
+        stores = self.stores
+        return {
+            "KIMBERLY_DATABASE_URL": stores.dsn(APPLICATION),
+            "KIMBERLY_SYSTEM_DATABASE_URL": stores.dsn(SYSTEM),
+            "KIMBERLY_REDIS_URL": stores.valkey.url,
+            "KIMBERLY_S3_ENDPOINT": stores.s3.endpoint,
+            "KIMBERLY_S3_SECURE": "false",
+            "KIMBERLY_S3_ACCESS_KEY": stores.s3.access_key,
+            "KIMBERLY_S3_SECRET_KEY": stores.s3.secret_key,
+            "KIMBERLY_S3_BUCKET": BUCKET,
+            "KIMBERLY_MASTER_KEY_FILE": str(stores.secrets.path(MASTER_KEY)),
+            "KIMBERLY_TOKEN_ISSUER": self.tokens.issuer,
+            "KIMBERLY_TOKEN_AUDIENCE": self.tokens.audience,
+        }
+
+    # --- Envoys --------------------------------------------------------------------------------
+
+    def _edge(self) -> envoy.Edge:
+        return envoy.Edge(
+            listen=envoy.Address(LOOPBACK, self.ports[EDGE]),
+            peers=self._peers(),
+            admin_socket=self.layout.admin_socket(EDGE),
+            sds=self.layout.certificates / EDGE,
+            public_sds=self.layout.certificates / PUBLIC,
+            domain=self.domain,
+            tokens=self.tokens,
+        )
+
+    def _sidecar(self, name: str) -> envoy.Sidecar:
+        serves = name in PROCESSES
+        process = name if serves else WORKER
+        return envoy.Sidecar(
+            process=process,
+            name=name,
+            inbound=envoy.Address(LOOPBACK, self.ports[name]) if serves else None,
+            app_socket=self.layout.app_socket(name) if serves else None,
+            outbound_socket=self.layout.outbound_socket(name),
+            peers=self._peers(),
+            admin_socket=self.layout.admin_socket(name),
+            sds=self.layout.certificates / process,
+            domain=self.domain,
+            tokens=self.tokens,
+        )
+
+    def _peers(self) -> dict[str, tuple[envoy.Address, ...]]:
+        return {name: (envoy.Address(LOOPBACK, self.ports[name]),) for name in PROCESSES}
+
+    def _config(self, process: str) -> Path:
+        return self.layout.envoy / f"{process}.yaml"
+
+    async def _is_listening_for_work(self, worker: str) -> bool:
+        """Tell whether the worker's stream to the jobs service is open, as its sidecar sees it."""
+        return await self._stat(worker, r"cluster\.jobs\.upstream_rq_active")
+
+    async def _stat(self, process: str, name: str) -> bool:
+        """Tell whether a statistic of an Envoy is above zero."""
+        admin = probes.Endpoint(socket=self.layout.admin_socket(process))
+        answer = await probes.http(admin, "GET", f"/stats?filter={name}$")
+        return re.search(rb": [1-9]", answer.body) is not None
+
+
+def claim_ports(ports: Ports) -> dict[str, int]:
+    """Claim the ports of the edge and of the sidecars."""
+    return {
+        EDGE: ports.claim(EDGE, preferred=[EDGE_PORT]),
+        **{process: ports.claim(process) for process in PROCESSES},
+    }
+
+
+def new_master_key() -> str:
+    """Return 32 random bytes in base64."""
+    return base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def _inherited() -> dict[str, str]:
+    """Return the little that a process of ours gets from our own environment."""
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("OTEL_") or name in {"HOME", "KIMBERLY_LOG_LEVEL"}
+    }
+    return {
+        "PATH": os.defpath,
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "client")]),
+        "KIMBERLY_LOG_LEVEL": "info",
+    } | passed
+
+
+async def _never() -> bool:
+    return False

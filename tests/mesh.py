@@ -1,0 +1,122 @@
+"""One real mesh, and users who signed up to it, for all tests that come through its edge."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+from kimberly.auth.v1 import auth_pb2 as auth
+from kimberly.users.v1 import users_pb2 as users
+
+from local.layout import Layout
+from local.mesh import Mesh, in_background
+from tests.transports import Grpc, Metadata, Rest, Transport
+
+T = TypeVar("T")
+
+PASSWORD = "correct horse battery staple"
+GRANT = users.RecordConsentRequest(purpose=users.CONSENT_PURPOSE_MEMORY_STORE, granted=True)
+
+_RUNNING = pytest.StashKey[Mesh]()
+_POLL_SECONDS = 0.02
+
+
+@pytest.fixture(scope="session")
+def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mesh:
+    """The whole mesh, from the edge to the stores."""
+    # To pytest, a fixture that two conftests import is two fixtures. The mesh is to be one.
+    stash = request.config.stash
+    if _RUNNING not in stash:
+        layout = Layout(tmp_path_factory.mktemp("mesh"))
+        stack = contextlib.ExitStack()
+        mesh = Mesh(layout, workers=1, durable=False)
+        stash[_RUNNING] = stack.enter_context(in_background(mesh))
+        request.session.addfinalizer(stack.close)
+    return stash[_RUNNING]
+
+
+@pytest.fixture(scope="session")
+def trust(mesh: Mesh) -> ssl.SSLContext:
+    """What a client of the edge trusts."""
+    return ssl.create_default_context(cafile=mesh.ca)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def http(mesh: Mesh, trust: ssl.SSLContext) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client of the edge. It knows no user."""
+    async with httpx.AsyncClient(base_url=mesh.edge, verify=trust, timeout=15) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(scope="session")
+async def channel(mesh: Mesh) -> AsyncIterator[grpc.aio.Channel]:
+    """A gRPC channel to the edge. It knows no user."""
+    credentials = grpc.ssl_channel_credentials(mesh.ca.read_bytes())
+    async with grpc.aio.secure_channel(address_of(mesh), credentials) as channel:
+        yield channel
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Somebody who signed up."""
+
+    id: str
+    tenant_id: str
+    email: str
+    tokens: auth.Tokens
+    rest: Rest
+    grpc: Grpc
+
+    @property
+    def token(self) -> str:
+        """The access token."""
+        return self.tokens.access_token
+
+    @property
+    def transports(self) -> dict[str, Transport]:
+        """Both ways to call, by name."""
+        return {"grpc": self.grpc, "rest": self.rest}
+
+
+async def sign_up(
+    http: httpx.AsyncClient, channel: grpc.aio.Channel, *, consenting: bool = True
+) -> User:
+    """Return a user whom nobody met before."""
+    email = f"{secrets.token_hex(8)}@example.com"
+    answer = await Grpc(channel)(auth.SignUpRequest(email=email, password=PASSWORD))
+    token = answer.tokens.access_token
+    rest, over_grpc = Rest(http, token), Grpc(channel, bearer(token))
+    if consenting:
+        await over_grpc(GRANT)
+    return User(answer.user_id, answer.tenant_id, email, answer.tokens, rest, over_grpc)
+
+
+def bearer(token: str) -> Metadata:
+    """Return the metadata of a call with this token."""
+    return (("authorization", f"Bearer {token}"),)
+
+
+def address_of(mesh: Mesh) -> str:
+    """Return host and port of the edge."""
+    return mesh.edge.removeprefix("https://")
+
+
+async def eventually(
+    look: Callable[[], Awaitable[T]], holds: Callable[[T], bool], seconds: float = 15.0
+) -> T:
+    """Look until what is seen holds, and return it."""
+    deadline = time.monotonic() + seconds
+    while not holds(seen := await look()):
+        assert time.monotonic() < deadline, seen
+        await asyncio.sleep(_POLL_SECONDS)
+    return seen
