@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.live import Live
 
+from local import demo
 from local.layout import CHECKOUT, Layout
 from local.lock import AlreadyRunningError, Identity, holder_of
 from local.mesh import Mesh
@@ -99,6 +101,45 @@ def status() -> None:
     console.print(table_now(mesh))
     console.print(_how_to_reach(mesh))
     raise typer.Exit(0 if mesh["ready"] else 1)
+
+
+@app.command("demo")
+def demo_command(
+    file: Annotated[
+        Path, typer.Argument(help="JSON Lines of speaker, text and time; a sample if not given.")
+    ] = demo.SAMPLE,
+    workers: Workers = 2,
+) -> None:
+    """Do the main job on a conversation and report.
+
+    Signs up, imports the conversation, meditates, asks three questions, verifies the audit log.
+    It uses the mesh that runs; if none does, it starts one and stops it again.
+    """
+    layout = Layout.default()
+    try:
+        turns = demo.read_transcript(file)
+        asyncio.run(_demo(layout, file, turns, workers))
+    except (demo.DemoError, AlreadyRunningError, ProcessFailedError, OSError) as error:
+        _fail(str(error))
+
+
+# --- demo --------------------------------------------------------------------------------------
+
+
+async def _demo(layout: Layout, file: Path, turns: list[demo.Turn], workers: int) -> None:
+    report = demo.Report()
+    async with contextlib.AsyncExitStack() as stack:
+        with report.step("mesh ready") as tell:
+            mesh = _running(layout)
+            tell("it was running" if mesh else "started; it stops after the demo")
+            if mesh is None:
+                with console.status("starting the mesh …"):
+                    started = await stack.enter_async_context(Mesh(layout, workers=workers))
+                    await started.wait_ready()
+                mesh = started.describe()
+        questions = demo.questions_about(file, turns)
+        address = f"{mesh['host']}:{mesh['port']}"
+        await demo.run(address, Path(mesh["ca"]), turns, questions, report, console)
 
 
 # --- up ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from kimberly.client import Client, connect
 from kimberly.memory.v1 import memory_pb2 as memory
@@ -29,7 +30,11 @@ _ANSWERS = 3
 _WORDS_TO_ASK_FOR = 6
 
 
-class TranscriptError(Exception):
+class DemoError(Exception):
+    """The demo cannot go on; the text says why."""
+
+
+class TranscriptError(DemoError):
     """The transcript cannot be read; the text says which line and why."""
 
 
@@ -122,22 +127,30 @@ def questions_about(path: Path, turns: list[Turn]) -> list[str]:
     return [" ".join(sorted(t.text.split(), key=len)[-_WORDS_TO_ASK_FOR:]) for t in spread]
 
 
-async def run(address: str, ca: Path, transcript: Path, console: Console) -> None:
+async def run(
+    address: str,
+    ca: Path,
+    turns: list[Turn],
+    questions: list[str],
+    report: Report,
+    console: Console,
+) -> None:
     """Do the main job against a running mesh and print the report.
 
     Raises:
-        TranscriptError: The transcript cannot be read.
-        grpc.aio.AioRpcError: The mesh refused a step.
+        DemoError: The mesh refused a step, or took too long.
     """
-    turns = await asyncio.to_thread(read_transcript, transcript)
-    questions = await asyncio.to_thread(questions_about, transcript, turns)
-    report = Report()
-    async with connect(address, ca) as client:
-        await _sign_up(client, report)
-        await _import(client, to_memories(turns), report, console)
-        meditation = await _meditate(client, report, console)
-        answers = await _ask(client, questions, report)
-        await _verify_audit(client, report)
+    try:
+        async with connect(address, ca) as client:
+            await _sign_up(client, report)
+            await _import(client, to_memories(turns), report, console)
+            meditation = await _meditate(client, report, console)
+            answers = await _ask(client, questions, report)
+            await _verify_audit(client, report)
+    except grpc.aio.AioRpcError as error:
+        raise DemoError(f"the mesh answered {error.code().name}: {error.details()}") from error
+    except TimeoutError as error:
+        raise DemoError(f"the meditation took over {_MEDITATION_SECONDS:.0f} s") from error
     console.print(_answers_table(answers), _meditation_table(meditation), _steps_table(report))
 
 
@@ -217,7 +230,7 @@ async def _verify_audit(client: Client, report: Report) -> None:
     with report.step("audit chain") as tell:
         found = await client.users.VerifyAuditLog(users.VerifyAuditLogRequest())
         if not found.intact:
-            raise SystemExit(f"the audit chain is broken: {found.problem}")
+            raise DemoError(f"the audit chain is broken: {found.problem}")
         tell(f"verified, {found.verified_events} events, head {found.head_hash[:12]}")
 
 
