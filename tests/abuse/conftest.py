@@ -1,0 +1,72 @@
+"""Two users who wish each other ill, and every door of the mesh."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from local.fleet import MASTER_KEY
+from local.mesh import Mesh
+from local.postgres import SYSTEM
+from server.auth.key_store import KeyStore
+from server.auth.keyring import Keyring
+from server.database import SystemDatabase, open_pool
+from server.kms import LocalKms
+from tests.abuse.doors import Doors
+from tests.abuse.forgery import Forger
+from tests.abuse.wire import Wire
+from tests.mesh import User, channel, http, mesh, sign_up, trust
+
+__all__ = ["channel", "http", "mesh", "trust"]
+
+
+@pytest_asyncio.fixture(scope="session")
+async def ann(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
+    """Has something that others want."""
+    return await sign_up(http, channel)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def bob(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
+    """Wants it."""
+    return await sign_up(http, channel)
+
+
+@pytest.fixture(scope="session")
+def wire(mesh: Mesh) -> Wire:
+    """Raw connections to the edge."""
+    return Wire(mesh, str(mesh.ca))
+
+
+@pytest_asyncio.fixture(scope="session")
+async def doors(mesh: Mesh) -> AsyncIterator[Doors]:
+    """Sidecars and services, past the edge."""
+    # Not pytest's: the path of a socket must be short.
+    directory = Path(tempfile.mkdtemp(prefix="kimberly-"))
+    async with AsyncExitStack() as stack:
+        yield Doors(mesh, directory, stack)
+    shutil.rmtree(directory)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def forger(mesh: Mesh, bob: User) -> Forger:
+    """Bob, with the key that signs access tokens: what he forges fails for one reason only."""
+    pool = await open_pool(mesh.stores.dsn(SYSTEM), size=1, name="forger")
+    master_key = LocalKms.from_file(mesh.stores.secrets.path(MASTER_KEY))
+    keyring = Keyring(KeyStore(SystemDatabase(pool)), master_key, access_token_seconds=600)
+    signer = await keyring.signer()
+    await pool.close()
+    pem = signer.as_pem(private=True)
+    key = serialization.load_pem_private_key(pem, password=None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return Forger(key, str(signer.kid), bob.id, bob.tenant_id)

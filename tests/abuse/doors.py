@@ -1,0 +1,100 @@
+"""The doors of the mesh: its edge, its sidecars, the sockets of its services."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from local.certificates import Authority, KeyPair, Names, make_leaf
+from local.envoy import Domain
+from local.mesh import Mesh
+from local.ports import LOOPBACK
+
+DOMAIN = Domain()
+NOW = dt.datetime.now(dt.UTC)
+_PART = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Ways past the edge, for whoever holds a certificate or the rights of a service."""
+
+    mesh: Mesh
+    directory: Path
+    """Where to put sockets; short."""
+    stack: AsyncExitStack
+    _open: dict[tuple[str, str], grpc.aio.Channel] = field(default_factory=dict)
+
+    @property
+    def authority(self) -> Authority:
+        """The authority of the mesh."""
+        return Authority.open(self.mesh.layout.certificates, now=NOW)
+
+    def port(self, process: str) -> int:
+        """Return the port of a sidecar."""
+        address = self.mesh.process(f"{process}-sidecar").program.address
+        return int(address.rpartition(":")[2])
+
+    def workload(self, identity: str) -> KeyPair:
+        """Return a certificate of the mesh for one of its identities."""
+        return make_leaf(self.authority.root, Names(DOMAIN.identity(identity)), now=NOW)
+
+    async def sidecar(self, process: str, identity: str) -> grpc.aio.Channel:
+        """Return a channel to a sidecar, as the workload with this identity."""
+        if (process, identity) not in self._open:
+            context = self.context(self.workload(identity))
+            socket = self.directory / f"{process}.{identity}"
+            tunnel = _tunnel(socket, self.port(process), context)
+            self._open[process, identity] = await self.stack.enter_async_context(tunnel)
+        return self._open[process, identity]
+
+    async def service(self, process: str) -> grpc.aio.Channel:
+        """Return a channel to a service, past its sidecar."""
+        if (process, "") not in self._open:
+            socket = self.mesh.layout.app_socket(process)
+            channel = grpc.aio.insecure_channel(f"unix:{socket}")
+            self._open[process, ""] = await self.stack.enter_async_context(channel)
+        return self._open[process, ""]
+
+    def context(self, caller: KeyPair | None) -> ssl.SSLContext:
+        """Return how a peer connects to sidecars."""
+        context = ssl.create_default_context(cafile=self.authority.bundle)
+        # A sidecar has a SPIFFE id and no name that ssl could check.
+        context.check_hostname = False
+        context.set_alpn_protocols(["h2"])
+        if caller:
+            file = self.directory / "caller.pem"
+            file.write_bytes(caller.certificate_pem + caller.key_pem)
+            context.load_cert_chain(file)
+        return context
+
+
+@asynccontextmanager
+async def _tunnel(
+    socket: Path, port: int, context: ssl.SSLContext
+) -> AsyncIterator[grpc.aio.Channel]:
+    """Open a channel that goes through TLS: gRPC for Python insists on checking host names."""
+
+    async def carry(near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        far, forth = await asyncio.open_connection(LOOPBACK, port, ssl=context)
+        await asyncio.gather(_pump(near, forth), _pump(far, back))
+
+    server = await asyncio.start_unix_server(carry, socket)
+    async with server, grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+        yield channel
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while part := await reader.read(_PART):
+            writer.write(part)
+            await writer.drain()
+    writer.close()

@@ -1,0 +1,253 @@
+"""Who is not who they must be is refused: at the handshake, or at the method."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import ssl
+import stat
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from kimberly.jobs.v1 import jobs_pb2 as jobs
+from kimberly.scoring.v1 import scoring_pb2 as scoring
+
+from local.certificates import KeyPair, Names, make_leaf, make_root
+from local.mesh import Mesh
+from local.ports import LOOPBACK
+from server.access import EDGE, METHODS, PROCESSES, WORKER, Access, methods_of
+from tests.abuse.doors import DOMAIN, NOW, Doors
+from tests.mesh import User, bearer
+from tests.refusals import Refusal, refusal_of
+from tests.transports import Metadata
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+IDENTITIES = (EDGE, WORKER, *PROCESSES)
+MALFORMED = b"\xff\xff\xff"
+WORK = "/kimberly.jobs.v1.WorkerService/Work"
+PLAN = "/kimberly.scoring.v1.ScoringService/PlanMeditation"
+SCORE = "/kimberly.scoring.v1.ScoringService/Score"
+LIST_MEMORIES = "/kimberly.memory.v1.MemoryService/ListMemories"
+
+DENIED = {
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    # Nobody serves it there.
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+
+
+# --- the handshake -----------------------------------------------------------------------------
+
+
+async def handshake(doors: Doors, process: str, context: ssl.SSLContext, said: bytes) -> bytes:
+    """Connect to a sidecar, say something, and return the first byte of the answer."""
+    async with asyncio.timeout(5):
+        port = doors.port(process)
+        reader, writer = await asyncio.open_connection(LOOPBACK, port, ssl=context)
+        try:
+            writer.write(said)
+            return await reader.readexactly(1)
+        finally:
+            writer.transport.abort()
+
+
+async def alert_for(doors: Doors, process: str, caller: KeyPair | None) -> str:
+    """Return the alert with which a sidecar ends the handshake of a peer."""
+    # With TLS 1.3 it comes after what the peer takes for the end of the handshake.
+    with pytest.raises(ssl.SSLError) as refused:
+        await handshake(doors, process, doors.context(caller), b"")
+    return str(refused.value.reason).partition("_ALERT_")[2]
+
+
+def forged(doors: Doors, kind: str) -> KeyPair | None:
+    root, edge = doors.authority.root, Names(DOMAIN.identity(EDGE))
+    hour = dt.timedelta(hours=1)
+    match kind:
+        case "another authority":
+            return make_leaf(make_root("Kimberly local authority", now=NOW), edge, now=NOW)
+        case "expired":
+            return make_leaf(root, edge, now=NOW - 2 * hour, lifetime=hour)
+        case "not valid yet":
+            return make_leaf(root, edge, now=NOW + hour)
+        case "another trust domain":
+            return make_leaf(root, Names("spiffe://evil.example/ns/local/sa/edge"), now=NOW)
+        case "another namespace":
+            return make_leaf(root, Names("spiffe://kimberly.local/ns/prod/sa/edge"), now=NOW)
+        case "no identity":
+            return make_leaf(root, Names(dns_names=("localhost",)), now=NOW)
+        case _:
+            return None
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+    ("kind", "alert"),
+    [
+        ("no certificate", "CERTIFICATE_REQUIRED"),
+        ("another authority", "UNKNOWN_CA"),
+        ("expired", "CERTIFICATE_EXPIRED"),
+        ("not valid yet", "CERTIFICATE_EXPIRED"),
+        ("another trust domain", "CERTIFICATE_UNKNOWN"),
+        ("another namespace", "CERTIFICATE_UNKNOWN"),
+        ("no identity", "UNSUPPORTED_CERTIFICATE"),
+    ],
+)
+async def test_a_stranger_gets_no_further_than_the_handshake(
+    doors: Doors, process: str, kind: str, alert: str
+) -> None:
+    assert await alert_for(doors, process, forged(doors, kind)) == alert
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+async def test_a_workload_of_the_mesh_gets_further(doors: Doors, process: str) -> None:
+    assert await handshake(doors, process, doors.context(doors.workload("memory")), HTTP2_PREFACE)
+
+
+async def test_a_sidecar_speaks_no_tls_before_1_3(doors: Doors) -> None:
+    context = doors.context(doors.workload(EDGE))
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+        await handshake(doors, "auth", context, HTTP2_PREFACE)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+async def test_a_sidecar_says_nothing_in_the_clear(doors: Doors, process: str) -> None:
+    reader, writer = await asyncio.open_connection(LOOPBACK, doors.port(process))
+    async with asyncio.timeout(10):
+        writer.write(HTTP2_PREFACE)
+        said = await reader.read()
+    writer.transport.abort()
+    # At most a TLS alert.
+    assert said[:1] in {b"", b"\x15"}
+
+
+async def test_only_the_owner_reaches_the_sockets_of_the_services(mesh: Mesh) -> None:
+    directory = mesh.layout.sockets
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    admins = [mesh.layout.admin_socket(name) for name in (EDGE, *PROCESSES)]
+    assert {stat.S_IMODE(admin.stat().st_mode) for admin in admins} == {0o600}
+
+
+# --- who may call what: every cell -------------------------------------------------------------
+
+
+async def answer_to(
+    channel: grpc.aio.Channel, method: str, data: bytes, metadata: Metadata = ()
+) -> Refusal:
+    """Return how a call with one message is refused. On the wire all kinds of call begin alike."""
+    call = channel.unary_unary(method, bytes, bytes)
+    return await refusal_of(call(data, metadata=metadata, timeout=5))
+
+
+async def open_methods(channel: grpc.aio.Channel, metadata: Metadata = ()) -> set[str]:
+    """Return the methods that let the caller in.
+
+    Bytes that are no message tell: who is let in hears that they are malformed, and nothing is
+    changed; all others hear that they may not.
+    """
+    answers = {method: await answer_to(channel, method, MALFORMED, metadata) for method in METHODS}
+    inside = {name for name, answer in answers.items() if answer.reason == "MESSAGE_MALFORMED"}
+    for method in METHODS.keys() - inside:
+        assert answers[method].code in DENIED, (method, answers[method])
+        assert answers[method].reason in {"", "METHOD_NOT_ALLOWED", "TOKEN_INVALID"}
+    return inside
+
+
+def open_to(process: str, identity: str, *, with_token: bool) -> set[str]:
+    """Return what server.access opens at a sidecar."""
+
+    def lets_in(access: Access) -> bool:
+        match access:
+            case Access.USER:
+                return with_token and identity == EDGE
+            case Access.WORKER:
+                return identity == WORKER
+            case Access.ANYONE | Access.WORKLOAD:
+                return True
+
+    return {method for method, access in methods_of(process).items() if lets_in(access)}
+
+
+def rows(*kinds: Access) -> set[str]:
+    return {method for method, access in METHODS.items() if access in kinds}
+
+
+@pytest.mark.parametrize("with_token", [False, True], ids=["no token", "token"])
+@pytest.mark.parametrize("identity", IDENTITIES)
+@pytest.mark.parametrize("process", PROCESSES)
+async def test_a_sidecar_lets_in_whom_the_table_names(
+    doors: Doors, bob: User, process: str, identity: str, with_token: bool
+) -> None:
+    channel = await doors.sidecar(process, identity)
+    metadata = bearer(bob.token) if with_token else ()
+    expected = open_to(process, identity, with_token=with_token)
+    assert await open_methods(channel, metadata) == expected
+
+
+async def test_the_edge_lets_nobody_in_without_a_token(channel: grpc.aio.Channel) -> None:
+    assert await open_methods(channel) == rows(Access.ANYONE)
+
+
+async def test_the_edge_lets_users_in(channel: grpc.aio.Channel, bob: User) -> None:
+    assert await open_methods(channel, bearer(bob.token)) == rows(Access.ANYONE, Access.USER)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+async def test_a_service_asks_again(doors: Doors, bob: User, process: str) -> None:
+    channel, served = await doors.service(process), set(methods_of(process))
+    anyone = rows(Access.ANYONE, Access.WORKLOAD) & served
+    assert await open_methods(channel) == anyone
+    users = anyone | rows(Access.USER) & served
+    assert await open_methods(channel, bearer(bob.token)) == users
+
+
+# --- by name -----------------------------------------------------------------------------------
+
+HELLO = jobs.WorkRequest(hello=jobs.Hello(worker_id="mine", kinds=["meditation.shard"]))
+OPEN = scoring.ScoreRequest(open=scoring.Open(shard=0, lease_token=1, window=1, batch_size=1))
+WORKERS_CALLS: tuple[tuple[str, str, Message], ...] = (
+    ("jobs", WORK, HELLO),
+    ("memory", PLAN, scoring.PlanMeditationRequest(job_id=f"job_{'0' * 32}")),
+    ("memory", SCORE, OPEN),
+)
+
+
+@pytest.mark.parametrize(("process", "method", "request_"), WORKERS_CALLS)
+async def test_a_user_does_no_work(
+    channel: grpc.aio.Channel,
+    doors: Doors,
+    bob: User,
+    process: str,
+    method: str,
+    request_: Message,
+) -> None:
+    for door in (channel, await doors.sidecar(process, EDGE), await doors.service(process)):
+        answer = await answer_to(door, method, request_.SerializeToString(), bearer(bob.token))
+        assert answer.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("identity", [EDGE, *PROCESSES])
+async def test_nobody_becomes_a_worker_by_saying_so(doors: Doors, identity: str) -> None:
+    said = (("x-forwarded-client-cert", f"Hash=00;URI={DOMAIN.identity(WORKER)}"),)
+    channel = await doors.sidecar("jobs", identity)
+    answer = await answer_to(channel, WORK, HELLO.SerializeToString(), said)
+    assert answer.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("identity", [WORKER, *PROCESSES])
+async def test_a_workload_with_a_users_token_is_still_no_edge(
+    doors: Doors, bob: User, identity: str
+) -> None:
+    channel = await doors.sidecar("memory", identity)
+    answer = await answer_to(channel, LIST_MEMORIES, b"", bearer(bob.token))
+    assert answer.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_an_identity_that_only_begins_like_the_edges_is_another(
+    doors: Doors, bob: User
+) -> None:
+    channel = await doors.sidecar("memory", f"{EDGE}-2")
+    answer = await answer_to(channel, LIST_MEMORIES, b"", bearer(bob.token))
+    assert answer.code is grpc.StatusCode.PERMISSION_DENIED
