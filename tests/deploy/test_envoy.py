@@ -561,7 +561,12 @@ def test_a_rest_call_with_a_token_reaches_the_service(client: httpx.Client) -> N
 def test_a_rest_call_without_a_token_is_refused_in_json(client: httpx.Client) -> None:
     response = client.post("/v1/memories", json={"content": "x"})
     expect(response, 401)
-    assert response.json() == {"code": 16, "message": "Jwt is missing", "details": []}
+    error_info = {
+        "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+        "reason": "TOKEN_INVALID",
+        "domain": "kimberly",
+    }
+    assert response.json() == {"code": 16, "message": "Jwt is missing", "details": [error_info]}
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ async def test_a_wrong_password_is_401(http: httpx.AsyncClient, user: User) -> N
 
 
 async def test_a_call_without_a_token_is_401(http: httpx.AsyncClient) -> None:
-    expect(await http.get("/v1/user"), 401, 16, "")
+    expect(await http.get("/v1/user"), 401, 16, "TOKEN_INVALID")
 
 
 async def test_what_cannot_be_done_yet_is_400(user: User) -> None:
@@ -145,7 +145,7 @@ async def test_what_cannot_be_done_yet_is_400(user: User) -> None:
 async def test_a_body_over_a_mebibyte_is_413(user: User, path: str) -> None:
     body = b'{"query": "' + b"x" * MEBIBYTE + b'"}'
     response = await user.rest.raw("POST", path, content=body)
-    expect(response, 413, 8, "")
+    expect(response, 413, 8, "MESSAGE_TOO_LARGE")
 
 
 async def test_a_body_just_under_a_mebibyte_is_read(user: User) -> None:
@@ -159,7 +159,7 @@ async def test_a_body_just_under_a_mebibyte_is_read(user: User) -> None:
     [("GET", "/v1/nowhere"), ("PUT", "/v1/memories"), ("GET", "/"), ("POST", "/v1/user")],
 )
 async def test_what_the_contract_does_not_have_is_404(user: User, verb: str, path: str) -> None:
-    expect(await user.rest.raw(verb, path), 404, 5, "")
+    expect(await user.rest.raw(verb, path), 404, 5, "METHOD_NOT_FOUND")
 
 
 # --- parameters --------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ async def test_what_the_contract_does_not_have_is_404(user: User, verb: str, pat
 )
 async def test_a_parameter_that_is_not_understood_is_400(user: User, path: str, named: str) -> None:
     response = await user.rest.raw("GET", path)
-    expect(response, 400, 3, "")
+    expect(response, 400, 3, "MESSAGE_MALFORMED")
     assert named in response.json()["message"]
 
 
@@ -193,7 +193,7 @@ async def test_a_parameter_that_is_not_understood_is_400(user: User, path: str, 
 )
 async def test_a_body_that_is_not_understood_is_400(user: User, body: bytes) -> None:
     response = await user.rest.raw("POST", "/v1/memories", content=body)
-    expect(response, 400, 3, "")
+    expect(response, 400, 3, "MESSAGE_MALFORMED")
     assert ok(await user.rest.raw("GET", "/v1/memories"))["memories"] == []
 
 

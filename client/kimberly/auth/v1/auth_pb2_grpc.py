@@ -81,8 +81,9 @@ class AuthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RefreshToken(self, request, context):
-        """Exchanges a refresh token for new tokens. The old refresh token is used up; presenting it
-        again ends the whole session.
+        """Exchanges a refresh token for new tokens. The old refresh token is used up. Presenting it
+        again ends the whole session, except for a few repeats within ten seconds: a client that
+        did not get the answer may ask again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

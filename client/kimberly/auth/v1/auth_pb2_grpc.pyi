@@ -38,8 +38,9 @@ class AuthServiceStub:
     LogIn: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]
     """Signs a user in with email and password."""
     RefreshToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RefreshTokenRequest, _auth_pb2.RefreshTokenResponse]
-    """Exchanges a refresh token for new tokens. The old refresh token is used up; presenting it
-    again ends the whole session.
+    """Exchanges a refresh token for new tokens. The old refresh token is used up. Presenting it
+    again ends the whole session, except for a few repeats within ten seconds: a client that
+    did not get the answer may ask again.
     """
     LogOut: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
@@ -56,8 +57,9 @@ class AuthServiceAsyncStub(AuthServiceStub):
     LogIn: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]  # type: ignore[assignment]
     """Signs a user in with email and password."""
     RefreshToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.RefreshTokenRequest, _auth_pb2.RefreshTokenResponse]  # type: ignore[assignment]
-    """Exchanges a refresh token for new tokens. The old refresh token is used up; presenting it
-    again ends the whole session.
+    """Exchanges a refresh token for new tokens. The old refresh token is used up. Presenting it
+    again ends the whole session, except for a few repeats within ten seconds: a client that
+    did not get the answer may ask again.
     """
     LogOut: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]  # type: ignore[assignment]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
@@ -89,8 +91,9 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.RefreshTokenRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.RefreshTokenResponse, _abc.Awaitable[_auth_pb2.RefreshTokenResponse]]:
-        """Exchanges a refresh token for new tokens. The old refresh token is used up; presenting it
-        again ends the whole session.
+        """Exchanges a refresh token for new tokens. The old refresh token is used up. Presenting it
+        again ends the whole session, except for a few repeats within ten seconds: a client that
+        did not get the answer may ask again.
         """
 
     @_abc_1.abstractmethod

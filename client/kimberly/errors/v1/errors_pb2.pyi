@@ -62,6 +62,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A store that the call needs does not answer. Try again later."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 19
     """Something unforeseen. It is logged under the request id."""
+    ERROR_REASON_METHOD_NOT_FOUND: _ErrorReason.ValueType  # 20
+    """There is no such host, path or method."""
+    ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 21
+    """The request, or one of its headers, is larger than is taken."""
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 22
+    """Too many calls from this user or address. Try again more slowly."""
+    ERROR_REASON_SERVICE_UNAVAILABLE: _ErrorReason.ValueType  # 23
+    """A service of the mesh does not answer. Try again later."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. The name of the value, without its ERROR_REASON_ prefix, is the
@@ -108,4 +116,12 @@ ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 18
 """A store that the call needs does not answer. Try again later."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 19
 """Something unforeseen. It is logged under the request id."""
+ERROR_REASON_METHOD_NOT_FOUND: ErrorReason.ValueType  # 20
+"""There is no such host, path or method."""
+ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 21
+"""The request, or one of its headers, is larger than is taken."""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 22
+"""Too many calls from this user or address. Try again more slowly."""
+ERROR_REASON_SERVICE_UNAVAILABLE: ErrorReason.ValueType  # 23
+"""A service of the mesh does not answer. Try again later."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
