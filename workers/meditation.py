@@ -3,11 +3,13 @@
 import asyncio
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 import grpc
 import numpy as np
 import structlog
+from kimberly.client import reason_of
 from kimberly.scoring.v1 import scoring_pb2 as pb
 from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
 
@@ -73,7 +75,7 @@ class Meditation:
                 return {"scored": await self._stream(task, progress)}
             except grpc.aio.AioRpcError as error:
                 failures = 1 if progress.batches else failures + 1
-                if error.code() not in _PASSING or failures >= _TRIES:
+                if not _is_passing(error) or failures >= _TRIES:
                     raise
                 log.info("scoring interrupted", job=task.job_id, code=error.code().name)
             pause = min(0.1 * 2.0**failures, _LONGEST_PAUSE_SECONDS)
@@ -92,7 +94,9 @@ class Meditation:
                     return response.done.scored
                 # NumPy and VADER in a thread: the loop has heartbeats to send.
                 scores = await asyncio.to_thread(score_batch, response.batch)
-                await call.write(pb.ScoreRequest(scores=scores))
+                # If the call has ended meanwhile, the next read says how.
+                with suppress(asyncio.InvalidStateError):
+                    await call.write(pb.ScoreRequest(scores=scores))
                 progress.batches += 1
         finally:
             call.cancel()
@@ -110,6 +114,12 @@ class Meditation:
 
 class ShardUnfinished(Exception):
     """The server closed the stream without a word."""
+
+
+def _is_passing(error: grpc.aio.AioRpcError) -> bool:
+    """Tell a broken stream from a refusal: INTERNAL without a reason is a peer that was killed."""
+    broke = error.code() is grpc.StatusCode.INTERNAL and not reason_of(error)
+    return broke or error.code() in _PASSING
 
 
 class _Progress:
