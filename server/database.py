@@ -1,8 +1,9 @@
 """PostgreSQL: pools, and transactions that see one user's rows."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import functools
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 
 import asyncpg
 import pgvector.asyncpg
@@ -76,6 +77,29 @@ class Database:
             f"SET LOCAL kimberly.user_id = '{caller.user_id!s}'",
         )
 
+    async def fetch(self, caller: Caller, query: str, *arguments: object) -> list[asyncpg.Record]:
+        """Run one reading query for a user in a single round trip.
+
+        The query names the user as `caller.tenant_id` and `caller.user_id`; its own parameters
+        start at $3. It runs under the same row-level security as in `transaction`: should it
+        ever be planned ahead of `enter`, it sees no rows.
+
+        Raises:
+            StoreUnavailable: PostgreSQL does not answer.
+        """
+        with _translated():
+            async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+                rows: list[asyncpg.Record] = await connection.fetch(
+                    _entered(query), caller.tenant_id, caller.user_id, *arguments
+                )
+        return rows
+
+
+@functools.cache
+def _entered(query: str) -> str:
+    # LATERAL makes the query wait for `enter`; OFFSET 0 keeps the planner from merging the two.
+    return f"SELECT row.* FROM enter($1, $2) AS caller, LATERAL ({query} OFFSET 0) AS row"  # noqa: S608 - our own queries
+
 
 class SystemDatabase:
     """PostgreSQL as the system role, for what belongs to no single user."""
@@ -94,7 +118,7 @@ class SystemDatabase:
 
 @asynccontextmanager
 async def _transaction(pool: asyncpg.Pool, opening: str) -> AsyncIterator[Connection]:
-    try:
+    with _translated():
         async with pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
             await connection.execute(opening)
             try:
@@ -103,6 +127,13 @@ async def _transaction(pool: asyncpg.Pool, opening: str) -> AsyncIterator[Connec
                 await _roll_back(connection)
                 raise
             await connection.execute("COMMIT")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Say what went wrong with PostgreSQL in our words."""
+    try:
+        yield
     except asyncpg.QueryCanceledError as error:
         raise TimeoutError from error
     except _OUT_OF_REACH as error:

@@ -1,8 +1,9 @@
 """The loop of a worker: lease, work, settle, on a stream that is opened again when it breaks.
 
 A lease outlives the stream it came on. The work goes on, the next stream carries its heartbeats;
-only when no heartbeat got through for as long as a lease lives is the work stopped, for by then
-it may be another worker's. What it writes is fenced by the lease token all the while.
+only when no heartbeat could be sent for as long as a lease lives is the work stopped, for by then
+it may be another worker's. A heartbeat that was sent and got lost is not noticed here: what the
+work writes is fenced by the lease token all the while.
 """
 
 import asyncio

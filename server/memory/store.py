@@ -82,8 +82,24 @@ class MemoryStore:
         Raises:
             NotFound: There is none, or it is not the caller's.
         """
-        async with self._database.transaction(caller) as connection:
-            return await _get(connection, caller, memory_id)
+        rows = await self._database.fetch(
+            caller,
+            """
+            SELECT id, tier, content, tags, source, session_id, session_position, speaker,
+                   occurred_at, size_bytes, content_hash, version, created_at, updated_at,
+                   last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
+                   predictive_value, recency_frequency, scorer_version, scored_at
+              FROM memories AS memory
+              JOIN memory_scores AS scores
+                ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
+             WHERE memory.tenant_id = caller.tenant_id AND memory.user_id = caller.user_id
+               AND memory.id = $3
+            """,
+            memory_id,
+        )
+        if not rows:
+            raise NotFound("memory")
+        return memory_from(rows[0])
 
     async def update(
         self, caller: Caller, memory_id: UUID, change: Change, now: datetime
