@@ -143,9 +143,15 @@ class Site:
             return client.get(path)
 
     def await_ready(self, role: str) -> None:
+        def listening() -> None:
+            # By a socket that we close: httpx leaves one open for each refused connection.
+            with socket.socket(socket.AF_UNIX) as probe:
+                assert probe.connect_ex(str(self.admin_socket(role))) == 0
+
         def ready() -> None:
             assert self.admin(role, "/ready").text == "LIVE\n"
 
+        eventually(listening)
         eventually(ready)
 
     @contextlib.contextmanager
