@@ -6,6 +6,7 @@ PROTOS := $(shell find proto -name '*.proto' | sort)
 CODE := client server workers local bench tests
 FILE ?=
 WORKERS ?= 2
+CROWD ?= 0
 # What the API must stay compatible with: the last main that was shared, or our own.
 BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse -q --verify main || echo HEAD)
 export PYTHONPATH := .:client
@@ -15,7 +16,7 @@ export GRPC_VERBOSITY := ERROR
 .DEFAULT_GOAL := help
 
 help: ## Show what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 demo: ready ## Run the main job on a conversation: make demo FILE=talk.jsonl
 	@$(BIN)/python -m local demo $(FILE)
@@ -38,6 +39,9 @@ faults: ready ## Kill processes while they work and count what is lost (slow)
 bench: ready ## Print the figures of the README's table
 	@$(BIN)/python -m bench
 
+bench-retrieval: ready build/peers/installed ## Compare what is found, and how fast: make bench-retrieval CROWD=500000
+	@$(BIN)/python -m bench.retrieval --crowd $(CROWD)
+
 check: ready lint types imports api drift ## Check style, types, imports, API and generated code
 
 gen: $(GOOGLEAPIS)/.copied ## Generate client/kimberly/*/v1 from proto/
@@ -45,7 +49,7 @@ gen: $(GOOGLEAPIS)/.copied ## Generate client/kimberly/*/v1 from proto/
 	@$(call generate,client)
 
 lock: ready ## Pin the newest dependencies that fit requirements/*.in
-	@cd requirements && for name in runtime dev; do ../$(BIN)/uv pip compile --quiet --upgrade \
+	@cd requirements && for name in runtime dev peers; do ../$(BIN)/uv pip compile --quiet --upgrade \
 	  --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 	  --no-annotate $$name.in -o $$name.txt; done
 
@@ -84,6 +88,13 @@ ready: .venv/installed build/kimberly.binpb
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.txt
 	@touch $@
 
+# Other memory stores, to measure beside us; the benchmark goes on without them.
+build/peers/installed: requirements/peers.txt .venv/installed
+	@echo "Installing what is measured beside us into build/peers …"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/peers
+	@$(BIN)/uv pip install --quiet --python build/peers/bin/python --require-hashes --no-deps \
+	  -r requirements/peers.txt && touch $@ || echo "They cannot be installed here; going on without them."
+
 $(GOOGLEAPIS)/.copied: .venv/installed
 	@mkdir -p $(GOOGLEAPIS)/google/api $(GOOGLEAPIS)/google/rpc
 	@source=$$($(BIN)/python -c 'import google.api, pathlib; print(pathlib.Path(list(google.api.__path__)[0]).parent)') && \
@@ -99,4 +110,4 @@ PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo up down status test faults bench check gen lock lint types imports api drift ready
+.PHONY: help demo up down status test faults bench bench-retrieval check gen lock lint types imports api drift ready
