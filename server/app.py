@@ -37,6 +37,8 @@ from server.jobs.worker_service import WorkerService
 from server.kms import LocalKms
 from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
+from server.memory.embedding_search import EmbeddingSearch
+from server.memory.embedding_store import EmbeddingStore
 from server.memory.meditation_store import MeditationStore
 from server.memory.retrieval import Retrieval
 from server.memory.scoring_service import ScoringService
@@ -137,8 +139,9 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     memories = MemoryService(
         MemoryStore(database),
         search,
+        EmbeddingStore(database),
         short_term,
-        Retrieval(search, short_term, utc_now),
+        Retrieval(search, EmbeddingSearch(database), short_term, utc_now),
         Attachments(
             AttachmentStore(database),
             _blobs(settings),

@@ -7,6 +7,7 @@ from server.database import Connection
 from server.errors import ConsentMissing
 
 MEMORY_STORE: Final = "memory.store"
+MEMORY_EMBED: Final = "memory.embed"
 
 
 async def require(connection: Connection, caller: Caller, purpose: str) -> None:

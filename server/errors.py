@@ -141,8 +141,10 @@ class QuotaExceeded(Problem):
 
     reason = "QUOTA_EXCEEDED"
 
-    def __init__(self, subject: str, used: int, limit: int, advice: str) -> None:
-        super().__init__(f"{subject}: {used} of {limit} bytes are used; {advice}")
+    def __init__(
+        self, subject: str, used: int, limit: int, advice: str, unit: str = "bytes"
+    ) -> None:
+        super().__init__(f"{subject}: {used} of {limit} {unit} are used; {advice}")
         self.subject = subject
 
 

@@ -1,7 +1,7 @@
 """Memories to be scored, and their scores, as columns: no Python object for each of them."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -94,6 +94,17 @@ class Rows:
         objects[:] = _uuids(users)
         listed: list[pgproto.UUID] = objects[places].tolist()
         return listed
+
+    def by_user(self, usual: Sequence[float], of_users: Mapping[UUID, Sequence[float]]) -> Floats:
+        """Return some numbers for each memory: those of its user, or else the usual ones."""
+        numbers = np.tile(np.array(usual, np.float32), (len(self), 1))
+        users = np.array([user.bytes for user in of_users], "S16")
+        column = self.table["user_id"]
+        # A user's memories stand together: one search for each user, not one for each memory.
+        starts, ends = np.searchsorted(column, users), np.searchsorted(column, users, "right")
+        for start, end, own in zip(starts, ends, of_users.values(), strict=True):
+            numbers[start:end] = own
+        return numbers
 
     def users(self) -> list[pgproto.UUID]:
         """Return every user once."""

@@ -1,7 +1,9 @@
 """Between the contract's messages and the model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Literal
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from kimberly.memory.v1 import memory_pb2 as pb
@@ -10,9 +12,19 @@ from server import ids
 from server.errors import EtagMismatch, InvalidArgument
 from server.memory import drafts
 from server.memory.attachment_store import Announcement, Attachment, AttachmentState
+from server.memory.embeddings import BATCH, Upload, read_embedding
+from server.memory.fusion import Match
 from server.memory.meditation_store import Meditation, MeditationState
 from server.memory.model import Change, Draft, Filter, Memory, Source, Tier
-from server.memory.retrieval import Match
+from server.memory.questions import (
+    Question,
+    check_limit,
+    check_max_per_session,
+    check_min_score,
+    check_text,
+    check_window,
+)
+from server.memory.retrieval import Answer
 
 TIERS: Mapping[int, Tier] = {
     pb.TIER_SHORT_TERM: Tier.SHORT_TERM,
@@ -36,9 +48,15 @@ _MEDITATION_STATES_TO_PROTO = {
     MeditationState.SUCCEEDED: pb.MEDITATION_STATE_SUCCEEDED,
 }
 
+_REFUSALS = {
+    "memory_id": "there is no such memory in a durable tier",
+    "content_hash": "the memory has another text now",
+}
 _LONGEST_FILE_NAME = 255
 _LARGEST_ATTACHMENT = 16 * 1024 * 1024
 _SHA256_DIGITS = 64
+
+_InstantField = Literal["occurred_after", "occurred_before", "as_of_time"]
 
 
 def draft_from(message: pb.Memory, path: str) -> Draft:
@@ -119,6 +137,47 @@ def tier_from(number: int, field: str) -> Tier | None:
     return TIERS[number]
 
 
+def question_from(request: pb.QueryMemoriesRequest, now: datetime) -> Question:
+    """Read a query.
+
+    Raises:
+        InvalidArgument: A field asks for what cannot be, or two fields contradict each other.
+    """
+    after = _instant_in(request, "occurred_after")
+    before = _instant_in(request, "occurred_before")
+    check_window(after, before)
+    which = filter_from(request.tiers, request.tags, request.session_id, "tiers")
+    max_tokens = request.max_tokens if request.HasField("max_tokens") else None
+    return Question(
+        text=check_text(request.query),
+        which=replace(which, occurred_after=after, occurred_before=before),
+        as_of=_instant_in(request, "as_of_time") or now,
+        embedding=read_embedding(request.embedding.model, request.embedding.values, "embedding")
+        if request.HasField("embedding")
+        else None,
+        limit=check_limit(request.top_k, max_tokens),
+        min_score=check_min_score(request.min_score),
+        max_tokens=max_tokens,
+        max_per_session=check_max_per_session(request.max_per_session)
+        if request.HasField("max_per_session")
+        else None,
+    )
+
+
+def uploads_from(request: pb.UploadEmbeddingsRequest) -> list[Upload]:
+    """Read vectors to keep.
+
+    Raises:
+        InvalidArgument: There are none or too many, or a field of one cannot be kept.
+    """
+    if not 1 <= len(request.embeddings) <= BATCH:
+        raise InvalidArgument("embeddings", f"must be 1 to {BATCH}")
+    return [
+        _upload_from(message, f"embeddings[{place}]")
+        for place, message in enumerate(request.embeddings)
+    ]
+
+
 def announcement_from(request: pb.CreateAttachmentRequest) -> Announcement:
     """Read what a caller wants to upload.
 
@@ -138,7 +197,7 @@ def announcement_from(request: pb.CreateAttachmentRequest) -> Announcement:
         file_name=request.file_name,
         content_type=request.content_type,
         size_bytes=request.size_bytes,
-        sha256=_sha256_from(request.sha256),
+        sha256=_sha256_from(request.sha256, "sha256"),
     )
 
 
@@ -186,6 +245,29 @@ def match_to(match: Match) -> pb.Match:
         score=match.score,
         lexical=match.lexical,
         reason=match.reason,
+        semantic=match.semantic,
+        memory_score=match.memory_score,
+        freshness=match.freshness,
+    )
+
+
+def answer_to(answer: Answer) -> pb.QueryMemoriesResponse:
+    """Return the answer to a query as the contract shows it."""
+    return pb.QueryMemoriesResponse(
+        matches=map(match_to, answer.matches), semantic_late=answer.semantic_late
+    )
+
+
+def kept_to(uploads: Sequence[Upload], refused: Mapping[int, str]) -> pb.UploadEmbeddingsResponse:
+    """Return what became of vectors: where one was not kept stands the field at fault."""
+    return pb.UploadEmbeddingsResponse(
+        stored=len(uploads) - len(refused),
+        refusals=[
+            pb.EmbeddingRefusal(
+                index=place, field=f"embeddings[{place}].{field}", message=_REFUSALS[field]
+            )
+            for place, field in sorted(refused.items())
+        ],
     )
 
 
@@ -239,12 +321,29 @@ def _source_from(number: int, field: str) -> Source:
 def _occurred_from(message: pb.Memory, path: str) -> datetime | None:
     if not message.HasField("occur_time"):
         return None
-    field = f"{path}.occur_time"
+    return _instant_from(message.occur_time, f"{path}.occur_time")
+
+
+def _instant_in(request: pb.QueryMemoriesRequest, field: _InstantField) -> datetime | None:
+    return _instant_from(getattr(request, field), field) if request.HasField(field) else None
+
+
+def _instant_from(message: Timestamp, field: str) -> datetime:
     try:
-        instant = message.occur_time.ToDatetime(tzinfo=UTC)
+        instant = message.ToDatetime(tzinfo=UTC)
     except (ValueError, OverflowError) as error:
         raise InvalidArgument(field, "is not an instant") from error
     return drafts.check_instant(instant, field)
+
+
+def _upload_from(message: pb.Embedding, path: str) -> Upload:
+    return Upload(
+        memory_id=ids.parse(ids.MEMORY, message.memory_id, f"{path}.memory_id"),
+        embedding=read_embedding(message.model, message.values, path),
+        content_hash=_sha256_from(message.content_hash, f"{path}.content_hash")
+        if message.content_hash
+        else None,
+    )
 
 
 def _version_from(etag: str) -> int | None:
@@ -255,11 +354,11 @@ def _version_from(etag: str) -> int | None:
     return int(etag[1:])
 
 
-def _sha256_from(text: str) -> bytes:
+def _sha256_from(text: str, field: str) -> bytes:
     try:
         digest = bytes.fromhex(text)
     except ValueError:
         digest = b""
     if len(text) != _SHA256_DIGITS or len(digest) != _SHA256_DIGITS // 2:
-        raise InvalidArgument("sha256", "must be a SHA-256 in hexadecimal")
+        raise InvalidArgument(field, "must be a SHA-256 in hexadecimal")
     return digest

@@ -106,6 +106,10 @@ class Filter:
     tiers: frozenset[Tier] = frozenset(Tier)
     tags: tuple[str, ...] = ()
     session_id: str = ""
+    occurred_after: datetime | None = None
+    """The earliest instant that passes."""
+    occurred_before: datetime | None = None
+    """The earliest instant that no longer passes."""
 
     @property
     def durable_tiers(self) -> list[str]:
@@ -119,6 +123,14 @@ class Found:
 
     memory: Memory
     lexical: float
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A memory that stands near a query in meaning, and the mean cosine of it and its turns."""
+
+    memory: Memory
+    similarity: float
 
 
 def size_of(content: str, tags: tuple[str, ...]) -> int:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
@@ -16,9 +16,6 @@ from server.memory.columns import Floats, ScoreColumns
 from server.memory.scoring_store import Batch, ScoringStore, Shard
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
-USUAL_WEIGHTS: Final = (0.4, 0.3, 0.2, 0.1)
-"""Relevance to goals, emotional weight, predictive value, recency and frequency."""
 
 _LARGEST_WINDOW = 16
 _LARGEST_BATCH = 65_536
@@ -87,7 +84,7 @@ def batch_to(batch: Batch, shard: Shard, sequence: int) -> pb.Batch:
         feedback=rows.column("feedback", "<f4").tobytes(),
         sentiment=rows.column("sentiment", "<f4").tobytes(),
         goal_match=unknown,
-        weights=np.tile(np.array(USUAL_WEIGHTS, "<f4"), len(rows)).tobytes(),
+        weights=batch.weights.astype("<f4").tobytes(),
         texts=batch.texts,
         text_index=batch.text_index.astype("<i4").tobytes(),
     )

@@ -13,8 +13,9 @@ import structlog
 from server import ids
 from server.database import Connection, SystemDatabase
 from server.errors import LeaseLost, NotFound
-from server.memory.columns import Column, Rows, ScoreColumns
+from server.memory.columns import Column, Floats, Rows, ScoreColumns
 from server.memory.meditation_store import enqueue_shards, take_turns
+from server.preferences import USUAL_WEIGHTS, weights_of_users
 
 log = structlog.get_logger()
 
@@ -53,6 +54,8 @@ class Batch:
     start: Cursor
     end: Cursor
     rows: Rows
+    weights: Floats
+    """float32[size][4]: each user's weights of the components of a score."""
     texts: Sequence[str]
     """Where no sentiment is known yet."""
     text_index: Column
@@ -129,15 +132,17 @@ class ScoringStore:
         Memories of users who have withdrawn their consent are left out.
         """
         async with self._database.transaction() as connection:
-            rows = await _read_on(connection, shard, start, limit)
-            if rows is None:
+            read = await _read_on(connection, shard, start, limit)
+            if read is None:
                 return None
+            rows, users = read
             # Read after the version of the text: a text that is newer meets no row later.
             unknown = np.flatnonzero(np.isnan(rows.table["sentiment"]))
             contents, size = await _texts(connection, rows, unknown)
-        rows = rows.head(size)
+            rows = rows.head(size)
+            weights = await _weights(connection, rows, users)
         index = np.fromiter(contents, np.int32, len(contents))
-        return Batch(start, rows.key(-1), rows, list(contents.values()), index)
+        return Batch(start, rows.key(-1), rows, weights, list(contents.values()), index)
 
     async def apply(self, shard: Shard, batch: Batch, scores: ScoreColumns) -> None:
         """Store the scores of a batch and move the cursor to its end, both or neither.
@@ -245,13 +250,18 @@ async def _hold(connection: Connection, shard: Shard, cursor: Cursor) -> None:
         raise LeaseLost
 
 
-async def _read_on(connection: Connection, shard: Shard, start: Cursor, limit: int) -> Rows | None:
-    """Return the next memories, passing over users who have none, or None at the end."""
+async def _read_on(
+    connection: Connection, shard: Shard, start: Cursor, limit: int
+) -> tuple[Rows, Sequence[asyncpg.Record]] | None:
+    """Return the next memories and the users whose they may be, or None at the end.
+
+    Users who have no memories are passed over.
+    """
     first = start[0]
     while users := await _consenting(connection, shard, first):
         rows = await _copy(connection, users, start, limit)
         if len(rows):
-            return rows
+            return rows, users
         first = UUID(int=users[-1]["user_id"].int + 1)
     return None
 
@@ -317,6 +327,15 @@ async def _copy(
         format="binary",
     )
     return Rows.parse(b"".join(chunks))
+
+
+async def _weights(connection: Connection, rows: Rows, users: Sequence[asyncpg.Record]) -> Floats:
+    """Return the scoring weights of each memory's user."""
+    (first, _), (last, _) = rows.key(0), rows.key(-1)
+    whose = [
+        (user["tenant_id"], user["user_id"]) for user in users if first <= user["user_id"] <= last
+    ]
+    return rows.by_user(USUAL_WEIGHTS, await weights_of_users(connection, whose))
 
 
 async def _texts(connection: Connection, rows: Rows, unknown: Column) -> tuple[dict[int, str], int]:

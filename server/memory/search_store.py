@@ -95,9 +95,11 @@ class SearchStore:
                            AND tier = ANY ($4)
                            AND tags @> $5
                            AND ($6 = '' OR session_id = $6)
+                           AND ($7::timestamptz IS NULL OR occurred_at >= $7)
+                           AND ($8::timestamptz IS NULL OR occurred_at < $8)
                            AND (terms <#> $3) < 0
                          ORDER BY terms <#> $3, id
-                         LIMIT $7
+                         LIMIT $9
                        ) AS memory
                   JOIN memory_scores AS scores
                     ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
@@ -109,6 +111,8 @@ class SearchStore:
                 which.durable_tiers,
                 list(which.tags),
                 which.session_id,
+                which.occurred_after,
+                which.occurred_before,
                 limit,
             )
         return [Found(memory_from(row), row["lexical"]) for row in rows]

@@ -12,9 +12,11 @@ from kimberly.memory.v1 import memory_pb2_grpc as rpc
 from server import ids, paging
 from server.caller import Caller, current_caller
 from server.clock import Clock
-from server.errors import InvalidArgument, NotFound
+from server.errors import NotFound
 from server.memory import messages
 from server.memory.attachments import Attachments
+from server.memory.embedding_store import EmbeddingStore
+from server.memory.embeddings import check_batch
 from server.memory.importing import Importer
 from server.memory.meditation_store import MeditationStore
 from server.memory.model import Tier
@@ -27,10 +29,6 @@ from server.requests import check_request_id
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 T = TypeVar("T")
 
-_LONGEST_QUERY_BYTES = 64 * 1024
-_MOST_MATCHES = 100
-_USUAL_MATCHES = 10
-
 
 class MemoryService(rpc.MemoryServiceServicer):
     """Serves the memories of the signed-in user."""
@@ -39,6 +37,7 @@ class MemoryService(rpc.MemoryServiceServicer):
         self,
         store: MemoryStore,
         search: SearchStore,
+        embeddings: EmbeddingStore,
         short_term: ShortTermStore,
         retrieval: Retrieval,
         attachments: Attachments,
@@ -47,6 +46,7 @@ class MemoryService(rpc.MemoryServiceServicer):
     ) -> None:
         self._store = store
         self._search = search
+        self._embeddings = embeddings
         self._short_term = short_term
         self._retrieval = retrieval
         self._attachments = attachments
@@ -120,15 +120,17 @@ class MemoryService(rpc.MemoryServiceServicer):
     async def QueryMemories(
         self, request: pb.QueryMemoriesRequest, context: Context
     ) -> pb.QueryMemoriesResponse:
-        if len(request.query.encode()) > _LONGEST_QUERY_BYTES:
-            raise InvalidArgument("query", f"must have at most {_LONGEST_QUERY_BYTES} bytes")
-        if not 0 <= request.top_k <= _MOST_MATCHES:
-            raise InvalidArgument("top_k", f"must be 0 to {_MOST_MATCHES}")
-        which = messages.filter_from(request.tiers, request.tags, request.session_id, "tiers")
-        matches = await self._retrieval.query(
-            current_caller(), request.query, which, request.top_k or _USUAL_MATCHES
-        )
-        return pb.QueryMemoriesResponse(matches=map(messages.match_to, matches))
+        question = messages.question_from(request, self._clock())
+        answer = await self._retrieval.query(current_caller(), question, context.time_remaining())
+        return messages.answer_to(answer)
+
+    async def UploadEmbeddings(
+        self, request: pb.UploadEmbeddingsRequest, context: Context
+    ) -> pb.UploadEmbeddingsResponse:
+        uploads = messages.uploads_from(request)
+        check_batch(uploads)
+        refused = await self._embeddings.keep(current_caller(), uploads)
+        return messages.kept_to(uploads, refused)
 
     async def ImportMemories(
         self, request_iterator: AsyncIterator[pb.ImportMemoriesRequest], context: Context

@@ -250,7 +250,9 @@ class _Keys:
 
 def _passes(memory: Memory, which: Filter) -> bool:
     same_session = which.session_id in ("", memory.session_id)
-    return same_session and set(which.tags) <= set(memory.tags)
+    late_enough = which.occurred_after is None or which.occurred_after <= memory.occurred_at
+    early_enough = which.occurred_before is None or memory.occurred_at < which.occurred_before
+    return same_session and late_enough and early_enough and set(which.tags) <= set(memory.tags)
 
 
 def _changed(memory: Memory, change: Change, now: datetime) -> Memory:

@@ -382,13 +382,16 @@ async def _update(
     if content != current["content"]:
         if place:
             await around.refresh(connection, caller, [place])
-        await _forget_sentiment(connection, caller, memory_id)
+        await _forget_text(connection, caller, memory_id)
 
 
-async def _forget_sentiment(connection: Connection, caller: Caller, memory_id: UUID) -> None:
-    """Drop what a meditation found in a text that is no more."""
+async def _forget_text(connection: Connection, caller: Caller, memory_id: UUID) -> None:
+    """Drop what models and a meditation made of a text that is no more."""
     await connection.execute(
         """
+        WITH dropped AS (
+            DELETE FROM embeddings WHERE tenant_id = $1 AND user_id = $2 AND memory_id = $3
+        )
         UPDATE memory_scores
            SET sentiment = NULL, text_version = text_version + 1
          WHERE tenant_id = $1 AND user_id = $2 AND memory_id = $3

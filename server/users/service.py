@@ -12,11 +12,15 @@ from server import consent, ids, paging
 from server.caller import current_caller
 from server.errors import InvalidArgument
 from server.users.audit_log import AuditLog, Verification
+from server.users.settings_messages import change_from, settings_to
 from server.users.store import AuditEvent, Consent, User, UserStore
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_PURPOSES: Final = {pb.CONSENT_PURPOSE_MEMORY_STORE: consent.MEMORY_STORE}
+_PURPOSES: Final = {
+    pb.CONSENT_PURPOSE_MEMORY_STORE: consent.MEMORY_STORE,
+    pb.CONSENT_PURPOSE_MEMORY_EMBED: consent.MEMORY_EMBED,
+}
 _ENUM_VALUES: Final = {purpose: value for value, purpose in _PURPOSES.items()}
 _EVENT_LIST: Final = "audit events"
 
@@ -32,6 +36,20 @@ class UserService(rpc.UserServiceServicer):
         """Return the signed-in user."""
         user = await self._store.get(current_caller())
         return pb.GetUserResponse(user=_user(user))
+
+    async def GetSettings(
+        self, request: pb.GetSettingsRequest, context: Context
+    ) -> pb.GetSettingsResponse:
+        """Return the user's settings."""
+        chosen = await self._store.settings(current_caller())
+        return pb.GetSettingsResponse(settings=settings_to(chosen))
+
+    async def UpdateSettings(
+        self, request: pb.UpdateSettingsRequest, context: Context
+    ) -> pb.UpdateSettingsResponse:
+        """Change some of the user's settings."""
+        changed = await self._store.update_settings(current_caller(), change_from(request))
+        return pb.UpdateSettingsResponse(settings=settings_to(changed))
 
     async def RecordConsent(
         self, request: pb.RecordConsentRequest, context: Context

@@ -53,7 +53,7 @@ def path_to_id(method: MethodDescriptor) -> str:
     fields = method.input_type.fields_by_name
     if "id" in fields:
         return "id"
-    if method.name.startswith("Update"):
+    if method.name.startswith("Update") and "memory" in fields:
         return "memory.id"
     return next((name for name in fields if name.endswith("_id") and name in OWNED_BY), "")
 

@@ -13,6 +13,8 @@ from server.cache import Redis
 from server.database import Database
 from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
+from server.memory.embedding_search import EmbeddingSearch
+from server.memory.embedding_store import SCANNED, EmbeddingStore
 from server.memory.meditation_store import MeditationStore
 from server.memory.retrieval import Retrieval
 from server.memory.search_store import SearchStore
@@ -32,11 +34,23 @@ def short_term(redis: Redis, database: Database) -> ShortTermStore:
     return ShortTermStore(redis, database, timedelta(days=1))
 
 
+@pytest.fixture
+def scanned() -> int:
+    """How many vectors of a user and model are scanned; those above are in a graph."""
+    return SCANNED
+
+
+@pytest.fixture
+def embeddings(database: Database, scanned: int) -> EmbeddingStore:
+    return EmbeddingStore(database, scanned)
+
+
 @pytest_asyncio.fixture
 async def memories(
     serve: Serve,
     store: MemoryStore,
     short_term: ShortTermStore,
+    embeddings: EmbeddingStore,
     database: Database,
     blobs: Blobs,
     clock: FakeClock,
@@ -45,8 +59,9 @@ async def memories(
     service = MemoryService(
         store,
         SearchStore(database),
+        embeddings,
         short_term,
-        Retrieval(SearchStore(database), short_term, clock),
+        Retrieval(SearchStore(database), EmbeddingSearch(database), short_term, clock),
         Attachments(AttachmentStore(database), blobs, timedelta(minutes=15)),
         MeditationStore(database),
         clock,

@@ -138,6 +138,19 @@ async def remember(store: MemoryStore, caller: Caller, *texts: str) -> None:
     await store.create_all(caller, drafts, FakeClock()())
 
 
+async def choose(owner: asyncpg.Connection, caller: Caller, weights: tuple[float, ...]) -> None:
+    await owner.execute(
+        """
+        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
+                              emotional_weight, predictive_value, recency_frequency, version)
+        VALUES ($1, $2, 'english', 'custom', $3, $4, $5, $6, 1)
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        *weights,
+    )
+
+
 async def scores(owner: asyncpg.Connection, caller: Caller) -> list[tuple[Any, ...]]:
     rows = await owner.fetch(
         """
@@ -420,6 +433,30 @@ async def test_batch_holds_what_is_known_of_each_memory(
         )
     assert list(batch.texts) == ["a"]
     assert batch.as_of_time.ToMicroseconds() == round(run.as_of.timestamp() * 1e6)
+
+
+async def test_batch_holds_the_weights_of_each_memory_s_user(
+    scoring: rpc.ScoringServiceAsyncStub,
+    store: MemoryStore,
+    database: Database,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    callers = sorted([await new_caller(database) for _ in range(4)], key=lambda one: one.user_id)
+    for caller in callers:
+        await remember(store, caller, "a", "b")
+    own = (0.0, 0.25, 0.25, 0.5)
+    await choose(owner, callers[1], own)
+    await choose(owner, callers[3], own[::-1])
+    # Weights of the same user in another tenant are somebody else's.
+    await choose(owner, Caller(ids.new_id(), callers[2].user_id), own)
+    meditation_id, _ = await ScoringStore(system_database, shards=1).plan_all(ids.new_id())
+    async with scoring_stream(scoring) as stream:
+        await stream.open(meditation_id, size=100)
+        batch = await stream.batch()
+    usual = (0.4, 0.3, 0.2, 0.1)
+    expected = np.repeat(np.array([usual, own, usual, own[::-1]], "<f4"), 2, axis=0)
+    np.testing.assert_array_equal(np.frombuffer(batch.weights, "<f4").reshape(-1, 4), expected)
 
 
 async def test_memory_seen_after_the_run_began_is_not_younger_than_nothing(

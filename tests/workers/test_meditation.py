@@ -21,8 +21,10 @@ from server.memory.meditation_store import MeditationState, MeditationStore
 from server.memory.model import Draft, Source, Tier
 from server.memory.scoring_store import ScoringStore
 from server.memory.store import MemoryStore
+from server.preferences import PRESETS, USUAL_WEIGHTS
 from tests.conftest import FakeClock, as_worker, new_caller
 from tests.workers.conftest import Mesh, meditating, until
+from tests.workers.test_scoring import Memory, reference
 from workers.meditation import Meditation
 from workers.sentiment import sentiments
 from workers.stream import Task
@@ -31,6 +33,24 @@ from workers.stream import Task
 async def remember(database: Database, caller: Caller, *texts: str) -> None:
     drafts = [Draft(Tier.LONG_TERM, text, (), Source.CHAT, "", None, "", None) for text in texts]
     await MemoryStore(database).create_all(caller, drafts, FakeClock()())
+
+
+async def chooses(
+    owner: asyncpg.Connection, caller: Caller, preset: str, weights: tuple[float, ...]
+) -> Caller:
+    """Choose scoring weights, past the user service."""
+    await owner.execute(
+        """
+        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
+                              emotional_weight, predictive_value, recency_frequency, version)
+        VALUES ($1, $2, 'english', $3, $4, $5, $6, $7, 1)
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        preset,
+        *weights,
+    )
+    return caller
 
 
 async def finished(meditations: MeditationStore, caller: Caller, run_id: UUID) -> Run:
@@ -74,6 +94,59 @@ async def test_run_that_a_user_asked_for_scores_their_memories(
     assert run.mean_score is not None
     assert math.isclose(run.mean_score, sum(row["score"] for row in rows) / 3, rel_tol=1e-6)
     assert await owner.fetchval("SELECT result FROM jobs") == '{"scored": 3}'
+
+
+async def test_every_user_is_scored_by_their_own_weights(
+    mesh: Mesh, database: Database, owner: asyncpg.Connection
+) -> None:
+    chosen = {
+        await chooses(owner, await new_caller(database), preset, weights): weights
+        for preset, weights in [
+            ("custom", (0.1, 0.2, 0.3, 0.4)),
+            ("custom", (0.0, 0.0, 1.0, 0.0)),
+            *((preset.value, weights) for preset, weights in PRESETS.items()),
+        ]
+    }
+    stranger = await new_caller(database)
+    for caller in (*chosen, stranger):
+        await remember(database, caller, "I love this!", "It rains.", "I hate this.")
+    await owner.execute(
+        """
+        UPDATE memory_scores
+           SET last_seen_at = '2029-12-01'::timestamptz - random() * '30 d'::interval,
+               use_count = random() * 10, retrieved_count = 5, useful_count = random() * 5
+        """
+    )
+    meditation_id, _ = await ScoringStore(mesh.database, shards=3).plan_all(ids.new_id())
+    await owner.execute("UPDATE meditations SET as_of = '2030-01-01'")
+    # Batches of 5 memories end in the middle of users, who have 3.
+    async with mesh.working(meditating(batch_size=5)):
+        await until(
+            lambda: owner.fetchval(
+                "SELECT state = 'succeeded' FROM meditations WHERE id = $1", meditation_id
+            )
+        )
+    rows = await owner.fetch(
+        """
+        SELECT extract(epoch FROM '2030-01-01'::timestamptz - last_seen_at)::float8 / 86400 AS days,
+               use_count, retrieved_count, useful_count, sentiment, score, user_id
+          FROM memory_scores
+        """
+    )
+    weights_of = {caller.user_id: weights for caller, weights in chosen.items()}
+    for row in rows:
+        memory = Memory(
+            days=row["days"],
+            use_count=row["use_count"],
+            retrieved=row["retrieved_count"],
+            useful=row["useful_count"],
+            feedback=math.nan,
+            sentiment=row["sentiment"],
+            goal_match=math.nan,
+            weights=weights_of.get(row["user_id"], USUAL_WEIGHTS),
+        )
+        assert row["score"] == pytest.approx(reference(memory)[0], abs=1e-6)
+    assert len(rows) == 3 * (len(chosen) + 1)
 
 
 async def test_nightly_run_scores_everybody(

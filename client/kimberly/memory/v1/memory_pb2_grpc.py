@@ -71,6 +71,11 @@ class MemoryServiceStub:
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesRequest.SerializeToString,
                 response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesResponse.FromString,
                 _registered_method=True)
+        self.UploadEmbeddings = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/UploadEmbeddings',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsResponse.FromString,
+                _registered_method=True)
         self.CreateAttachment = channel.unary_unary(
                 '/kimberly.memory.v1.MemoryService/CreateAttachment',
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.CreateAttachmentRequest.SerializeToString,
@@ -155,6 +160,16 @@ class MemoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UploadEmbeddings(self, request, context):
+        """Keeps vectors that stand for the meaning of memories, so that queries that bring a vector of
+        the same model find them. A vector replaces the one of the same memory and model. It stands
+        for one text: a change of the text drops it. Needs consent to memory.embed; as long as that
+        is withdrawn, no vector is used.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateAttachment(self, request, context):
         """Announces a file that belongs to a memory and returns a URL to PUT it to.
         """
@@ -227,6 +242,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.ImportMemories,
                     request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesRequest.FromString,
                     response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesResponse.SerializeToString,
+            ),
+            'UploadEmbeddings': grpc.unary_unary_rpc_method_handler(
+                    servicer.UploadEmbeddings,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsResponse.SerializeToString,
             ),
             'CreateAttachment': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateAttachment,
@@ -445,6 +465,33 @@ class MemoryService:
             '/kimberly.memory.v1.MemoryService/ImportMemories',
             kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesRequest.SerializeToString,
             kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadEmbeddings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/UploadEmbeddings',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,12 @@ class MemoryServiceStub:
     """Stores many memories. The client sends chunks and closes; each chunk is committed on its
     own, so that a stream that breaks can be sent again: what is stored is not stored twice.
     """
+    UploadEmbeddings: _grpc.UnaryUnaryMultiCallable[_memory_pb2.UploadEmbeddingsRequest, _memory_pb2.UploadEmbeddingsResponse]
+    """Keeps vectors that stand for the meaning of memories, so that queries that bring a vector of
+    the same model find them. A vector replaces the one of the same memory and model. It stands
+    for one text: a change of the text drops it. Needs consent to memory.embed; as long as that
+    is withdrawn, no vector is used.
+    """
     CreateAttachment: _grpc.UnaryUnaryMultiCallable[_memory_pb2.CreateAttachmentRequest, _memory_pb2.CreateAttachmentResponse]
     """Announces a file that belongs to a memory and returns a URL to PUT it to."""
     CompleteAttachment: _grpc.UnaryUnaryMultiCallable[_memory_pb2.CompleteAttachmentRequest, _memory_pb2.CompleteAttachmentResponse]
@@ -92,6 +98,12 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     ImportMemories: _aio.StreamUnaryMultiCallable[_memory_pb2.ImportMemoriesRequest, _memory_pb2.ImportMemoriesResponse]  # type: ignore[assignment]
     """Stores many memories. The client sends chunks and closes; each chunk is committed on its
     own, so that a stream that breaks can be sent again: what is stored is not stored twice.
+    """
+    UploadEmbeddings: _aio.UnaryUnaryMultiCallable[_memory_pb2.UploadEmbeddingsRequest, _memory_pb2.UploadEmbeddingsResponse]  # type: ignore[assignment]
+    """Keeps vectors that stand for the meaning of memories, so that queries that bring a vector of
+    the same model find them. A vector replaces the one of the same memory and model. It stands
+    for one text: a change of the text drops it. Needs consent to memory.embed; as long as that
+    is withdrawn, no vector is used.
     """
     CreateAttachment: _aio.UnaryUnaryMultiCallable[_memory_pb2.CreateAttachmentRequest, _memory_pb2.CreateAttachmentResponse]  # type: ignore[assignment]
     """Announces a file that belongs to a memory and returns a URL to PUT it to."""
@@ -169,6 +181,18 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_memory_pb2.ImportMemoriesResponse, _abc.Awaitable[_memory_pb2.ImportMemoriesResponse]]:
         """Stores many memories. The client sends chunks and closes; each chunk is committed on its
         own, so that a stream that breaks can be sent again: what is stored is not stored twice.
+        """
+
+    @_abc_1.abstractmethod
+    def UploadEmbeddings(
+        self,
+        request: _memory_pb2.UploadEmbeddingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.UploadEmbeddingsResponse, _abc.Awaitable[_memory_pb2.UploadEmbeddingsResponse]]:
+        """Keeps vectors that stand for the meaning of memories, so that queries that bring a vector of
+        the same model find them. A vector replaces the one of the same memory and model. It stands
+        for one text: a change of the text drops it. Needs consent to memory.embed; as long as that
+        is withdrawn, no vector is used.
         """
 
     @_abc_1.abstractmethod

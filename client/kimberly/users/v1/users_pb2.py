@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkimberly/users/v1/users.proto\x12\x11kimberly.users.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"{\n\x04User\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\r\n\x05\x65mail\x18\x03 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x90\x01\n\x07\x43onsent\x12\x32\n\x07purpose\x18\x01 \x01(\x0e\x32!.kimberly.users.v1.ConsentPurpose\x12\x0f\n\x07granted\x18\x02 \x01(\x08\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12/\n\x0brecord_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x10\n\x0eGetUserRequest\"8\n\x0fGetUserResponse\x12%\n\x04user\x18\x01 \x01(\x0b\x32\x17.kimberly.users.v1.User\"[\n\x14RecordConsentRequest\x12\x32\n\x07purpose\x18\x01 \x01(\x0e\x32!.kimberly.users.v1.ConsentPurpose\x12\x0f\n\x07granted\x18\x02 \x01(\x08\"D\n\x15RecordConsentResponse\x12+\n\x07\x63onsent\x18\x01 \x01(\x0b\x32\x1a.kimberly.users.v1.Consent\"\x15\n\x13ListConsentsRequest\"D\n\x14ListConsentsResponse\x12,\n\x08\x63onsents\x18\x01 \x03(\x0b\x32\x1a.kimberly.users.v1.Consent\"\xa9\x01\n\nAuditEvent\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x10\n\x08resource\x18\x05 \x01(\t\x12\x1b\n\x0e\x63hain_position\x18\x06 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_chain_position\"?\n\x16ListAuditEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"a\n\x17ListAuditEventsResponse\x12-\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1d.kimberly.users.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x17\n\x15VerifyAuditLogRequest\"\xa3\x01\n\x16VerifyAuditLogResponse\x12\x0e\n\x06intact\x18\x01 \x01(\x08\x12\x17\n\x0fverified_events\x18\x02 \x01(\x03\x12\x11\n\thead_hash\x18\x03 \x01(\t\x12\"\n\x15\x66irst_broken_position\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07problem\x18\x05 \x01(\tB\x18\n\x16_first_broken_position*S\n\x0e\x43onsentPurpose\x12\x1f\n\x1b\x43ONSENT_PURPOSE_UNSPECIFIED\x10\x00\x12 \n\x1c\x43ONSENT_PURPOSE_MEMORY_STORE\x10\x01\x32\xf6\x04\n\x0bUserService\x12\x62\n\x07GetUser\x12!.kimberly.users.v1.GetUserRequest\x1a\".kimberly.users.v1.GetUserResponse\"\x10\x82\xd3\xe4\x93\x02\n\x12\x08/v1/user\x12\x80\x01\n\rRecordConsent\x12\'.kimberly.users.v1.RecordConsentRequest\x1a(.kimberly.users.v1.RecordConsentResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/user/consents:\x01*\x12z\n\x0cListConsents\x12&.kimberly.users.v1.ListConsentsRequest\x1a\'.kimberly.users.v1.ListConsentsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/user/consents\x12\x82\x01\n\x0fListAuditEvents\x12).kimberly.users.v1.ListAuditEventsRequest\x1a*.kimberly.users.v1.ListAuditEventsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/audit/events\x12\x7f\n\x0eVerifyAuditLog\x12(.kimberly.users.v1.VerifyAuditLogRequest\x1a).kimberly.users.v1.VerifyAuditLogResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/audit:verifyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkimberly/users/v1/users.proto\x12\x11kimberly.users.v1\x1a\x1cgoogle/api/annotations.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"{\n\x04User\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\r\n\x05\x65mail\x18\x03 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"{\n\x0eScoringWeights\x12\x1a\n\x12relevance_to_goals\x18\x01 \x01(\x01\x12\x18\n\x10\x65motional_weight\x18\x02 \x01(\x01\x12\x18\n\x10predictive_value\x18\x03 \x01(\x01\x12\x19\n\x11recency_frequency\x18\x04 \x01(\x01\"\xaa\x01\n\x10RetrievalWeights\x12\x15\n\x08semantic\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07speaker\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0cmemory_score\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x16\n\tfreshness\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\x0b\n\t_semanticB\n\n\x08_speakerB\x0f\n\r_memory_scoreB\x0c\n\n_freshness\"\xfd\x01\n\x08Settings\x12-\n\x08language\x18\x01 \x01(\x0e\x32\x1b.kimberly.users.v1.Language\x12\x38\n\x0escoring_preset\x18\x02 \x01(\x0e\x32 .kimberly.users.v1.ScoringPreset\x12:\n\x0fscoring_weights\x18\x03 \x01(\x0b\x32!.kimberly.users.v1.ScoringWeights\x12>\n\x11retrieval_weights\x18\x04 \x01(\x0b\x32#.kimberly.users.v1.RetrievalWeights\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"\x90\x01\n\x07\x43onsent\x12\x32\n\x07purpose\x18\x01 \x01(\x0e\x32!.kimberly.users.v1.ConsentPurpose\x12\x0f\n\x07granted\x18\x02 \x01(\x08\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12/\n\x0brecord_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x10\n\x0eGetUserRequest\"8\n\x0fGetUserResponse\x12%\n\x04user\x18\x01 \x01(\x0b\x32\x17.kimberly.users.v1.User\"\x14\n\x12GetSettingsRequest\"D\n\x13GetSettingsResponse\x12-\n\x08settings\x18\x01 \x01(\x0b\x32\x1b.kimberly.users.v1.Settings\"w\n\x15UpdateSettingsRequest\x12-\n\x08settings\x18\x01 \x01(\x0b\x32\x1b.kimberly.users.v1.Settings\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"G\n\x16UpdateSettingsResponse\x12-\n\x08settings\x18\x01 \x01(\x0b\x32\x1b.kimberly.users.v1.Settings\"[\n\x14RecordConsentRequest\x12\x32\n\x07purpose\x18\x01 \x01(\x0e\x32!.kimberly.users.v1.ConsentPurpose\x12\x0f\n\x07granted\x18\x02 \x01(\x08\"D\n\x15RecordConsentResponse\x12+\n\x07\x63onsent\x18\x01 \x01(\x0b\x32\x1a.kimberly.users.v1.Consent\"\x15\n\x13ListConsentsRequest\"D\n\x14ListConsentsResponse\x12,\n\x08\x63onsents\x18\x01 \x03(\x0b\x32\x1a.kimberly.users.v1.Consent\"\xa9\x01\n\nAuditEvent\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x10\n\x08resource\x18\x05 \x01(\t\x12\x1b\n\x0e\x63hain_position\x18\x06 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_chain_position\"?\n\x16ListAuditEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"a\n\x17ListAuditEventsResponse\x12-\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1d.kimberly.users.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x17\n\x15VerifyAuditLogRequest\"\xa3\x01\n\x16VerifyAuditLogResponse\x12\x0e\n\x06intact\x18\x01 \x01(\x08\x12\x17\n\x0fverified_events\x18\x02 \x01(\x03\x12\x11\n\thead_hash\x18\x03 \x01(\t\x12\"\n\x15\x66irst_broken_position\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07problem\x18\x05 \x01(\tB\x18\n\x16_first_broken_position*u\n\x0e\x43onsentPurpose\x12\x1f\n\x1b\x43ONSENT_PURPOSE_UNSPECIFIED\x10\x00\x12 \n\x1c\x43ONSENT_PURPOSE_MEMORY_STORE\x10\x01\x12 \n\x1c\x43ONSENT_PURPOSE_MEMORY_EMBED\x10\x02*\xbe\x01\n\x08Language\x12\x18\n\x14LANGUAGE_UNSPECIFIED\x10\x00\x12\x13\n\x0fLANGUAGE_SIMPLE\x10\x01\x12\x14\n\x10LANGUAGE_ENGLISH\x10\x02\x12\x13\n\x0fLANGUAGE_GERMAN\x10\x03\x12\x13\n\x0fLANGUAGE_FRENCH\x10\x04\x12\x14\n\x10LANGUAGE_SPANISH\x10\x05\x12\x14\n\x10LANGUAGE_ITALIAN\x10\x06\x12\x17\n\x13LANGUAGE_PORTUGUESE\x10\x07*\xbc\x01\n\rScoringPreset\x12\x1e\n\x1aSCORING_PRESET_UNSPECIFIED\x10\x00\x12\x1b\n\x17SCORING_PRESET_BALANCED\x10\x01\x12\x1a\n\x16SCORING_PRESET_FACTUAL\x10\x02\x12\x1c\n\x18SCORING_PRESET_EMOTIONAL\x10\x03\x12\x19\n\x15SCORING_PRESET_RECENT\x10\x04\x12\x19\n\x15SCORING_PRESET_CUSTOM\x10\x05\x32\xfc\x06\n\x0bUserService\x12\x62\n\x07GetUser\x12!.kimberly.users.v1.GetUserRequest\x1a\".kimberly.users.v1.GetUserResponse\"\x10\x82\xd3\xe4\x93\x02\n\x12\x08/v1/user\x12w\n\x0bGetSettings\x12%.kimberly.users.v1.GetSettingsRequest\x1a&.kimberly.users.v1.GetSettingsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/user/settings\x12\x8a\x01\n\x0eUpdateSettings\x12(.kimberly.users.v1.UpdateSettingsRequest\x1a).kimberly.users.v1.UpdateSettingsResponse\"#\x82\xd3\xe4\x93\x02\x1d\x32\x11/v1/user/settings:\x08settings\x12\x80\x01\n\rRecordConsent\x12\'.kimberly.users.v1.RecordConsentRequest\x1a(.kimberly.users.v1.RecordConsentResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/user/consents:\x01*\x12z\n\x0cListConsents\x12&.kimberly.users.v1.ListConsentsRequest\x1a\'.kimberly.users.v1.ListConsentsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/user/consents\x12\x82\x01\n\x0fListAuditEvents\x12).kimberly.users.v1.ListAuditEventsRequest\x1a*.kimberly.users.v1.ListAuditEventsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/audit/events\x12\x7f\n\x0eVerifyAuditLog\x12(.kimberly.users.v1.VerifyAuditLogRequest\x1a).kimberly.users.v1.VerifyAuditLogResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/audit:verifyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['GetUser']._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['GetUser']._serialized_options = b'\202\323\344\223\002\n\022\010/v1/user'
+  _globals['_USERSERVICE'].methods_by_name['GetSettings']._loaded_options = None
+  _globals['_USERSERVICE'].methods_by_name['GetSettings']._serialized_options = b'\202\323\344\223\002\023\022\021/v1/user/settings'
+  _globals['_USERSERVICE'].methods_by_name['UpdateSettings']._loaded_options = None
+  _globals['_USERSERVICE'].methods_by_name['UpdateSettings']._serialized_options = b'\202\323\344\223\002\0352\021/v1/user/settings:\010settings'
   _globals['_USERSERVICE'].methods_by_name['RecordConsent']._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['RecordConsent']._serialized_options = b'\202\323\344\223\002\026\"\021/v1/user/consents:\001*'
   _globals['_USERSERVICE'].methods_by_name['ListConsents']._loaded_options = None
@@ -43,34 +48,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USERSERVICE'].methods_by_name['ListAuditEvents']._serialized_options = b'\202\323\344\223\002\022\022\020/v1/audit/events'
   _globals['_USERSERVICE'].methods_by_name['VerifyAuditLog']._loaded_options = None
   _globals['_USERSERVICE'].methods_by_name['VerifyAuditLog']._serialized_options = b'\202\323\344\223\002\022\022\020/v1/audit:verify'
-  _globals['_CONSENTPURPOSE']._serialized_start=1246
-  _globals['_CONSENTPURPOSE']._serialized_end=1329
-  _globals['_USER']._serialized_start=115
-  _globals['_USER']._serialized_end=238
-  _globals['_CONSENT']._serialized_start=241
-  _globals['_CONSENT']._serialized_end=385
-  _globals['_GETUSERREQUEST']._serialized_start=387
-  _globals['_GETUSERREQUEST']._serialized_end=403
-  _globals['_GETUSERRESPONSE']._serialized_start=405
-  _globals['_GETUSERRESPONSE']._serialized_end=461
-  _globals['_RECORDCONSENTREQUEST']._serialized_start=463
-  _globals['_RECORDCONSENTREQUEST']._serialized_end=554
-  _globals['_RECORDCONSENTRESPONSE']._serialized_start=556
-  _globals['_RECORDCONSENTRESPONSE']._serialized_end=624
-  _globals['_LISTCONSENTSREQUEST']._serialized_start=626
-  _globals['_LISTCONSENTSREQUEST']._serialized_end=647
-  _globals['_LISTCONSENTSRESPONSE']._serialized_start=649
-  _globals['_LISTCONSENTSRESPONSE']._serialized_end=717
-  _globals['_AUDITEVENT']._serialized_start=720
-  _globals['_AUDITEVENT']._serialized_end=889
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=891
-  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=954
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=956
-  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=1053
-  _globals['_VERIFYAUDITLOGREQUEST']._serialized_start=1055
-  _globals['_VERIFYAUDITLOGREQUEST']._serialized_end=1078
-  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_start=1081
-  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_end=1244
-  _globals['_USERSERVICE']._serialized_start=1332
-  _globals['_USERSERVICE']._serialized_end=1962
+  _globals['_CONSENTPURPOSE']._serialized_start=2120
+  _globals['_CONSENTPURPOSE']._serialized_end=2237
+  _globals['_LANGUAGE']._serialized_start=2240
+  _globals['_LANGUAGE']._serialized_end=2430
+  _globals['_SCORINGPRESET']._serialized_start=2433
+  _globals['_SCORINGPRESET']._serialized_end=2621
+  _globals['_USER']._serialized_start=149
+  _globals['_USER']._serialized_end=272
+  _globals['_SCORINGWEIGHTS']._serialized_start=274
+  _globals['_SCORINGWEIGHTS']._serialized_end=397
+  _globals['_RETRIEVALWEIGHTS']._serialized_start=400
+  _globals['_RETRIEVALWEIGHTS']._serialized_end=570
+  _globals['_SETTINGS']._serialized_start=573
+  _globals['_SETTINGS']._serialized_end=826
+  _globals['_CONSENT']._serialized_start=829
+  _globals['_CONSENT']._serialized_end=973
+  _globals['_GETUSERREQUEST']._serialized_start=975
+  _globals['_GETUSERREQUEST']._serialized_end=991
+  _globals['_GETUSERRESPONSE']._serialized_start=993
+  _globals['_GETUSERRESPONSE']._serialized_end=1049
+  _globals['_GETSETTINGSREQUEST']._serialized_start=1051
+  _globals['_GETSETTINGSREQUEST']._serialized_end=1071
+  _globals['_GETSETTINGSRESPONSE']._serialized_start=1073
+  _globals['_GETSETTINGSRESPONSE']._serialized_end=1141
+  _globals['_UPDATESETTINGSREQUEST']._serialized_start=1143
+  _globals['_UPDATESETTINGSREQUEST']._serialized_end=1262
+  _globals['_UPDATESETTINGSRESPONSE']._serialized_start=1264
+  _globals['_UPDATESETTINGSRESPONSE']._serialized_end=1335
+  _globals['_RECORDCONSENTREQUEST']._serialized_start=1337
+  _globals['_RECORDCONSENTREQUEST']._serialized_end=1428
+  _globals['_RECORDCONSENTRESPONSE']._serialized_start=1430
+  _globals['_RECORDCONSENTRESPONSE']._serialized_end=1498
+  _globals['_LISTCONSENTSREQUEST']._serialized_start=1500
+  _globals['_LISTCONSENTSREQUEST']._serialized_end=1521
+  _globals['_LISTCONSENTSRESPONSE']._serialized_start=1523
+  _globals['_LISTCONSENTSRESPONSE']._serialized_end=1591
+  _globals['_AUDITEVENT']._serialized_start=1594
+  _globals['_AUDITEVENT']._serialized_end=1763
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=1765
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=1828
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=1830
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=1927
+  _globals['_VERIFYAUDITLOGREQUEST']._serialized_start=1929
+  _globals['_VERIFYAUDITLOGREQUEST']._serialized_end=1952
+  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_start=1955
+  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_end=2118
+  _globals['_USERSERVICE']._serialized_start=2624
+  _globals['_USERSERVICE']._serialized_end=3516
 # @@protoc_insertion_point(module_scope)

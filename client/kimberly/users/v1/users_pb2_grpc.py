@@ -40,6 +40,16 @@ class UserServiceStub:
                 request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetUserRequest.SerializeToString,
                 response_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetUserResponse.FromString,
                 _registered_method=True)
+        self.GetSettings = channel.unary_unary(
+                '/kimberly.users.v1.UserService/GetSettings',
+                request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetSettingsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetSettingsResponse.FromString,
+                _registered_method=True)
+        self.UpdateSettings = channel.unary_unary(
+                '/kimberly.users.v1.UserService/UpdateSettings',
+                request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.UpdateSettingsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.UpdateSettingsResponse.FromString,
+                _registered_method=True)
         self.RecordConsent = channel.unary_unary(
                 '/kimberly.users.v1.UserService/RecordConsent',
                 request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.RecordConsentRequest.SerializeToString,
@@ -68,6 +78,21 @@ class UserServiceServicer:
 
     def GetUser(self, request, context):
         """Returns the signed-in user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSettings(self, request, context):
+        """Returns the user's settings; the defaults where the user never chose.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateSettings(self, request, context):
+        """Changes the settings that the mask names. Language and retrieval weights act from the next
+        call on, scoring weights from the next meditation on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +133,16 @@ def add_UserServiceServicer_to_server(servicer, server):
                     servicer.GetUser,
                     request_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetUserRequest.FromString,
                     response_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetUserResponse.SerializeToString,
+            ),
+            'GetSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSettings,
+                    request_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetSettingsRequest.FromString,
+                    response_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetSettingsResponse.SerializeToString,
+            ),
+            'UpdateSettings': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateSettings,
+                    request_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.UpdateSettingsRequest.FromString,
+                    response_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.UpdateSettingsResponse.SerializeToString,
             ),
             'RecordConsent': grpc.unary_unary_rpc_method_handler(
                     servicer.RecordConsent,
@@ -158,6 +193,60 @@ class UserService:
             '/kimberly.users.v1.UserService/GetUser',
             kimberly_dot_users_dot_v1_dot_users__pb2.GetUserRequest.SerializeToString,
             kimberly_dot_users_dot_v1_dot_users__pb2.GetUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.users.v1.UserService/GetSettings',
+            kimberly_dot_users_dot_v1_dot_users__pb2.GetSettingsRequest.SerializeToString,
+            kimberly_dot_users_dot_v1_dot_users__pb2.GetSettingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateSettings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.users.v1.UserService/UpdateSettings',
+            kimberly_dot_users_dot_v1_dot_users__pb2.UpdateSettingsRequest.SerializeToString,
+            kimberly_dot_users_dot_v1_dot_users__pb2.UpdateSettingsResponse.FromString,
             options,
             channel_credentials,
             insecure,

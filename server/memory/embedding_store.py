@@ -1,0 +1,226 @@
+"""Keeping vectors of memories in Postgres."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+from uuid import UUID
+
+from pgvector import HalfVector
+
+from server import audit, consent, ids
+from server.caller import Caller
+from server.database import Connection, Database
+from server.errors import QuotaExceeded
+from server.memory.embeddings import Upload, check_dimension
+
+SCANNED: Final = 5_000
+"""How many vectors of a user and model are scanned; those above are in a graph."""
+MOST_VECTORS: Final = 100_000
+"""How many vectors a user may keep, of all models together."""
+GRAPH_DIMENSIONS: Final = frozenset({64, 128, 256, 384, 512, 768, 1024, 1536, 3072})
+"""Those that a graph is there for: the ones of migration 0006."""
+
+
+class EmbeddingStore:
+    """Keeps vectors of one user at a time. Every method is one transaction."""
+
+    def __init__(self, database: Database, scanned: int = SCANNED) -> None:
+        self._database = database
+        self._scanned = scanned
+
+    async def keep(self, caller: Caller, uploads: Sequence[Upload]) -> dict[int, str]:
+        """Keep vectors, each instead of the one of the same memory and model.
+
+        Args:
+            caller: Whose memories they belong to.
+            uploads: A vector for each memory and model, no two for the same.
+
+        Returns:
+            Place of each vector that was not kept → the field at fault: "memory_id" where the
+            caller has no such memory, "content_hash" where its text is another one.
+
+        Raises:
+            ConsentMissing: The user has not consented to memory.store and memory.embed.
+            InvalidArgument: A vector has another dimension than those of its model.
+            QuotaExceeded: The user would have more vectors than a user may keep.
+        """
+        async with self._database.transaction(caller) as connection:
+            await consent.require(connection, caller, consent.MEMORY_STORE)
+            await consent.require(connection, caller, consent.MEMORY_EMBED)
+            await _take_turns(connection, caller)
+            await _check_models(connection, caller, uploads)
+            in_graph = await self._places(connection, caller, uploads)
+            kept = await _insert(connection, caller, uploads, in_graph)
+            await _note_models(connection, caller, uploads, in_graph)
+            await _check_number(connection, caller)
+            await audit.record_all(
+                connection,
+                caller,
+                "memory.embed",
+                [ids.show(ids.MEMORY, memory_id) for memory_id, _ in kept],
+            )
+            return await _explain(connection, caller, uploads, kept)
+
+    async def _places(
+        self, connection: Connection, caller: Caller, uploads: Sequence[Upload]
+    ) -> list[bool]:
+        """Tell which vectors go into a graph: those beyond the ones that are scanned."""
+        rows = await connection.fetch(
+            """
+            SELECT model, count(*) AS vectors
+              FROM embeddings
+             WHERE tenant_id = $1 AND user_id = $2 AND model = ANY ($3) AND NOT in_graph
+             GROUP BY model
+            """,
+            caller.tenant_id,
+            caller.user_id,
+            sorted({upload.embedding.model for upload in uploads}),
+        )
+        scanned = Counter({row["model"]: row["vectors"] for row in rows})
+        places = []
+        for upload in uploads:
+            has_graph = upload.embedding.dimension in GRAPH_DIMENSIONS
+            places.append(has_graph and scanned[upload.embedding.model] >= self._scanned)
+            scanned[upload.embedding.model] += 1
+        return places
+
+
+async def _take_turns(connection: Connection, caller: Caller) -> None:
+    """Let uploads of one user follow each other: they count what is there."""
+    await connection.execute(
+        "SELECT pg_advisory_xact_lock(hashtextextended('embeddings ' || $1, 0))",
+        str(caller.user_id),
+    )
+
+
+async def _check_models(connection: Connection, caller: Caller, uploads: Sequence[Upload]) -> None:
+    """Refuse vectors that their models' vectors cannot be compared with; note new models."""
+    dimensions = {upload.embedding.model: upload.embedding.dimension for upload in uploads}
+    await connection.execute(
+        """
+        INSERT INTO embedding_models (tenant_id, user_id, model, dimension)
+        SELECT $1, $2, unnest($3::text[]), unnest($4::integer[])
+        ON CONFLICT DO NOTHING
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        list(dimensions),
+        list(dimensions.values()),
+    )
+    rows = await connection.fetch(
+        """
+        SELECT model, dimension
+          FROM embedding_models
+         WHERE tenant_id = $1 AND user_id = $2 AND model = ANY ($3)
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        list(dimensions),
+    )
+    known = {row["model"]: row["dimension"] for row in rows}
+    for place, upload in enumerate(uploads):
+        embedding = upload.embedding
+        check_dimension(embedding, known[embedding.model], f"embeddings[{place}].values")
+
+
+async def _insert(
+    connection: Connection, caller: Caller, uploads: Sequence[Upload], in_graph: Sequence[bool]
+) -> set[tuple[UUID, str]]:
+    """Store the vectors whose memories are there, and return memory and model of each."""
+    rows = await connection.fetch(
+        """
+        INSERT INTO embeddings (tenant_id, user_id, model, memory_id, dimension, in_graph,
+                                content_hash, vector)
+        SELECT $1, $2, upload.model, memory.id, vector_dims(upload.vector), upload.in_graph,
+               memory.content_hash, upload.vector
+          FROM unnest($3::text[], $4::uuid[], $5::boolean[], $6::bytea[], $7::halfvec[])
+            AS upload (model, memory_id, in_graph, content_hash, vector)
+          JOIN memories AS memory
+            ON memory.tenant_id = $1 AND memory.user_id = $2 AND memory.id = upload.memory_id
+           AND memory.content_hash = coalesce(upload.content_hash, memory.content_hash)
+            ON CONFLICT (user_id, model, memory_id) DO UPDATE
+           SET content_hash = excluded.content_hash, vector = excluded.vector
+        RETURNING memory_id, model
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        [upload.embedding.model for upload in uploads],
+        [upload.memory_id for upload in uploads],
+        in_graph,
+        [upload.content_hash for upload in uploads],
+        [HalfVector(upload.embedding.values) for upload in uploads],
+    )
+    return {(row["memory_id"], row["model"]) for row in rows}
+
+
+async def _note_models(
+    connection: Connection,
+    caller: Caller,
+    uploads: Sequence[Upload],
+    in_graph: Sequence[bool],
+) -> None:
+    """Note which models have vectors in a graph, and forget those that have no vectors at all."""
+    pairs = zip(uploads, in_graph, strict=True)
+    await connection.execute(
+        """
+        WITH forgotten AS (
+            DELETE FROM embedding_models AS known
+             WHERE tenant_id = $1 AND user_id = $2 AND model = ANY ($3)
+               AND NOT EXISTS (
+                   SELECT FROM embeddings AS embedding
+                    WHERE embedding.tenant_id = $1 AND embedding.user_id = $2
+                      AND embedding.model = known.model
+                   )
+        )
+        UPDATE embedding_models
+           SET in_graph = true
+         WHERE tenant_id = $1 AND user_id = $2 AND model = ANY ($4) AND NOT in_graph
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        list({upload.embedding.model for upload in uploads}),
+        list({upload.embedding.model for upload, is_in_graph in pairs if is_in_graph}),
+    )
+
+
+async def _check_number(connection: Connection, caller: Caller) -> None:
+    number = await connection.fetchval(
+        "SELECT count(*) FROM embeddings WHERE tenant_id = $1 AND user_id = $2",
+        caller.tenant_id,
+        caller.user_id,
+    )
+    if number > MOST_VECTORS:
+        raise QuotaExceeded(
+            "embeddings", number, MOST_VECTORS, "delete memories or use one model", "vectors"
+        )
+
+
+async def _explain(
+    connection: Connection,
+    caller: Caller,
+    uploads: Sequence[Upload],
+    kept: set[tuple[UUID, str]],
+) -> dict[int, str]:
+    """Say what is wrong with each vector that was not kept."""
+    left_out = {
+        place: upload.memory_id
+        for place, upload in enumerate(uploads)
+        if (upload.memory_id, upload.embedding.model) not in kept
+    }
+    if not left_out:
+        return {}
+    rows = await connection.fetch(
+        """
+        SELECT id
+          FROM memories
+         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3)
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        list(left_out.values()),
+    )
+    there = {row["id"] for row in rows}
+    return {
+        place: "content_hash" if memory_id in there else "memory_id"
+        for place, memory_id in left_out.items()
+    }

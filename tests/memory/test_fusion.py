@@ -1,0 +1,236 @@
+"""Words and meaning together: one order, its components, its bounds."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from google.protobuf.timestamp_pb2 import Timestamp
+from kimberly.memory.v1 import memory_pb2 as pb
+from kimberly.memory.v1 import memory_pb2_grpc as rpc
+
+from server.caller import Caller
+from server.database import Database
+from tests.conftest import FakeClock, bearer, new_caller
+from tests.memory.meanings import ask, decide, of, texts, upload
+from tests.memory.test_update_and_delete import create
+from tests.refusals import refusal_of
+
+
+@pytest_asyncio.fixture
+async def caller(database: Database) -> Caller:
+    """A user who consented to memory.store and memory.embed."""
+    caller = await new_caller(database)
+    await decide(database, caller, "memory.embed", granted=True)
+    return caller
+
+
+def at(instant: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(instant)
+    return stamp
+
+
+async def keep(memories: rpc.MemoryServiceAsyncStub, caller: Caller, **fields: object) -> pb.Memory:
+    memory = pb.Memory(**fields)  # type: ignore[arg-type]
+    request = pb.CreateMemoryRequest(memory=memory)
+    return (await memories.CreateMemory(request, metadata=bearer(caller))).memory
+
+
+async def test_score_is_the_sum_of_its_components(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, clock: FakeClock
+) -> None:
+    month_ago = at(clock.now - timedelta(days=30))
+    boat = await keep(
+        memories, caller, content="the boat sails", speaker="Ann", occur_time=month_ago
+    )
+    ship = await keep(memories, caller, content="a ship at sea", speaker="Ben")
+    await upload(memories, caller, of(boat, (0.6, 0.8)), of(ship, (1, 0)))
+    answer = await ask(memories, caller, "Where is Ann's boat?", (1, 0))
+    first, second = answer.matches
+    assert first.memory.id == boat.id
+    assert (first.lexical, second.lexical) == (1.0, 0.0)
+    assert [first.semantic, second.semantic] == pytest.approx([0.6, 1], abs=1e-3)
+    assert [first.freshness, second.freshness] == pytest.approx([0.5, 1])
+    assert (first.memory_score, second.memory_score) == (0.5, 0.5)
+    assert first.score == pytest.approx(0.5 * 0.6 + 0.5 + 0.2 + 0.025 + 0.025, abs=1e-3)
+    assert second.score == pytest.approx(0.5 + 0.025 + 0.05)
+    assert first.reason == "shares boat and is close in meaning"
+    assert second.reason == "is close in meaning"
+
+
+async def test_turn_counts_together_with_what_was_said_around_it(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller
+) -> None:
+    near, far = (1.0, 0.0), (0.0, 1.0)
+    said = {"lonely": near, "question": near, "answer": near, "aside": far, "end": far}
+    for place, (text, values) in enumerate(said.items()):
+        where = {} if text == "lonely" else {"session_id": "talk", "session_position": place}
+        memory = await keep(memories, caller, content=text, **where)
+        await upload(memories, caller, of(memory, values))
+    answer = await ask(memories, caller, "", near)
+    shares = {match.memory.content: match.semantic for match in answer.matches}
+    assert shares == {
+        "lonely": pytest.approx(1, abs=1e-3),
+        "question": pytest.approx(3 / 3.5, abs=1e-3),
+        "answer": pytest.approx(3 / 4.5, abs=1e-3),
+        "aside": pytest.approx(1.5 / 4.5, abs=1e-3),
+        "end": pytest.approx(0.5 / 3.5, abs=1e-3),
+    }
+
+
+async def test_memory_without_a_vector_is_found_by_its_words(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller
+) -> None:
+    await upload(memories, caller, of(await create(memories, caller, "far away"), (0, 1)))
+    await create(memories, caller, "a cello in the attic")
+    await create(memories, caller, "the cello is played tonight", pb.TIER_SHORT_TERM)
+    found = texts(await ask(memories, caller, "cello", (1, 0)))
+    assert set(found[:2]) == {"a cello in the attic", "the cello is played tonight"}
+
+
+async def test_min_score_leaves_out_what_is_below_it(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller
+) -> None:
+    for text in ("apple apple apple", "apple pie and much else that has nothing to do with it"):
+        await create(memories, caller, text)
+    best, other = (await ask(memories, caller, "apple")).matches
+    assert texts(await ask(memories, caller, "apple", min_score=best.score)) == [
+        best.memory.content
+    ]
+    assert len((await ask(memories, caller, "apple", min_score=other.score)).matches) == 2
+
+
+async def test_texts_fit_into_the_token_budget_best_first(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller
+) -> None:
+    for text in ("plum", "plum " * 100, "a plum or two"):
+        await create(memories, caller, text)
+    every = texts(await ask(memories, caller, "plum"))
+    small = [text for text in every if len(text) < 20]
+    assert texts(await ask(memories, caller, "plum", max_tokens=1)) == ["plum"]
+    assert texts(await ask(memories, caller, "plum", max_tokens=5)) == small
+    assert texts(await ask(memories, caller, "plum", max_tokens=1000)) == every
+    assert texts(await ask(memories, caller, "plum", max_tokens=1000, top_k=1)) == every[:1]
+
+
+async def test_token_budget_may_hold_more_than_the_usual_ten(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller
+) -> None:
+    for number in range(15):
+        await create(memories, caller, f"fig {number}")
+    assert len((await ask(memories, caller, "fig")).matches) == 10
+    assert len((await ask(memories, caller, "fig", max_tokens=500)).matches) == 15
+
+
+@pytest.mark.parametrize("tier", [pb.TIER_LONG_TERM, pb.TIER_SHORT_TERM])
+async def test_time_window_holds_its_start_and_not_its_end(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, tier: pb.Tier
+) -> None:
+    days = [datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2, 3)]
+    for day in days:
+        memory = await keep(
+            memories, caller, content=f"pear {day.day}", occur_time=at(day), tier=tier
+        )
+        await upload(memories, caller, of(memory, (1, 0)))
+    for after, before, expected in [
+        (days[1], None, {"pear 2", "pear 3"}),
+        (None, days[1], {"pear 1"}),
+        (days[0], days[2], {"pear 1", "pear 2"}),
+    ]:
+        for values in ((), (1.0, 0.0)):
+            answer = await ask(
+                memories,
+                caller,
+                "pear",
+                values,
+                occurred_after=after and at(after),
+                occurred_before=before and at(before),
+            )
+            assert set(texts(answer)) == expected
+
+
+async def test_freshness_and_expiry_are_those_of_the_asked_instant(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, clock: FakeClock
+) -> None:
+    await create(memories, caller, "kiwi for long")
+    fleeting = await create(memories, caller, "kiwi for now", pb.TIER_SHORT_TERM)
+    now = await ask(memories, caller, "kiwi")
+    assert [match.freshness for match in now.matches] == [1.0, 1.0]
+    moments = [(fleeting.expire_time.ToDatetime(UTC) + timedelta(seconds=n)) for n in (-1, 0)]
+    before, after = [await ask(memories, caller, "kiwi", as_of_time=at(when)) for when in moments]
+    assert (len(before.matches), texts(after)) == (2, ["kiwi for long"])
+    later = await ask(memories, caller, "kiwi", as_of_time=at(clock.now + timedelta(days=60)))
+    assert {match.freshness for match in later.matches} == {0.25}
+
+
+async def test_conversation_gives_no_more_turns_than_asked(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller
+) -> None:
+    for place in range(40):
+        for session in ("long", "talk") if place < 3 else ("long",):
+            await keep(
+                memories,
+                caller,
+                content=f"lime {place} {session}",
+                session_id=session,
+                session_position=place,
+            )
+    for number in range(3):
+        await create(memories, caller, f"lime {number}")
+    answer = await ask(memories, caller, "lime", max_per_session=2, top_k=20)
+    sessions = [match.memory.session_id for match in answer.matches]
+    assert {name: sessions.count(name) for name in sessions} == {"long": 2, "talk": 2, "": 3}
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.QueryMemoriesRequest(min_score=-0.1), "min_score"),
+        (pb.QueryMemoriesRequest(min_score=2.1), "min_score"),
+        (pb.QueryMemoriesRequest(min_score=float("nan")), "min_score"),
+        (pb.QueryMemoriesRequest(max_tokens=0), "max_tokens"),
+        (pb.QueryMemoriesRequest(max_tokens=1_000_001), "max_tokens"),
+        (pb.QueryMemoriesRequest(max_per_session=0), "max_per_session"),
+        (pb.QueryMemoriesRequest(max_per_session=101), "max_per_session"),
+        (pb.QueryMemoriesRequest(occurred_after=Timestamp(seconds=1 << 60)), "occurred_after"),
+        (pb.QueryMemoriesRequest(as_of_time=Timestamp(nanos=-1)), "as_of_time"),
+        (
+            pb.QueryMemoriesRequest(
+                occurred_after=Timestamp(seconds=5), occurred_before=Timestamp(seconds=5)
+            ),
+            "occurred_before",
+        ),
+        (pb.QueryMemoriesRequest(embedding=pb.QueryEmbedding(values=[1, 0])), "embedding.model"),
+        (pb.QueryMemoriesRequest(embedding=pb.QueryEmbedding(model="m")), "embedding.values"),
+    ],
+)
+async def test_query_that_contradicts_itself_is_refused_by_field(
+    memories: rpc.MemoryServiceAsyncStub,
+    caller: Caller,
+    request_: pb.QueryMemoriesRequest,
+    field: str,
+) -> None:
+    refusal = await refusal_of(memories.QueryMemories(request_, metadata=bearer(caller)))
+    assert refusal.fields == (field,)
+
+
+async def test_late_vectors_leave_the_answer_to_the_words(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    memory = await create(memories, caller, "olive tree")
+    await upload(memories, caller, of(memory, (1, 0)))
+    request = pb.QueryMemoriesRequest(
+        query="olive", embedding=pb.QueryEmbedding(model="tiny", values=[1, 0])
+    )
+    async with owner.transaction():
+        await owner.execute("LOCK TABLE embeddings")
+        for seconds in (0.5, 5):
+            answer = await memories.QueryMemories(request, metadata=bearer(caller), timeout=seconds)
+            assert answer.semantic_late
+            assert [(m.memory.content, m.semantic) for m in answer.matches] == [("olive tree", 0)]
+            assert answer.matches[0].reason == "shares olive"
+    answer = await memories.QueryMemories(request, metadata=bearer(caller))
+    assert (answer.semantic_late, answer.matches[0].semantic) == (False, 1.0)

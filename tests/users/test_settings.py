@@ -1,0 +1,410 @@
+"""Settings: defaults, changes by mask, what is refused, and who sees them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import asyncpg
+import grpc
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from kimberly.users.v1 import users_pb2 as pb
+
+from server import ids
+from server.caller import Caller
+from server.database import Database, SystemDatabase
+from server.preferences import (
+    PRESETS,
+    Language,
+    Preferences,
+    RetrievalWeights,
+    ScoringPreset,
+    ScoringWeights,
+    preferences,
+    weights_of_users,
+)
+from tests.conftest import bearer, new_caller
+from tests.refusals import Refusal, refusal_of
+from tests.users.conftest import Users
+
+OWN = pb.ScoringWeights(
+    relevance_to_goals=0.1, emotional_weight=0.2, predictive_value=0.3, recency_frequency=0.4
+)
+NAN = float("nan")
+
+
+def change(*paths: str, **fields: Any) -> pb.UpdateSettingsRequest:
+    return pb.UpdateSettingsRequest(
+        settings=pb.Settings(**fields), update_mask=FieldMask(paths=paths)
+    )
+
+
+def weighing(*numbers: float) -> pb.ScoringWeights:
+    return pb.ScoringWeights(**dict(zip(ScoringWeights._fields, numbers, strict=True)))
+
+
+async def get(users: Users, caller: Caller) -> pb.Settings:
+    return (await users.GetSettings(pb.GetSettingsRequest(), metadata=bearer(caller))).settings
+
+
+async def update(users: Users, caller: Caller, *paths: str, **fields: Any) -> pb.Settings:
+    answer = await users.UpdateSettings(change(*paths, **fields), metadata=bearer(caller))
+    return answer.settings
+
+
+async def refusal(users: Users, caller: Caller, *paths: str, **fields: Any) -> Refusal:
+    request = change(*paths, **fields)
+    return await refusal_of(users.UpdateSettings(request, metadata=bearer(caller)))
+
+
+# --- defaults
+
+
+async def test_a_user_who_never_chose_has_the_defaults_and_reading_writes_nothing(
+    users: Users, database: Database, owner: asyncpg.Connection
+) -> None:
+    stranger = await new_caller(database, consenting=False)
+    assert await get(users, stranger) == pb.Settings(
+        language=pb.LANGUAGE_ENGLISH,
+        scoring_preset=pb.SCORING_PRESET_BALANCED,
+        scoring_weights=weighing(0.40, 0.30, 0.20, 0.10),
+        retrieval_weights=pb.RetrievalWeights(),
+        etag="v0",
+    )
+    assert await owner.fetchval("SELECT count(*) FROM settings") == 0
+    assert await owner.fetchval("SELECT count(*) FROM audit_events") == 0
+
+
+def test_the_weights_of_every_preset_add_up_to_one() -> None:
+    assert set(PRESETS) == set(ScoringPreset) - {ScoringPreset.CUSTOM}
+    for preset, weights in PRESETS.items():
+        assert sum(weights) == pytest.approx(1, abs=1e-12), preset
+
+
+# --- changes
+
+
+async def test_a_change_stays_and_touches_only_what_the_mask_names(
+    users: Users, caller: Caller
+) -> None:
+    first = await update(
+        users,
+        caller,
+        "language",
+        language=pb.LANGUAGE_GERMAN,
+        scoring_preset=pb.SCORING_PRESET_RECENT,
+    )
+    assert (first.language, first.scoring_preset) == (
+        pb.LANGUAGE_GERMAN,
+        pb.SCORING_PRESET_BALANCED,
+    )
+    assert await get(users, caller) == first
+    second = await update(
+        users, caller, "retrieval_weights", retrieval_weights=pb.RetrievalWeights(semantic=0)
+    )
+    assert second.language == pb.LANGUAGE_GERMAN
+    assert second.retrieval_weights == pb.RetrievalWeights(semantic=0)
+    assert len({first.etag, second.etag}) == 2
+
+
+@pytest.mark.parametrize("language", [name for name in pb.Language.values() if name])
+async def test_every_language_can_be_chosen(users: Users, caller: Caller, language: int) -> None:
+    assert (await update(users, caller, "language", language=language)).language == language
+    assert (await get(users, caller)).language == language
+
+
+@pytest.mark.parametrize(
+    ("preset", "weights"),
+    [
+        (pb.SCORING_PRESET_BALANCED, weighing(0.40, 0.30, 0.20, 0.10)),
+        (pb.SCORING_PRESET_FACTUAL, weighing(0.50, 0.10, 0.30, 0.10)),
+        (pb.SCORING_PRESET_EMOTIONAL, weighing(0.25, 0.50, 0.15, 0.10)),
+        (pb.SCORING_PRESET_RECENT, weighing(0.25, 0.15, 0.20, 0.40)),
+    ],
+)
+async def test_a_preset_sets_the_weights(
+    users: Users, caller: Caller, preset: pb.ScoringPreset.ValueType, weights: pb.ScoringWeights
+) -> None:
+    await update(users, caller, "scoring_weights", scoring_weights=OWN)
+    changed = await update(users, caller, "scoring_preset", scoring_preset=preset)
+    assert (changed.scoring_preset, changed.scoring_weights) == (preset, weights)
+    both = ("scoring_preset", "scoring_weights")
+    assert (
+        await update(users, caller, *both, scoring_preset=preset, scoring_weights=weights)
+    ).scoring_weights == weights
+
+
+@pytest.mark.parametrize("paths", [("scoring_weights",), ("scoring_weights", "scoring_preset")])
+async def test_explicit_weights_are_custom(
+    users: Users, caller: Caller, paths: tuple[str, ...]
+) -> None:
+    changed = await update(
+        users, caller, *paths, scoring_weights=OWN, scoring_preset=pb.SCORING_PRESET_CUSTOM
+    )
+    assert (changed.scoring_preset, changed.scoring_weights) == (pb.SCORING_PRESET_CUSTOM, OWN)
+    assert await get(users, caller) == changed
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (1.0, 0.0, 0.0, 0.0),
+        (0.25, 0.25, 0.25, 0.25),
+        (0.4, 0.3, 0.2, 0.101),
+        (0.4, 0.3, 0.2, 0.099),
+        (0.333, 0.333, 0.333, 0.0),
+    ],
+)
+async def test_weights_may_miss_one_by_a_thousandth(
+    users: Users, caller: Caller, numbers: tuple[float, ...]
+) -> None:
+    weights = weighing(*numbers)
+    changed = await update(users, caller, "scoring_weights", scoring_weights=weights)
+    assert changed.scoring_weights == weights
+
+
+async def test_one_retrieval_weight_changes_alone_and_goes_back_to_the_default(
+    users: Users, caller: Caller
+) -> None:
+    chosen = pb.RetrievalWeights(semantic=0.5, speaker=0.25, memory_score=1, freshness=0)
+    await update(users, caller, "retrieval_weights", retrieval_weights=chosen)
+    changed = await update(
+        users,
+        caller,
+        "retrieval_weights.speaker",
+        "retrieval_weights.freshness",
+        retrieval_weights=pb.RetrievalWeights(speaker=0.75, semantic=0.125),
+    )
+    expected = pb.RetrievalWeights(semantic=0.5, speaker=0.75, memory_score=1)
+    assert changed.retrieval_weights == expected
+    assert (await get(users, caller)).retrieval_weights == expected
+
+
+async def test_what_is_named_and_not_given_goes_back_to_its_default(
+    users: Users, caller: Caller
+) -> None:
+    fields: dict[str, Any] = {
+        "language": pb.LANGUAGE_FRENCH,
+        "scoring_weights": OWN,
+        "retrieval_weights": pb.RetrievalWeights(semantic=0.5),
+    }
+    await update(users, caller, *fields, **fields)
+    changed = await update(users, caller, *fields)
+    defaults = await get(users, Caller(caller.tenant_id, ids.new_id()))
+    changed.etag = defaults.etag
+    assert changed == defaults
+    await update(users, caller, "scoring_weights", scoring_weights=OWN)
+    changed = await update(users, caller, "scoring_preset")
+    assert changed.scoring_preset == pb.SCORING_PRESET_BALANCED
+
+
+# --- lost updates, audit, other users
+
+
+async def test_a_stale_etag_is_refused_and_changes_nothing(users: Users, caller: Caller) -> None:
+    read = await get(users, caller)
+    german = await update(users, caller, "language", language=pb.LANGUAGE_GERMAN, etag=read.etag)
+    for stale in (read.etag, "v7", "v", "1", "v-1", "v٣", "v" + "9" * 30):
+        refused = await refusal(users, caller, "language", language=pb.LANGUAGE_ITALIAN, etag=stale)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
+    assert await get(users, caller) == german
+    await update(users, caller, "language", language=pb.LANGUAGE_ITALIAN, etag=german.etag)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_of_changes_at_once_under_one_etag_one_is_made(
+    users: Users, caller: Caller, owner: asyncpg.Connection, *, is_first: bool
+) -> None:
+    if not is_first:
+        await update(users, caller, "language", language=pb.LANGUAGE_FRENCH)
+    etag = (await get(users, caller)).etag
+    answers = await asyncio.gather(
+        *(
+            update(users, caller, "language", language=pb.LANGUAGE_GERMAN, etag=etag)
+            for _ in range(8)
+        ),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(answer, pb.Settings) for answer in answers) == 1
+    assert await owner.fetchval("SELECT count(*) FROM audit_events") == 2 - is_first
+
+
+async def test_changes_at_once_of_different_fields_are_all_kept(
+    users: Users, caller: Caller
+) -> None:
+    names = RetrievalWeights.__slots__
+    await asyncio.gather(
+        *(
+            update(
+                users,
+                caller,
+                f"retrieval_weights.{name}",
+                retrieval_weights=pb.RetrievalWeights(**{name: 0.5}),
+            )
+            for name in names
+        )
+    )
+    kept = await get(users, caller)
+    assert kept.retrieval_weights == pb.RetrievalWeights(**dict.fromkeys(names, 0.5))
+    assert kept.etag == "v4"
+
+
+async def test_a_change_is_audited_and_a_refused_one_is_not(users: Users, caller: Caller) -> None:
+    await update(users, caller, "language", language=pb.LANGUAGE_SPANISH)
+    await refusal(users, caller, "language", language=pb.LANGUAGE_GERMAN, etag="v0")
+    events = (
+        await users.ListAuditEvents(pb.ListAuditEventsRequest(), metadata=bearer(caller))
+    ).events
+    me = ids.show(ids.USER, caller.user_id)
+    assert [(event.action, event.resource, event.actor) for event in events] == [
+        ("settings.update", me, me)
+    ]
+
+
+async def test_settings_are_everyone_s_own(users: Users, database: Database) -> None:
+    ada, bob = [await new_caller(database) for _ in range(2)]
+    await update(users, ada, "language", language=pb.LANGUAGE_GERMAN)
+    assert (await get(users, bob)).language == pb.LANGUAGE_ENGLISH
+    async with database.transaction(bob) as connection:
+        assert await connection.fetchval("SELECT count(*) FROM settings") == 0
+        assert await connection.execute("UPDATE settings SET language = 'simple'") == "UPDATE 0"
+    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="row-level security"):
+        async with database.transaction(bob) as connection:
+            await connection.execute(
+                """
+                INSERT INTO settings
+                SELECT $1, $2, 'simple', 'custom', 1, 0, 0, 0, NULL, NULL, NULL, NULL, 1
+                """,
+                ada.tenant_id,
+                ids.new_id(),
+            )
+
+
+async def test_nobody_s_settings_are_shown_without_a_token(users: Users) -> None:
+    for call in (users.GetSettings(pb.GetSettingsRequest()), users.UpdateSettings(change())):
+        assert (await refusal_of(call)).code is grpc.StatusCode.UNAUTHENTICATED
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [(), ("etag",), ("*",), ("language", "quota"), ("scoring_weights.emotional_weight",)],
+)
+async def test_a_mask_that_names_no_settings_is_refused(
+    users: Users, caller: Caller, paths: tuple[str, ...]
+) -> None:
+    refused = await refusal(users, caller, *paths, language=pb.LANGUAGE_GERMAN)
+    assert (refused.code, refused.fields) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        ("update_mask",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("language", {"language": 99}),
+        ("scoring_preset", {"scoring_preset": 99}),
+        ("scoring_weights", {"scoring_preset": pb.SCORING_PRESET_CUSTOM}),
+        ("scoring_weights", {"scoring_weights": pb.ScoringWeights()}),
+        ("scoring_weights", {"scoring_weights": weighing(0.4, 0.3, 0.2, 0.1012)}),
+        ("scoring_weights", {"scoring_weights": weighing(0.4, 0.3, 0.2, 0.0988)}),
+        ("scoring_weights", {"scoring_weights": weighing(1, 1, 1, 1)}),
+        (
+            "scoring_weights",
+            {"scoring_weights": OWN, "scoring_preset": pb.SCORING_PRESET_FACTUAL},
+        ),
+        (
+            "scoring_weights.relevance_to_goals",
+            {"scoring_weights": weighing(-0.1, 0.5, 0.5, 0.1)},
+        ),
+        ("scoring_weights.emotional_weight", {"scoring_weights": weighing(0, 1.0001, 0, 0)}),
+        ("scoring_weights.predictive_value", {"scoring_weights": weighing(0.5, 0.5, NAN, 0)}),
+        (
+            "scoring_weights.recency_frequency",
+            {"scoring_weights": weighing(1, 0, 0, float("inf"))},
+        ),
+        *(
+            (
+                f"retrieval_weights.{name}",
+                {"retrieval_weights": pb.RetrievalWeights(**{name: number})},
+            )
+            for name in RetrievalWeights.__slots__
+            for number in (-0.001, 1.001, NAN)
+        ),
+    ],
+)
+async def test_a_value_that_no_setting_can_have_is_refused_by_field(
+    users: Users, caller: Caller, field: str, fields: dict[str, Any]
+) -> None:
+    refused = await refusal(users, caller, *fields, **fields)
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID")
+    assert refused.fields == (f"settings.{field}",)
+    assert (await get(users, caller)).etag == "v0"
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "language = 'klingon'",
+        "scoring_preset = 'loud'",
+        "emotional_weight = 1.5",
+        "emotional_weight = 'NaN'",
+        "emotional_weight = emotional_weight + 0.002",
+        "speaker = -0.1",
+        "version = 0",
+    ],
+)
+async def test_the_database_keeps_settings_sound_too(
+    users: Users, caller: Caller, owner: asyncpg.Connection, assignment: str
+) -> None:
+    await update(users, caller, "scoring_weights", scoring_weights=OWN)
+    with pytest.raises(asyncpg.CheckViolationError):
+        await owner.execute(f"UPDATE settings SET {assignment}")
+
+
+# --- how other slices read them
+
+
+async def test_preferences_are_what_the_settings_say(
+    users: Users, database: Database, caller: Caller
+) -> None:
+    async with database.transaction(caller) as connection:
+        assert await preferences(connection, caller) == Preferences()
+    fields: dict[str, Any] = {
+        "language": pb.LANGUAGE_PORTUGUESE,
+        "scoring_weights": OWN,
+        "retrieval_weights": pb.RetrievalWeights(freshness=0.5),
+    }
+    await update(users, caller, *fields, **fields)
+    chosen = Preferences(
+        Language.PORTUGUESE,
+        ScoringPreset.CUSTOM,
+        ScoringWeights(0.1, 0.2, 0.3, 0.4),
+        RetrievalWeights(freshness=0.5),
+        version=1,
+    )
+    async with database.transaction(caller) as connection:
+        assert await preferences(connection, caller) == chosen
+        elsewhere = replace(caller, tenant_id=ids.new_id())
+        assert await preferences(connection, elsewhere) == Preferences()
+
+
+async def test_the_system_role_reads_the_weights_of_many_and_changes_none(
+    users: Users, database: Database, system_database: SystemDatabase
+) -> None:
+    ada, bob, cyd, dan = [await new_caller(database) for _ in range(4)]
+    for caller in (ada, cyd):
+        await update(users, caller, "scoring_weights", scoring_weights=OWN)
+    await update(users, bob, "language", language=pb.LANGUAGE_GERMAN)
+    async with system_database.transaction() as connection:
+        asked = [(caller.tenant_id, caller.user_id) for caller in (ada, bob, dan)]
+        weights = await weights_of_users(connection, [*asked, (dan.tenant_id, cyd.user_id)])
+    assert weights == {ada.user_id: (0.1, 0.2, 0.3, 0.4)}
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        async with system_database.transaction() as connection:
+            await connection.execute("UPDATE settings SET version = version + 1")
