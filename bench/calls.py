@@ -34,8 +34,8 @@ async def run(mesh: Mesh) -> list[Row]:
         await client.memory.ImportMemories(_chunks(memories))
         return [
             *await _reads(stub, metadata),
-            *await _writes(stub, metadata),
             *await _queries(stub, metadata),
+            *await _writes(stub, metadata),
         ]
 
 

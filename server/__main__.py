@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from server import telemetry
 from server.app import migrate_database, rotate_signing_key, serve
 from server.kms import MasterKeyUnusable, UnwrapFailed
+from server.migrate import MigrationChanged
 from server.rpc.serving import UnsafeSocketDirectory
 from server.settings import MigrationSettings, Settings, explain
 
@@ -24,6 +25,8 @@ app = typer.Typer(
     help="Services of the memory mesh. Settings are environment variables named KIMBERLY_….",
     no_args_is_help=True,
     add_completion=False,
+    # Tracebacks are for logs: plain, one event, no values.
+    pretty_exceptions_enable=False,
 )
 
 
@@ -88,7 +91,7 @@ def _settings(kind: type[T]) -> T:
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
     try:
         return uvloop.run(work)
-    except (MasterKeyUnusable, UnwrapFailed, UnsafeSocketDirectory) as error:
+    except (MasterKeyUnusable, MigrationChanged, UnwrapFailed, UnsafeSocketDirectory) as error:
         _exit(str(error))
 
 

@@ -61,7 +61,7 @@ class AttachmentStore:
             ConsentMissing: The user has not consented to memory.store.
         """
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
+            await consent.require(connection, consent.MEMORY_STORE)
             row = await connection.fetchrow(
                 """
                 INSERT INTO attachments (tenant_id, user_id, id, memory_id, file_name,
@@ -120,7 +120,7 @@ class AttachmentStore:
             ConsentMissing: The user has not consented to memory.store.
         """
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
+            await consent.require(connection, consent.MEMORY_STORE)
             row = await connection.fetchrow(
                 """
                 UPDATE attachments

@@ -36,11 +36,17 @@ _PASSES: Final = """
     AND ($8::timestamptz IS NULL OR occurred_at >= $8)
     AND ($9::timestamptz IS NULL OR occurred_at < $9)
 """
+# Rows are looked up one by one (LATERAL, kept apart by OFFSET 0): of a user whom the statistics
+# have not met yet the planner expects one row, and would compare every vector with every memory.
 _VECTORS: Final = """
     embeddings AS embedding
-    JOIN memories AS memory
-      ON memory.tenant_id = $1 AND memory.user_id = $2 AND memory.id = embedding.memory_id
-     AND memory.content_hash = embedding.content_hash
+    CROSS JOIN LATERAL (
+        SELECT id, tier, tags, session_id, session_position, occurred_at
+          FROM memories
+         WHERE tenant_id = $1 AND user_id = $2 AND id = embedding.memory_id
+           AND content_hash = embedding.content_hash
+        OFFSET 0
+    ) AS memory
 """
 _OF_MODEL: Final = "embedding.tenant_id = $1 AND embedding.user_id = $2 AND embedding.model = $3"
 
@@ -69,10 +75,20 @@ _SMOOTHED: Final = f"""
            predictive_value, recency_frequency, scorer_version, scored_at, similarity,
            {{reached}} AS reached
       FROM nearest
-      JOIN memories AS memory
-        ON memory.tenant_id = $1 AND memory.user_id = $2 AND memory.id = nearest.id
-      JOIN memory_scores AS scores
-        ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
+      CROSS JOIN LATERAL (
+            SELECT id, tier, content, tags, source, session_id, session_position, speaker,
+                   occurred_at, size_bytes, content_hash, version, created_at, updated_at
+              FROM memories
+             WHERE tenant_id = $1 AND user_id = $2 AND id = nearest.id
+            OFFSET 0
+           ) AS memory
+      CROSS JOIN LATERAL (
+            SELECT last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
+                   predictive_value, recency_frequency, scorer_version, scored_at
+              FROM memory_scores
+             WHERE tenant_id = $1 AND user_id = $2 AND memory_id = memory.id
+            OFFSET 0
+           ) AS scores
      ORDER BY similarity DESC, memory.id
 """  # noqa: S608 - put together from constants
 
@@ -134,7 +150,7 @@ class EmbeddingSearch:
             InvalidArgument: The vector has another dimension than those of its model.
         """
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_EMBED)
+            await consent.require(connection, consent.MEMORY_EMBED)
             model = await _model(connection, caller, embedding.model)
             if model is None or not which.durable_tiers:
                 return []

@@ -45,8 +45,8 @@ class EmbeddingStore:
             QuotaExceeded: The user would have more vectors than a user may keep.
         """
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
-            await consent.require(connection, caller, consent.MEMORY_EMBED)
+            await consent.require(connection, consent.MEMORY_STORE)
+            await consent.require(connection, consent.MEMORY_EMBED)
             await _take_turns(connection, caller)
             await _check_models(connection, caller, uploads)
             in_graph = await self._places(connection, caller, uploads)

@@ -66,7 +66,7 @@ class MeditationStore:
         """
         requests.check_request_id(request_id)
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
+            await consent.require(connection, consent.MEMORY_STORE)
             await take_turns(connection, caller.user_id)
             running = await _running(connection, caller)
             meditation_id = chosen = running or ids.new_id()

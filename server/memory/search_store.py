@@ -16,7 +16,12 @@ _SAMPLE = 4_096
 
 
 class SearchStore:
-    """Finds memories of one user at a time. Every method is one transaction."""
+    """Finds memories of one user at a time. Every method is one transaction.
+
+    Scores are looked up for each memory (LATERAL, kept apart by OFFSET 0): of a user whom the
+    statistics have not met yet the planner expects one row, and would compare every memory with
+    every score.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -33,8 +38,14 @@ class SearchStore:
                        last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
                        predictive_value, recency_frequency, scorer_version, scored_at
                   FROM memories AS memory
-                  JOIN memory_scores AS scores
-                    ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
+                  CROSS JOIN LATERAL (
+                       SELECT last_seen_at, use_count, score, relevance_to_goals,
+                              emotional_weight, predictive_value, recency_frequency,
+                              scorer_version, scored_at
+                         FROM memory_scores
+                        WHERE tenant_id = $1 AND user_id = $2 AND memory_id = memory.id
+                       OFFSET 0
+                       ) AS scores
                  WHERE memory.tenant_id = $1 AND memory.user_id = $2
                    AND ($3::uuid IS NULL OR memory.id < $3)
                    AND tier = ANY ($4)
@@ -78,11 +89,10 @@ class SearchStore:
         Raises:
             ConsentMissing: The user has not consented to memory.store.
         """
-        async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
-            if not terms or not which.durable_tiers:
-                return []
-            rows = await connection.fetch(
+        rows = []
+        if terms and which.durable_tiers:
+            rows = await self._database.fetch(
+                caller,
                 """
                 SELECT id, tier, content, tags, source, session_id, session_position, speaker,
                        occurred_at, size_bytes, content_hash, version, created_at, updated_at,
@@ -91,7 +101,8 @@ class SearchStore:
                   FROM (
                         SELECT *, -(terms <#> $3) AS lexical
                           FROM memories
-                         WHERE tenant_id = $1 AND user_id = $2
+                         WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+                           AND consented('memory.store')
                            AND tier = ANY ($4)
                            AND tags @> $5
                            AND ($6 = '' OR session_id = $6)
@@ -101,12 +112,17 @@ class SearchStore:
                          ORDER BY terms <#> $3, id
                          LIMIT $9
                        ) AS memory
-                  JOIN memory_scores AS scores
-                    ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
+                  CROSS JOIN LATERAL (
+                       SELECT last_seen_at, use_count, score, relevance_to_goals,
+                              emotional_weight, predictive_value, recency_frequency,
+                              scorer_version, scored_at
+                         FROM memory_scores
+                        WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+                          AND memory_id = memory.id
+                       OFFSET 0
+                       ) AS scores
                  ORDER BY lexical DESC, id
                 """,
-                caller.tenant_id,
-                caller.user_id,
                 sparse(terms),
                 which.durable_tiers,
                 list(which.tags),
@@ -115,4 +131,7 @@ class SearchStore:
                 which.occurred_before,
                 limit,
             )
+        if not rows:  # for want of matches, or of consent?
+            async with self._database.transaction(caller) as connection:
+                await consent.require(connection, consent.MEMORY_STORE)
         return [Found(memory_from(row), row["lexical"]) for row in rows]

@@ -101,7 +101,7 @@ class ShortTermStore:
         memory = new_memory(ids.new_id(), draft, now)
         keys = _Keys(caller)
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
+            await consent.require(connection, consent.MEMORY_STORE)
             if request_id:
                 first_id = await requests.claim(
                     connection, caller, "CreateMemory", request_id, repr(draft).encode(), memory.id
@@ -167,7 +167,7 @@ class ShortTermStore:
         """
         keys = _Keys(caller)
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
+            await consent.require(connection, consent.MEMORY_STORE)
             current = await self.get(caller, memory_id)
             changed = _changed(current, change, now)
             with out_of_reach():

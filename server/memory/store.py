@@ -41,7 +41,7 @@ class MemoryStore:
         """
         memory_id = ids.new_id()
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
+            await consent.require(connection, consent.MEMORY_STORE)
             if request_id:
                 first_id = await requests.claim(
                     connection, caller, "CreateMemory", request_id, repr(draft).encode(), memory_id
@@ -69,7 +69,7 @@ class MemoryStore:
             ConsentMissing: The user has not consented to memory.store.
         """
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
+            await consent.require(connection, consent.MEMORY_STORE)
             created = await _insert_all(connection, caller, drafts, now)
             await audit.record_all(
                 connection, caller, "memory.create", [ids.show(ids.MEMORY, new) for new in created]
@@ -113,7 +113,7 @@ class MemoryStore:
             ConsentMissing: The user has not consented to memory.store.
         """
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, caller, consent.MEMORY_STORE)
+            await consent.require(connection, consent.MEMORY_STORE)
             await _update(connection, caller, memory_id, change, now)
             await audit.record(connection, caller, "memory.update", ids.show(ids.MEMORY, memory_id))
             return await _get(connection, caller, memory_id)

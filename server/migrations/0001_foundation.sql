@@ -27,6 +27,15 @@ CREATE TABLE consents (
 );
 COMMENT ON TABLE consents IS 'Every decision of a user on a purpose; the highest version stands.';
 
+-- Whether the last word of the running transaction's user on a purpose was yes.
+CREATE FUNCTION consented(asked text) RETURNS boolean LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN coalesce((SELECT granted
+                       FROM consents
+                      WHERE tenant_id = current_tenant() AND user_id = current_user_id()
+                        AND purpose = asked
+                      ORDER BY version DESC
+                      LIMIT 1), false);
+
 CREATE TABLE audit_events (
     id         uuid        PRIMARY KEY,
     tenant_id  uuid        NOT NULL,
