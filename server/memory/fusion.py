@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
 from server.memory.model import Found, Memory, Near
 from server.memory.questions import Question
 from server.memory.words import stems, telling_words, words
+from server.preferences import RetrievalWeights
 
 Parts = tuple[float, float, float, float, float]
 """Score, lexical, semantic, score of the memory, freshness."""
@@ -31,6 +32,16 @@ class Weights:
     freshness: float = 0.05
     half_life: timedelta = timedelta(days=30)
     """Time in which half of the freshness goes."""
+
+    def changed_by(self, chosen: RetrievalWeights) -> "Weights":
+        """Return these weights with those that a user chose in their place."""
+        return replace(
+            self,
+            semantic=self.semantic if chosen.semantic is None else chosen.semantic,
+            named_speaker=self.named_speaker if chosen.speaker is None else chosen.speaker,
+            memory_score=self.memory_score if chosen.memory_score is None else chosen.memory_score,
+            freshness=self.freshness if chosen.freshness is None else chosen.freshness,
+        )
 
 
 @dataclass(frozen=True, slots=True)

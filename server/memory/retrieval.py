@@ -19,8 +19,8 @@ from server.memory.questions import Question
 from server.memory.search_store import SearchStore
 from server.memory.short_term import ShortTermStore
 
-_LEXICON_LIFETIME = timedelta(seconds=60)
-_LEXICONS = 1_000
+_PROFILE_LIFETIME = timedelta(seconds=60)
+_PROFILES = 1_000
 _CANDIDATES = 5
 """How many times the wanted number of memories is ranked: a bonus can lift the ones below."""
 _FUSED_CANDIDATES = 100
@@ -57,7 +57,7 @@ class Retrieval:
         self._store = store
         self._embeddings = embeddings
         self._short_term = short_term
-        self._lexicons = _Lexicons(clock)
+        self._profiles = _Profiles(clock)
         self._weights = weights or Weights()
 
     async def query(
@@ -77,7 +77,8 @@ class Retrieval:
             StoreUnavailable: A store does not answer.
         """
         wanted = _candidates(question)
-        terms = ranking.query_weights(question.text, await self._lexicon(caller))
+        profile = await self._profile(caller)
+        terms = ranking.query_weights(question.text, profile.lexicon)
         try:
             async with asyncio.TaskGroup() as group:
                 durable = group.create_task(
@@ -92,19 +93,20 @@ class Retrieval:
             raise failures.exceptions[0] from None
         near = semantic.result()
         found = [*durable.result(), *short.result()]
-        matches = fuse(found, near or (), question, self._weights, wanted=wanted)
+        matches = fuse(found, near or (), question, profile.weights, wanted=wanted)
         return Answer(matches, semantic_late=near is None)
 
     def forget(self, caller: Caller) -> None:
         """Count the words of the caller's memories anew at the next query."""
-        self._lexicons.drop(caller)
+        self._profiles.drop(caller)
 
-    async def _lexicon(self, caller: Caller) -> ranking.Lexicon:
-        lexicon = self._lexicons.find(caller)
-        if lexicon is None:
-            lexicon = await self._store.lexicon(caller)
-            self._lexicons.keep(caller, lexicon)
-        return lexicon
+    async def _profile(self, caller: Caller) -> "_Profile":
+        profile = self._profiles.find(caller)
+        if profile is None:
+            lexicon, chosen = await self._store.profile(caller)
+            profile = _Profile(lexicon, self._weights.changed_by(chosen))
+            self._profiles.keep(caller, profile)
+        return profile
 
     async def _nearest(
         self, caller: Caller, question: Question, wanted: int, seconds_left: float | None
@@ -132,23 +134,31 @@ def _candidates(question: Question) -> int:
     return max(question.limit * _CANDIDATES, fewest)
 
 
-class _Lexicons:
-    """Word frequencies of the users who asked last. They drift slowly: a minute old is fresh."""
+@dataclass(frozen=True, slots=True)
+class _Profile:
+    """What ranking needs to know of a user."""
+
+    lexicon: ranking.Lexicon
+    weights: Weights
+
+
+class _Profiles:
+    """Profiles of the users who asked last. They drift slowly: a minute old is fresh."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._kept: OrderedDict[Caller, tuple[datetime, ranking.Lexicon]] = OrderedDict()
+        self._kept: OrderedDict[Caller, tuple[datetime, _Profile]] = OrderedDict()
 
-    def find(self, caller: Caller) -> ranking.Lexicon | None:
-        counted_at, lexicon = self._kept.get(caller, (None, None))
-        if counted_at is None or self._clock() - counted_at > _LEXICON_LIFETIME:
+    def find(self, caller: Caller) -> _Profile | None:
+        read_at, profile = self._kept.get(caller, (None, None))
+        if read_at is None or self._clock() - read_at > _PROFILE_LIFETIME:
             return None
-        return lexicon
+        return profile
 
-    def keep(self, caller: Caller, lexicon: ranking.Lexicon) -> None:
-        self._kept[caller] = (self._clock(), lexicon)
+    def keep(self, caller: Caller, profile: _Profile) -> None:
+        self._kept[caller] = (self._clock(), profile)
         self._kept.move_to_end(caller)
-        if len(self._kept) > _LEXICONS:
+        if len(self._kept) > _PROFILES:
             self._kept.popitem(last=False)
 
     def drop(self, caller: Caller) -> None:

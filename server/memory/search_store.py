@@ -10,6 +10,7 @@ from server.memory import ranking
 from server.memory.conversation import sparse
 from server.memory.model import Filter, Found, Memory
 from server.memory.rows import memory_from
+from server.preferences import RetrievalWeights, preferences
 
 _SAMPLE = 4_096
 """How many of a user's memories the word frequencies are taken from."""
@@ -64,8 +65,8 @@ class SearchStore:
             )
         return [memory_from(row) for row in rows]
 
-    async def lexicon(self, caller: Caller) -> ranking.Lexicon:
-        """Return the word frequencies of the caller's newest memories."""
+    async def profile(self, caller: Caller) -> tuple[ranking.Lexicon, RetrievalWeights]:
+        """Return the word frequencies of a user's newest memories, and the weights they chose."""
         async with self._database.transaction(caller) as connection:
             rows = await connection.fetch(
                 """
@@ -79,7 +80,9 @@ class SearchStore:
                 caller.user_id,
                 _SAMPLE,
             )
-        return ranking.Lexicon.of(row["terms"].indices() for row in rows)
+            chosen = await preferences(connection, caller)
+        lexicon = ranking.Lexicon.of(row["terms"].indices() for row in rows)
+        return lexicon, chosen.retrieval_weights
 
     async def query(
         self, caller: Caller, terms: Mapping[int, float], which: Filter, limit: int

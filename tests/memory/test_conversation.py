@@ -55,6 +55,31 @@ async def test_turn_of_someone_whom_the_question_names_comes_first(
     assert answer.matches[0].memory.speaker == "Ben"
 
 
+async def test_weights_that_the_user_chose_decide_the_order(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    await owner.execute(
+        """
+        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
+                              emotional_weight, predictive_value, recency_frequency, speaker,
+                              version)
+        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 0, 1)
+        """,
+        caller.tenant_id,
+        caller.user_id,
+    )
+    for speaker, text in (("Ann", "Sailing, sailing!"), ("Ben", "I like sailing on warm days")):
+        await memories.CreateMemory(
+            pb.CreateMemoryRequest(memory=pb.Memory(content=text, speaker=speaker)),
+            metadata=bearer(caller),
+        )
+    answer = await memories.QueryMemories(
+        pb.QueryMemoriesRequest(query="Does Ben go sailing?"), metadata=bearer(caller)
+    )
+    assert [match.memory.speaker for match in answer.matches] == ["Ann", "Ben"]
+    assert answer.matches[0].score == pytest.approx(1 + 0.05 * 0.5 + 0.05, abs=1e-3)
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_terms_are_those_of_the_turns_that_stand_there_now(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, owner: asyncpg.Connection, seed: int

@@ -112,7 +112,7 @@ async def test_memory_page_and_words_are_found_by_the_users_own_index(
         ("FROM memories", MemoryStore(watched.database).get(caller, newest)),
         ("FROM memories", search.page(caller, Filter(), before=None, limit=20)),
         ("AS lexical", search.query(caller, {1: 1.0, 5: 2.0}, Filter(), 50)),
-        ("SELECT terms", search.lexicon(caller)),
+        ("SELECT terms", search.profile(caller)),
     ]:
         assert indexes(await watched.scans(caller, part, call)) <= keys
 

@@ -268,7 +268,9 @@ class Settings(_message.Message):
     RETRIEVAL_WEIGHTS_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     language: Global___Language.ValueType
-    """The language of the user's memories and queries."""
+    """The language of the user's memories and queries. Kept for what is to come: at present all
+    texts are read as English.
+    """
     scoring_preset: Global___ScoringPreset.ValueType
     """Which choice the scoring weights are."""
     etag: _builtins.str

@@ -91,8 +91,8 @@ class UserServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSettings(self, request, context):
-        """Changes the settings that the mask names. Language and retrieval weights act from the next
-        call on, scoring weights from the next meditation on.
+        """Changes the settings that the mask names. Retrieval weights act within a minute, scoring
+        weights from the next meditation on. The language is kept, but does not act yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

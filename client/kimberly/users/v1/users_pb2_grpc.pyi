@@ -38,8 +38,8 @@ class UserServiceStub:
     GetSettings: _grpc.UnaryUnaryMultiCallable[_users_pb2.GetSettingsRequest, _users_pb2.GetSettingsResponse]
     """Returns the user's settings; the defaults where the user never chose."""
     UpdateSettings: _grpc.UnaryUnaryMultiCallable[_users_pb2.UpdateSettingsRequest, _users_pb2.UpdateSettingsResponse]
-    """Changes the settings that the mask names. Language and retrieval weights act from the next
-    call on, scoring weights from the next meditation on.
+    """Changes the settings that the mask names. Retrieval weights act within a minute, scoring
+    weights from the next meditation on. The language is kept, but does not act yet.
     """
     RecordConsent: _grpc.UnaryUnaryMultiCallable[_users_pb2.RecordConsentRequest, _users_pb2.RecordConsentResponse]
     """Grants or withdraws consent to one purpose. It acts on every call that comes after it."""
@@ -60,8 +60,8 @@ class UserServiceAsyncStub(UserServiceStub):
     GetSettings: _aio.UnaryUnaryMultiCallable[_users_pb2.GetSettingsRequest, _users_pb2.GetSettingsResponse]  # type: ignore[assignment]
     """Returns the user's settings; the defaults where the user never chose."""
     UpdateSettings: _aio.UnaryUnaryMultiCallable[_users_pb2.UpdateSettingsRequest, _users_pb2.UpdateSettingsResponse]  # type: ignore[assignment]
-    """Changes the settings that the mask names. Language and retrieval weights act from the next
-    call on, scoring weights from the next meditation on.
+    """Changes the settings that the mask names. Retrieval weights act within a minute, scoring
+    weights from the next meditation on. The language is kept, but does not act yet.
     """
     RecordConsent: _aio.UnaryUnaryMultiCallable[_users_pb2.RecordConsentRequest, _users_pb2.RecordConsentResponse]  # type: ignore[assignment]
     """Grants or withdraws consent to one purpose. It acts on every call that comes after it."""
@@ -97,8 +97,8 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _users_pb2.UpdateSettingsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_users_pb2.UpdateSettingsResponse, _abc.Awaitable[_users_pb2.UpdateSettingsResponse]]:
-        """Changes the settings that the mask names. Language and retrieval weights act from the next
-        call on, scoring weights from the next meditation on.
+        """Changes the settings that the mask names. Retrieval weights act within a minute, scoring
+        weights from the next meditation on. The language is kept, but does not act yet.
         """
 
     @_abc_1.abstractmethod
