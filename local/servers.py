@@ -222,7 +222,7 @@ class SeaweedFS:
     def clean(self) -> None:
         """Remove the sockets that SeaweedFS makes under fixed names and leaves behind."""
         for part, port in self.ports.items():
-            socket = Path("/tmp", f"seaweedfs-{part}-grpc-{port + GRPC_OFFSET}.sock")  # noqa: S108
+            socket = Path("/tmp", f"seaweedfs-{part}-grpc-{port + GRPC_OFFSET}.sock")  # noqa: S108 - its choice
             with contextlib.suppress(OSError):
                 socket.unlink()
 

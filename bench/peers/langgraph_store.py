@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from langgraph.store.postgres import AsyncPostgresStore  # type: ignore[import-not-found]
+from langgraph.store.postgres import AsyncPostgresStore  # type: ignore[import-not-found] # an extra
 
 from bench.peers.serving import GivenVectors, Item, Search, serve
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from mem0 import Memory  # type: ignore[import-not-found]
+from mem0 import Memory  # type: ignore[import-not-found] # an extra
 
 from bench.peers.serving import GivenVectors, Item, Search, serve
 

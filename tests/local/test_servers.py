@@ -85,10 +85,30 @@ async def test_wrong_password_is_refused_even_on_the_socket(stores: Stores) -> N
         await asyncpg.connect(wrong)
 
 
+PROVISIONED = """
+    SELECT 'role' AS kind, rolname::text AS name,
+           concat(rolsuper, rolcanlogin, rolbypassrls, rolcreaterole, rolcreatedb) AS what
+      FROM pg_roles
+     UNION ALL
+    SELECT 'database', datname::text, datacl::text FROM pg_database
+     UNION ALL
+    SELECT 'schema', nspname::text, nspacl::text FROM pg_namespace WHERE nspname = 'public'
+     UNION ALL
+    SELECT 'extension', extname::text, extversion FROM pg_extension
+     ORDER BY 1, 2
+"""
+
+
 async def test_provisioning_again_changes_nothing(stores: Stores) -> None:
-    await stores.postgres.provision()
     connection = await asyncpg.connect(stores.dsn(OWNER))
-    await connection.close()
+    try:
+        before = await connection.fetch(PROVISIONED)
+        await stores.postgres.provision()
+        assert await connection.fetch(PROVISIONED) == before
+    finally:
+        await connection.close()
+    # The passwords are still those of the secrets directory.
+    await (await asyncpg.connect(stores.dsn(OWNER))).close()
 
 
 async def test_valkey_lets_services_use_their_own_keys_only(redis: Redis, stores: Stores) -> None:
