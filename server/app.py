@@ -12,12 +12,14 @@ import asyncpg
 import grpc
 import structlog
 from kimberly.auth.v1 import auth_pb2_grpc
+from kimberly.embedding.v1 import embedding_pb2_grpc
 from kimberly.jobs.v1 import jobs_pb2_grpc
+from kimberly.maintenance.v1 import maintenance_pb2_grpc
 from kimberly.memory.v1 import memory_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 from kimberly.users.v1 import users_pb2_grpc
 
-from server import access, telemetry
+from server import access, ids, telemetry
 from server.auth.access_tokens import Mint
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
@@ -28,18 +30,27 @@ from server.blobs import Blobs
 from server.cache import open_cache
 from server.clock import utc_now
 from server.database import Database, SystemDatabase, open_pool
+from server.enqueue import enqueue
 from server.jobs.doorbell import Doorbell
 from server.jobs.queue import Queue
 from server.jobs.schedules import Planner, Schedule
 from server.jobs.service import JobService
 from server.jobs.store import JobStore
 from server.jobs.worker_service import WorkerService
-from server.kms import LocalKms
+from server.kms import Kms
+from server.kms.local import LocalKms
+from server.kms.vault import Vault, open_vault
 from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
+from server.memory.embedding_jobs import EmbeddingJobs
 from server.memory.embedding_search import EmbeddingSearch
+from server.memory.embedding_service import EmbeddingService
 from server.memory.embedding_store import EmbeddingStore
+from server.memory.lifecycle_store import LifecycleStore
+from server.memory.key_rotation import KeyRotation
+from server.memory.maintenance_service import MaintenanceService
 from server.memory.meditation_store import MeditationStore
+from server.memory.reindex_store import ReindexStore
 from server.memory.retrieval import Retrieval
 from server.memory.scoring_service import ScoringService
 from server.memory.scoring_store import ScoringStore
@@ -47,17 +58,25 @@ from server.memory.search_store import SearchStore
 from server.memory.service import MemoryService
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
+from server.memory.usage_store import UsageStore
 from server.migrate import migrate, read_migrations
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server, channel_to_peers
 from server.settings import MigrationSettings, Settings
 from server.tokens import KeySource, RemoteKeys, TokenVerifier
+from server.users.audit_keys import AuditKeys
 from server.users.audit_log import AuditLog
 from server.users.audit_store import AuditStore
+from server.users.checkpoint_archive import CheckpointArchive
+from server.users.checkpoint_store import CheckpointStore
+from server.users.checkpointer import Checkpointer
 from server.users.service import UserService
 from server.users.store import UserStore
 
 log = structlog.get_logger()
+
+REWRAP = "keys.rewrap"
+"""The job that wraps data keys by the newest master key."""
 
 _SESSION_PART = 0.8
 """Part of the longest time of a stream after which a worker is asked to connect anew."""
@@ -100,9 +119,10 @@ async def _databases(
 
 async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
     database, system = await stack.enter_async_context(_databases(settings, "auth"))
+    kms = await _kms(settings, stack)
     keyring = Keyring(
         KeyStore(system),
-        LocalKms.from_file(settings.master_key_file),
+        kms,
         access_token_seconds=settings.access_token_seconds,
     )
     await keyring.ensure_signing_key()
@@ -119,14 +139,24 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
         mint,
         session_lifetime=timedelta(seconds=settings.refresh_token_seconds),
     )
-    audit_log = AuditLog(AuditStore(system), seal_seconds=settings.audit_seal_seconds)
+    checkpoint_store = CheckpointStore(system)
+    audit_keys = AuditKeys(checkpoint_store, kms)
+    await audit_keys.signer()
+    archive = CheckpointArchive(_blobs(settings), checkpoint_store, audit_keys)
+    checkpointer = Checkpointer(
+        checkpoint_store,
+        archive,
+        audit_keys,
+        every_seconds=settings.audit_checkpoint_seconds,
+    )
+    audit_log = AuditLog(AuditStore(system), archive, seal_seconds=settings.audit_seal_seconds)
     users = UserService(UserStore(database), audit_log)
 
     def register(server: grpc.aio.Server) -> None:
         auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
 
-    return Application(register, keyring, loops=[keyring.run, audit_log.run])
+    return Application(register, keyring, loops=[keyring.run, audit_log.run, checkpointer.run])
 
 
 async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
@@ -136,10 +166,13 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     stack.push_async_callback(redis.aclose)
     search = SearchStore(database)
     short_term = ShortTermStore(redis, database, timedelta(seconds=settings.short_term_seconds))
+    embeddings = EmbeddingStore(database)
     memories = MemoryService(
         MemoryStore(database),
+        LifecycleStore(database),
+        UsageStore(database),
         search,
-        EmbeddingStore(database),
+        embeddings,
         short_term,
         Retrieval(search, EmbeddingSearch(database), short_term, utc_now),
         Attachments(
@@ -151,10 +184,16 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
         utc_now,
     )
     scoring = ScoringService(ScoringStore(system, settings.meditation_shards))
+    embedding = EmbeddingService(EmbeddingJobs(database, system), embeddings)
+    maintenance = MaintenanceService(
+        KeyRotation(system, await _kms(settings, stack)), ReindexStore(database)
+    )
 
     def register(server: grpc.aio.Server) -> None:
         memory_pb2_grpc.add_MemoryServiceServicer_to_server(memories, server)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, server)
+        embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(embedding, server)
+        maintenance_pb2_grpc.add_MaintenanceServiceServicer_to_server(maintenance, server)
 
     return Application(register, keys, loops=[keys.run])
 
@@ -171,7 +210,8 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
         session_seconds=settings.stream_seconds * _SESSION_PART,
     )
     nightly = Schedule("meditation.nightly", settings.meditation_schedule, "meditation.plan")
-    planner = Planner(system, [nightly])
+    rewrapping = Schedule("keys.rewrap", settings.rewrap_schedule, REWRAP)
+    planner = Planner(system, [nightly, rewrapping])
     jobs = JobService(JobStore(database))
 
     def register(server: grpc.aio.Server) -> None:
@@ -230,11 +270,27 @@ async def rotate_signing_key(settings: Settings) -> str:
         _, system = await stack.enter_async_context(_databases(settings, "rotate-signing-key"))
         keyring = Keyring(
             KeyStore(system),
-            LocalKms.from_file(settings.master_key_file),
+            await _kms(settings, stack),
             access_token_seconds=settings.access_token_seconds,
         )
         key = await keyring.rotate()
         return key.kid
+
+
+async def rotate_audit_key(settings: Settings) -> str:
+    """Have a new key sign checkpoints of the audit log, and return its id."""
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(_databases(settings, "rotate-audit-key"))
+        return await AuditKeys(CheckpointStore(system), await _kms(settings, stack)).rotate()
+
+
+async def rotate_data_keys(settings: Settings) -> str:
+    """Enqueue the job that wraps data keys by the newest master key, and return its id."""
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(_databases(settings, "rotate-data-keys"))
+        async with system.transaction() as connection:
+            job_id = await enqueue(connection, kind=REWRAP, payload={})
+    return ids.show(ids.JOB, job_id)
 
 
 def _server(process: str, settings: Settings, application: Application) -> Server:
@@ -261,6 +317,20 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
 async def _remote_keys(settings: Settings, stack: AsyncExitStack) -> RemoteKeys:
     channel = await stack.enter_async_context(channel_to_peers(settings.outbound_socket))
     return RemoteKeys(channel, refresh_seconds=settings.jwks_refresh_seconds)
+
+
+async def _kms(settings: Settings, stack: AsyncExitStack) -> Kms:
+    if settings.kms == "vault":
+        vault = Vault(
+            address=settings.vault_address,
+            token_file=settings.vault_token_file,
+            key=settings.vault_key,
+            mount=settings.vault_mount,
+            namespace=settings.vault_namespace,
+            ca_file=settings.vault_ca_file,
+        )
+        return await stack.enter_async_context(open_vault(vault))
+    return LocalKms(settings.master_key_file)
 
 
 def _blobs(settings: Settings) -> Blobs:

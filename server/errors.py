@@ -142,10 +142,19 @@ class QuotaExceeded(Problem):
     reason = "QUOTA_EXCEEDED"
 
     def __init__(
-        self, subject: str, used: int, limit: int, advice: str, unit: str = "bytes"
+        self,
+        subject: str,
+        used: int,
+        limit: int,
+        advice: str,
+        unit: str = "bytes",
+        *,
+        room: int = 0,
     ) -> None:
         super().__init__(f"{subject}: {used} of {limit} {unit} are used; {advice}")
         self.subject = subject
+        self.room = room
+        """How much would still have fitted."""
 
 
 class LeaseLost(Problem):
@@ -161,6 +170,24 @@ class UploadMismatch(Problem):
     """The object is not the one that was announced."""
 
     reason = "UPLOAD_MISMATCH"
+
+
+class ReaderTooSlow(Problem):
+    """The reader of a stream takes nothing while much waits for it."""
+
+    reason = "READER_TOO_SLOW"
+
+    def __init__(self) -> None:
+        super().__init__("changes wait and are not taken; watch again from the last cursor")
+
+
+class ContentUnreadable(Problem):
+    """Encrypted content does not open: its key was shredded, or it was damaged."""
+
+    reason = "CONTENT_UNREADABLE"
+
+    def __init__(self) -> None:
+        super().__init__("the content cannot be decrypted: its key is gone, or it was damaged")
 
 
 class DeadlineExceeded(Problem):

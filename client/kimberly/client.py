@@ -84,14 +84,18 @@ class Client:
 
 
 @asynccontextmanager
-async def connect(address: str, ca: Path) -> AsyncIterator[Client]:
+async def connect(
+    address: str, ca: Path | None = None, *, access_token: str = ""
+) -> AsyncIterator[Client]:
     """Open a client of the mesh whose edge is at `address`, such as "localhost:8443".
 
     Args:
         address: Host and port of the edge.
-        ca: PEM file of the authority that signed the edge's certificate.
+        ca: PEM file of the authority that signed the edge's certificate; None for those that
+            gRPC trusts by itself.
+        access_token: Whom to act as, until the token expires; empty for somebody who logs in.
     """
-    session = _Session()
+    session = _Session(access_token)
     credentials = _credentials(ca, session)
     options = (
         ("grpc.service_config", _SERVICE_CONFIG),
@@ -104,9 +108,9 @@ async def connect(address: str, ca: Path) -> AsyncIterator[Client]:
             await session.end()
 
 
-def _credentials(ca: Path, session: "_Session") -> grpc.ChannelCredentials:
+def _credentials(ca: Path | None, session: "_Session") -> grpc.ChannelCredentials:
     return grpc.composite_channel_credentials(
-        grpc.ssl_channel_credentials(ca.read_bytes()),
+        grpc.ssl_channel_credentials(ca.read_bytes() if ca else None),
         grpc.metadata_call_credentials(session),
     )
 
@@ -126,8 +130,8 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
 class _Session(grpc.AuthMetadataPlugin):
     """The tokens of a user: put on every call, replaced before they expire."""
 
-    def __init__(self) -> None:
-        self.tokens = auth_pb2.Tokens()
+    def __init__(self, access_token: str) -> None:
+        self.tokens = auth_pb2.Tokens(access_token=access_token)
         self._keeper: asyncio.Task[None] | None = None
 
     def __call__(

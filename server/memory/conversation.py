@@ -12,6 +12,7 @@ from server.database import Connection
 from server.memory import ranking
 from server.memory.model import Draft
 from server.memory.words import DIMENSIONS
+from server.preferences import Language
 
 REACH = len(ranking.NEIGHBOURHOOD) - 1
 """How many places away a turn is still a neighbour."""
@@ -53,8 +54,11 @@ class Surroundings:
     Two writers next to each other in one conversation take turns: each sees the other's text.
     """
 
-    def __init__(self, turns: Iterable[Turn], coming: Iterable[Draft] = ()) -> None:
+    def __init__(
+        self, turns: Iterable[Turn], language: Language, coming: Iterable[Draft] = ()
+    ) -> None:
         self._turns = tuple(turns)
+        self._language = language
         # A set a place, in order: a turn may be retold, but the same words count once.
         self._said: dict[Place, dict[str, None]] = defaultdict(dict)
         for turn in self._turns:
@@ -65,12 +69,23 @@ class Surroundings:
 
     @classmethod
     async def of(
-        cls, connection: Connection, caller: Caller, places: Iterable[Place]
+        cls,
+        connection: Connection,
+        caller: Caller,
+        places: Iterable[Place],
+        language: Language = Language.ENGLISH,
     ) -> "Surroundings":
-        """Read what the terms at the places, and at their neighbours, are made of."""
+        """Read what the terms at the places, and at their neighbours, are made of.
+
+        Args:
+            connection: The transaction that changes something there.
+            caller: Whose conversations they are.
+            places: Where something changes.
+            language: What the terms are made in, held until the transaction ends.
+        """
         wanted = sorted(set(places))
         if not wanted:
-            return cls(())
+            return cls((), language)
         sessions = [place.session_id for place in wanted]
         await connection.execute(
             """
@@ -88,6 +103,7 @@ class Surroundings:
                 ON memory.tenant_id = $1 AND memory.user_id = $2
                AND memory.session_id <> '' AND memory.session_id = place.session_id
                AND memory.session_position BETWEEN place.position - $5 AND place.position + $5
+               AND memory.archived_at IS NULL
             """,
             caller.tenant_id,
             caller.user_id,
@@ -95,29 +111,37 @@ class Surroundings:
             [place.position for place in wanted],
             2 * REACH,
         )
-        return cls(
+        turns = (
             Turn(row["id"], Place(row["session_id"], row["session_position"]), row["content"])
             for row in rows
         )
+        return cls(turns, language)
 
     def with_drafts(self, drafts: Iterable[Draft]) -> "Surroundings":
         """Return these surroundings once the drafts are stored."""
-        return Surroundings(self._turns, drafts)
+        return Surroundings(self._turns, self._language, drafts)
 
     def without(self, memory_id: UUID) -> "Surroundings":
         """Return these surroundings once a turn is gone."""
-        return Surroundings(turn for turn in self._turns if turn.id != memory_id)
+        left = (turn for turn in self._turns if turn.id != memory_id)
+        return Surroundings(left, self._language)
+
+    def including(self, turn: Turn) -> "Surroundings":
+        """Return these surroundings once a turn is back."""
+        return Surroundings((*self._turns, turn), self._language)
 
     def with_text(self, memory_id: UUID, content: str) -> "Surroundings":
         """Return these surroundings once a turn has another text."""
-        return Surroundings(
+        retold = (
             Turn(turn.id, turn.place, content) if turn.id == memory_id else turn
             for turn in self._turns
         )
+        return Surroundings(retold, self._language)
 
     def terms(self, content: str, place: Place | None) -> SparseVector:
         """Return the terms of a memory, with those of the turns around it."""
-        return sparse(ranking.weights(content, self._around(place) if place else ()))
+        around = self._around(place) if place else ()
+        return sparse(ranking.weights(content, around, self._language))
 
     async def refresh(
         self, connection: Connection, caller: Caller, places: Iterable[Place]
@@ -125,26 +149,33 @@ class Surroundings:
         """Store anew the terms of the stored turns at the places and next to them."""
         near = {near for place in places for near in _neighbourhood(place)}
         turns = sorted((t for t in self._turns if t.place in near), key=lambda turn: turn.id)
-        if not turns:
-            return
-        await connection.execute(
-            """
-            UPDATE memories AS memory
-               SET terms = turn.terms
-              FROM unnest($3::uuid[], $4::sparsevec[]) AS turn (id, terms)
-             WHERE memory.tenant_id = $1 AND memory.user_id = $2 AND memory.id = turn.id
-            """,
-            caller.tenant_id,
-            caller.user_id,
-            [turn.id for turn in turns],
-            [self.terms(turn.content, turn.place) for turn in turns],
-        )
+        if turns:
+            terms = {turn.id: self.terms(turn.content, turn.place) for turn in turns}
+            await store_terms(connection, caller, terms)
 
     def _around(self, place: Place) -> Iterable[tuple[int, str]]:
         for near in _neighbourhood(place):
             if near != place:
                 distance = abs(near.position - place.position)
                 yield from ((distance, text) for text in self._said.get(near, ()))
+
+
+async def store_terms(
+    connection: Connection, caller: Caller, terms: Mapping[UUID, SparseVector]
+) -> None:
+    """Store the terms of memories by their ids."""
+    await connection.execute(
+        """
+        UPDATE memories AS memory
+           SET terms = made.terms
+          FROM unnest($3::uuid[], $4::sparsevec[]) AS made (id, terms)
+         WHERE memory.tenant_id = $1 AND memory.user_id = $2 AND memory.id = made.id
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        list(terms),
+        list(terms.values()),
+    )
 
 
 def _neighbourhood(place: Place) -> list[Place]:

@@ -8,7 +8,8 @@ from server.errors import InvalidArgument
 
 CONTENT_BYTES: Final = 64 * 1024
 TAGS: Final = 32
-TAG_CHARACTERS: Final = 64
+CHANNELS: Final = 16
+LABEL_CHARACTERS: Final = 64
 NAME_CHARACTERS: Final = 128
 _EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)
 _LATEST = datetime(9000, 1, 1, tzinfo=UTC)
@@ -34,14 +35,16 @@ def check_tags(tags: Iterable[str], field: str) -> tuple[str, ...]:
     Raises:
         InvalidArgument: There are too many, or one is empty, too long or holds a NUL.
     """
-    kept = sorted(set(tags))
-    if len(kept) > TAGS:
-        raise InvalidArgument(field, f"has {len(kept)} tags; at most {TAGS} are kept")
-    for tag in kept:
-        if not 1 <= len(tag) <= TAG_CHARACTERS:
-            raise InvalidArgument(field, f"each tag must have 1 to {TAG_CHARACTERS} characters")
-        _without_nul(tag, field)
-    return tuple(kept)
+    return _check_labels(tags, TAGS, field)
+
+
+def check_channels(channels: Iterable[str], field: str) -> tuple[str, ...]:
+    """Return the channels as a sorted set.
+
+    Raises:
+        InvalidArgument: There are too many, or one is empty, too long or holds a NUL.
+    """
+    return _check_labels(channels, CHANNELS, field)
 
 
 def check_name(name: str, field: str) -> str:
@@ -77,6 +80,17 @@ def check_instant(instant: datetime, field: str) -> datetime:
     if not _EARLIEST <= instant < _LATEST:
         raise InvalidArgument(field, "must be between the years 1900 and 9000")
     return instant
+
+
+def _check_labels(labels: Iterable[str], most: int, field: str) -> tuple[str, ...]:
+    kept = sorted(set(labels))
+    if len(kept) > most:
+        raise InvalidArgument(field, f"has {len(kept)} entries; at most {most} are kept")
+    for label in kept:
+        if not 1 <= len(label) <= LABEL_CHARACTERS:
+            raise InvalidArgument(field, f"each must have 1 to {LABEL_CHARACTERS} characters")
+        _without_nul(label, field)
+    return tuple(kept)
 
 
 def _without_nul(text: str, field: str) -> str:

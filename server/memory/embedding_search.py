@@ -13,7 +13,7 @@ from server.memory import ranking
 from server.memory.conversation import REACH
 from server.memory.embeddings import Embedding, check_dimension
 from server.memory.model import Filter, Near
-from server.memory.rows import memory_from
+from server.memory.rows import MEMORY_COLUMNS, SCORE_COLUMNS, memory_from
 
 # A sum over the turn, one over those within one place and one over those within two, so weighted
 # that each turn counts in all as its words do in the lexical leg.
@@ -44,7 +44,7 @@ _VECTORS: Final = """
         SELECT id, tier, tags, session_id, session_position, occurred_at
           FROM memories
          WHERE tenant_id = $1 AND user_id = $2 AND id = embedding.memory_id
-           AND content_hash = embedding.content_hash
+           AND content_hash = embedding.content_hash AND archived_at IS NULL
         OFFSET 0
     ) AS memory
 """
@@ -67,29 +67,27 @@ _SMOOTHED: Final = f"""
                beside AS (talk RANGE BETWEEN 1 PRECEDING AND 1 FOLLOWING),
                around AS (talk RANGE BETWEEN 2 PRECEDING AND 2 FOLLOWING)
     ), nearest AS (
-        SELECT id, similarity FROM smoothed WHERE passes ORDER BY similarity DESC, id LIMIT $10
+        SELECT id AS nearest_id, similarity
+          FROM smoothed
+         WHERE passes
+         ORDER BY similarity DESC, id
+         LIMIT $10
     )
-    SELECT memory.id, tier, content, tags, source, session_id, session_position, speaker,
-           occurred_at, size_bytes, content_hash, version, created_at, updated_at,
-           last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
-           predictive_value, recency_frequency, scorer_version, scored_at, similarity,
-           {{reached}} AS reached
+    SELECT {MEMORY_COLUMNS}, {SCORE_COLUMNS}, similarity, {{reached}} AS reached
       FROM nearest
       CROSS JOIN LATERAL (
-            SELECT id, tier, content, tags, source, session_id, session_position, speaker,
-                   occurred_at, size_bytes, content_hash, version, created_at, updated_at
+            SELECT {MEMORY_COLUMNS}
               FROM memories
-             WHERE tenant_id = $1 AND user_id = $2 AND id = nearest.id
+             WHERE tenant_id = $1 AND user_id = $2 AND id = nearest_id
             OFFSET 0
            ) AS memory
       CROSS JOIN LATERAL (
-            SELECT last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
-                   predictive_value, recency_frequency, scorer_version, scored_at
+            SELECT {SCORE_COLUMNS}
               FROM memory_scores
-             WHERE tenant_id = $1 AND user_id = $2 AND memory_id = memory.id
+             WHERE tenant_id = $1 AND user_id = $2 AND memory_id = nearest_id
             OFFSET 0
            ) AS scores
-     ORDER BY similarity DESC, memory.id
+     ORDER BY similarity DESC, id
 """  # noqa: S608 - put together from constants
 
 _SCAN: Final = "WITH" + _SMOOTHED.format(condition="true", reached="0")

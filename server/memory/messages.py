@@ -1,10 +1,11 @@
 """Between the contract's messages and the model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Literal
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from kimberly.memory.v1 import memory_pb2 as pb
 
@@ -15,7 +16,7 @@ from server.memory.attachment_store import Announcement, Attachment, AttachmentS
 from server.memory.embeddings import BATCH, Upload, read_embedding
 from server.memory.fusion import Match
 from server.memory.meditation_store import Meditation, MeditationState
-from server.memory.model import Change, Draft, Filter, Memory, Source, Tier
+from server.memory.model import Author, Change, Draft, Filter, Memory, Scope, Source, Tier
 from server.memory.questions import (
     Question,
     check_limit,
@@ -25,6 +26,7 @@ from server.memory.questions import (
     check_window,
 )
 from server.memory.retrieval import Answer
+from server.memory.usage_store import Usage
 
 TIERS: Mapping[int, Tier] = {
     pb.TIER_SHORT_TERM: Tier.SHORT_TERM,
@@ -37,6 +39,17 @@ SOURCES: Mapping[int, Source] = {
     pb.SOURCE_IMPORT: Source.IMPORT,
     pb.SOURCE_UPLOAD: Source.UPLOAD,
 }
+SCOPES: Mapping[int, Scope] = {
+    pb.SCOPE_PRIVATE: Scope.PRIVATE,
+    pb.SCOPE_SHARED: Scope.SHARED,
+    pb.SCOPE_PUBLIC: Scope.PUBLIC,
+}
+_AUTHORS_TO_PROTO = {
+    Author.USER: pb.AUTHOR_USER,
+    Author.AGENT: pb.AUTHOR_AGENT,
+    Author.SYSTEM: pb.AUTHOR_SYSTEM,
+}
+_SCOPES_TO_PROTO = {scope: pb.Scope.ValueType(number) for number, scope in SCOPES.items()}
 _TIERS_TO_PROTO = {tier: pb.Tier.ValueType(number) for number, tier in TIERS.items()}
 _SOURCES_TO_PROTO = {source: pb.Source.ValueType(number) for number, source in SOURCES.items()}
 _STATES_TO_PROTO = {
@@ -55,6 +68,8 @@ _REFUSALS = {
 _LONGEST_FILE_NAME = 255
 _LARGEST_ATTACHMENT = 16 * 1024 * 1024
 _SHA256_DIGITS = 64
+_LONGEST_GRACE = timedelta(days=365)
+_BEST_RATING = 5
 
 _InstantField = Literal["occurred_after", "occurred_before", "as_of_time"]
 
@@ -83,6 +98,9 @@ def draft_from(message: pb.Memory, path: str) -> Draft:
         else None,
         speaker=drafts.check_name(message.speaker, f"{path}.speaker"),
         occurred_at=_occurred_from(message, path),
+        channels=drafts.check_channels(message.channels, f"{path}.channels"),
+        scope=scope_from(message.scope, f"{path}.scope"),
+        is_protected=message.protected,
     )
 
 
@@ -94,20 +112,25 @@ def change_from(message: pb.Memory, mask: Iterable[str]) -> Change:
             value cannot be kept.
     """
     paths = set(mask)
-    changeable = {"content", "tags", "speaker", "occur_time"}
-    if not paths or paths - changeable:
-        raise InvalidArgument("update_mask", f"must name some of {', '.join(sorted(changeable))}")
-    return Change(
-        content=drafts.check_content(message.content, "memory.content")
-        if "content" in paths
-        else None,
-        tags=drafts.check_tags(message.tags, "memory.tags") if "tags" in paths else None,
-        speaker=drafts.check_name(message.speaker, "memory.speaker")
-        if "speaker" in paths
-        else None,
-        occurred_at=_occurred_from(message, "memory") if "occur_time" in paths else None,
-        expected_version=_version_from(message.etag),
-    )
+    if not paths or paths - _READERS.keys():
+        raise InvalidArgument("update_mask", f"must name some of {', '.join(sorted(_READERS))}")
+    values = {name: read(message) for path in paths for name, read in [_READERS[path]]}
+    return Change(**values, expected_version=version_from(message.etag))
+
+
+_READERS: Mapping[str, tuple[str, Callable[[pb.Memory], Any]]] = {
+    "content": ("content", lambda memory: drafts.check_content(memory.content, "memory.content")),
+    "tags": ("tags", lambda memory: drafts.check_tags(memory.tags, "memory.tags")),
+    "channels": (
+        "channels",
+        lambda memory: drafts.check_channels(memory.channels, "memory.channels"),
+    ),
+    "speaker": ("speaker", lambda memory: drafts.check_name(memory.speaker, "memory.speaker")),
+    "occur_time": ("occurred_at", lambda memory: _occurred_from(memory, "memory")),
+    "scope": ("scope", lambda memory: scope_from(memory.scope, "memory.scope")),
+    "tier": ("tier", lambda memory: _new_tier_from(memory.tier)),
+}
+"""What a mask may name: the field of a change, and how its new value is read."""
 
 
 def filter_from(tiers: Iterable[int], tags: Iterable[str], session_id: str, path: str) -> Filter:
@@ -135,6 +158,77 @@ def tier_from(number: int, field: str) -> Tier | None:
     if number not in TIERS:
         raise InvalidArgument(field, f"there is no tier {number}")
     return TIERS[number]
+
+
+def scope_from(number: int, field: str) -> Scope:
+    """Read a scope; private when none is named.
+
+    Raises:
+        InvalidArgument: There is no such scope.
+    """
+    if number == pb.SCOPE_UNSPECIFIED:
+        return Scope.PRIVATE
+    if number not in SCOPES:
+        raise InvalidArgument(field, f"there is no scope {number}")
+    return SCOPES[number]
+
+
+def list_filter_from(request: pb.ListMemoriesRequest) -> Filter:
+    """Read which memories a list is of.
+
+    Raises:
+        InvalidArgument: A field asks for what cannot be.
+    """
+    after = _instant_in(request, "occurred_after")
+    before = _instant_in(request, "occurred_before")
+    check_window(after, before)
+    if request.state not in pb.MemoryState.values():
+        raise InvalidArgument("state", f"there is no state {request.state}")
+    which = filter_from([request.tier], request.tags, request.session_id, "tier")
+    return replace(
+        which,
+        occurred_after=after,
+        occurred_before=before,
+        archived=request.state == pb.MEMORY_STATE_ARCHIVED,
+    )
+
+
+def grace_from(request: pb.DeleteMemoryRequest) -> timedelta | None:
+    """Read for how long a deleted memory can be restored; None: not at all.
+
+    Raises:
+        InvalidArgument: It is negative or longer than a year.
+    """
+    if not request.HasField("grace"):
+        return None
+    try:
+        grace = request.grace.ToTimedelta()
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgument("grace", "is not a duration") from error
+    if not timedelta() <= grace <= _LONGEST_GRACE:
+        raise InvalidArgument("grace", f"must be 0 to {_LONGEST_GRACE.days} days")
+    return grace or None
+
+
+def opinion_from(request: pb.GiveFeedbackRequest) -> float | None:
+    """Read what a memory is worth to its user, 0 to 1; None: nothing is said.
+
+    Raises:
+        InvalidArgument: A thumb is false, or the rating is not 1 to 5, or nothing is said at all.
+    """
+    match request.WhichOneof("opinion"):
+        case None if request.useful:
+            return None
+        case "thumbs_up" if request.thumbs_up:
+            return 0.8
+        case "thumbs_down" if request.thumbs_down:
+            return 0.2
+        case "rating" if 1 <= request.rating <= _BEST_RATING:
+            return request.rating / _BEST_RATING
+        case "rating":
+            raise InvalidArgument("rating", f"must be 1 to {_BEST_RATING}")
+        case thumb:
+            raise InvalidArgument(thumb or "opinion", "must be given")
 
 
 def question_from(request: pb.QueryMemoriesRequest, now: datetime) -> Question:
@@ -222,6 +316,15 @@ def memory_to(memory: Memory) -> pb.Memory:
         content_hash=memory.content_hash.hex(),
         version=memory.version,
         etag=f"v{memory.version}",
+        channels=memory.channels,
+        scope=_SCOPES_TO_PROTO[memory.scope],
+        state=pb.MEMORY_STATE_ARCHIVED if memory.archived_at else pb.MEMORY_STATE_ACTIVE,
+        protected=memory.is_protected,
+        author=_AUTHORS_TO_PROTO[memory.created_by],
+        consent_version=memory.consent_version or 0,
+        feedback=memory.feedback,
+        archive_time=timestamp(memory.archived_at) if memory.archived_at else None,
+        delete_time=timestamp(memory.delete_after) if memory.delete_after else None,
     )
     if memory.score:
         message.score.CopyFrom(
@@ -310,6 +413,31 @@ def timestamp(instant: datetime) -> Timestamp:
     return message
 
 
+def usage_to(usage: Usage) -> pb.GetUsageResponse:
+    """Return what a user keeps as the contract shows it."""
+    return pb.GetUsageResponse(
+        plan=usage.plan,
+        tiers=[
+            pb.TierUsage(
+                tier=_TIERS_TO_PROTO[tier],
+                used_bytes=kept.used_bytes,
+                limit_bytes=kept.limit_bytes,
+                count=kept.count,
+            )
+            for tier, kept in usage.tiers.items()
+        ],
+        archived_bytes=usage.archived_bytes,
+        archived_count=usage.archived_count,
+    )
+
+
+def _new_tier_from(number: int) -> Tier:
+    tier = tier_from(number, "memory.tier")
+    if tier is None:
+        raise InvalidArgument("memory.tier", "must name a tier")
+    return tier
+
+
 def _source_from(number: int, field: str) -> Source:
     if number == pb.SOURCE_UNSPECIFIED:
         return Source.CHAT
@@ -324,7 +452,7 @@ def _occurred_from(message: pb.Memory, path: str) -> datetime | None:
     return _instant_from(message.occur_time, f"{path}.occur_time")
 
 
-def _instant_in(request: pb.QueryMemoriesRequest, field: _InstantField) -> datetime | None:
+def _instant_in(request: Message, field: _InstantField) -> datetime | None:
     return _instant_from(getattr(request, field), field) if request.HasField(field) else None
 
 
@@ -346,7 +474,12 @@ def _upload_from(message: pb.Embedding, path: str) -> Upload:
     )
 
 
-def _version_from(etag: str) -> int | None:
+def version_from(etag: str) -> int | None:
+    """Read the version that a caller expects; None: any.
+
+    Raises:
+        EtagMismatch: It is an etag of nothing.
+    """
     if not etag:
         return None
     if not (etag.startswith("v") and etag[1:].isdecimal() and len(etag) <= len("v") + 18):

@@ -24,6 +24,24 @@ class Source(enum.StrEnum):
     UPLOAD = "upload"
 
 
+class Scope(enum.StrEnum):
+    """Who may read a memory."""
+
+    PRIVATE = "private"
+    SHARED = "shared"
+    """The people of its user's tenant."""
+    PUBLIC = "public"
+    """Their agents too."""
+
+
+class Author(enum.StrEnum):
+    """Who made a memory."""
+
+    USER = "user"
+    AGENT = "agent"
+    SYSTEM = "system"
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A memory that a caller asks to keep, checked and complete."""
@@ -38,6 +56,10 @@ class Draft:
     speaker: str
     occurred_at: datetime | None
     """None: when it is created."""
+    channels: tuple[str, ...] = ()
+    """A set, sorted."""
+    scope: Scope = Scope.PRIVATE
+    is_protected: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -58,6 +80,9 @@ class Change:
     tags: tuple[str, ...] | None = None
     speaker: str | None = None
     occurred_at: datetime | None = None
+    channels: tuple[str, ...] | None = None
+    scope: Scope | None = None
+    tier: Tier | None = None
     expected_version: int | None = None
     """Refuse if the memory is no longer at this version; None changes it whatever happened."""
 
@@ -95,13 +120,26 @@ class Memory:
     updated_at: datetime
     last_seen_at: datetime
     use_count: int
+    channels: tuple[str, ...] = ()
+    scope: Scope = Scope.PRIVATE
+    is_protected: bool = False
+    created_by: Author = Author.USER
+    consent_version: int | None = None
+    archived_at: datetime | None = None
+    delete_after: datetime | None = None
+    """When an archived memory is deleted for good."""
     expires_at: datetime | None = None
+    feedback: float | None = None
+    """What the user thinks of it, 0 to 1."""
     score: Score | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which memories a list or a query is about; an empty field lets all pass."""
+    """Which memories a list or a query is about; an empty field lets all pass.
+
+    A query is about active memories only, whatever `archived` says.
+    """
 
     tiers: frozenset[Tier] = frozenset(Tier)
     tags: tuple[str, ...] = ()
@@ -110,6 +148,8 @@ class Filter:
     """The earliest instant that passes."""
     occurred_before: datetime | None = None
     """The earliest instant that no longer passes."""
+    archived: bool = False
+    """Archived memories instead of active ones."""
 
     @property
     def durable_tiers(self) -> list[str]:

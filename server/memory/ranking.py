@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from server.memory.words import term_counts
+from server.preferences import Language
 
 K1 = 0.9
 B = 0.4
@@ -32,18 +33,23 @@ MOST_TERMS = 1_000
 """How many terms of one memory are indexed; pgvector takes 16 000."""
 
 
-def weights(text: str, neighbours: Iterable[tuple[int, str]] = ()) -> dict[int, float]:
+def weights(
+    text: str,
+    neighbours: Iterable[tuple[int, str]] = (),
+    language: Language = Language.ENGLISH,
+) -> dict[int, float]:
     """Return w(t, d) for every term: {term id: weight}, weights in 0..K1 + 1.
 
     Args:
         text: The memory.
         neighbours: Turns of the same conversation: how many places away, and the text. Those
             beyond the neighbourhood do not count.
+        language: What all of them are written in.
     """
     counts: Counter[int] = Counter()
     for distance, said in ((0, text), *neighbours):
         if distance < len(NEIGHBOURHOOD):
-            for term, count in term_counts(said).items():
+            for term, count in term_counts(said, language).items():
                 counts[term] += NEIGHBOURHOOD[distance] * count  # type: ignore[assignment]
     norm = K1 * (1 - B + B * counts.total() / USUAL_LENGTH)
     heaviest = counts.most_common(MOST_TERMS)
@@ -73,9 +79,9 @@ class Lexicon:
         return math.log1p((self.documents - occurrences + 0.5) / (occurrences + 0.5))
 
 
-def query_weights(text: str, lexicon: Lexicon) -> dict[int, float]:
+def query_weights(text: str, lexicon: Lexicon, language: Language) -> dict[int, float]:
     """Return idf(t) for every term of a query, times how often the query names it."""
-    heaviest = term_counts(text).most_common(MOST_TERMS)
+    heaviest = term_counts(text, language).most_common(MOST_TERMS)
     return {term: count * lexicon.idf(term) for term, count in heaviest}
 
 

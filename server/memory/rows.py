@@ -1,17 +1,32 @@
 """Rows of memories as the model has them."""
 
-import asyncpg
+from collections.abc import Mapping
+from typing import Any, Final
 
-from server.memory.model import Memory, Score, Source, Tier
+from server.memory.model import Author, Memory, Scope, Score, Source, Tier
+
+MEMORY_COLUMNS: Final = """
+    id, tier, content, tags, channels, source, session_id, session_position, speaker, occurred_at,
+    size_bytes, content_hash, version, created_at, updated_at, scope, protected, created_by,
+    consent_version, archived_at, delete_after
+"""
+"""What `memory_from` reads of the table memories."""
+
+SCORE_COLUMNS: Final = """
+    last_seen_at, use_count, feedback, score, relevance_to_goals, emotional_weight,
+    predictive_value, recency_frequency, scorer_version, scored_at
+"""
+"""What `memory_from` reads of the table memory_scores."""
 
 
-def memory_from(row: asyncpg.Record) -> Memory:
-    """Return the memory of a row that joins memories with memory_scores."""
+def memory_from(row: Mapping[str, Any]) -> Memory:
+    """Return the memory of a row that has the columns of both tables."""
     return Memory(
         id=row["id"],
         tier=Tier(row["tier"]),
         content=row["content"],
         tags=tuple(row["tags"]),
+        channels=tuple(row["channels"]),
         source=Source(row["source"]),
         session_id=row["session_id"],
         session_position=row["session_position"],
@@ -24,11 +39,18 @@ def memory_from(row: asyncpg.Record) -> Memory:
         updated_at=row["updated_at"],
         last_seen_at=row["last_seen_at"],
         use_count=row["use_count"],
+        scope=Scope(row["scope"]),
+        is_protected=row["protected"],
+        created_by=Author(row["created_by"]),
+        consent_version=row["consent_version"],
+        archived_at=row["archived_at"],
+        delete_after=row["delete_after"],
+        feedback=row["feedback"],
         score=_score(row),
     )
 
 
-def _score(row: asyncpg.Record) -> Score | None:
+def _score(row: Mapping[str, Any]) -> Score | None:
     if row["scored_at"] is None:
         return None
     return Score(

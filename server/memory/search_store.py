@@ -9,8 +9,8 @@ from server.database import Database
 from server.memory import ranking
 from server.memory.conversation import sparse
 from server.memory.model import Filter, Found, Memory
-from server.memory.rows import memory_from
-from server.preferences import RetrievalWeights, preferences
+from server.memory.rows import MEMORY_COLUMNS, SCORE_COLUMNS, memory_from
+from server.preferences import Preferences, preferences
 
 _SAMPLE = 4_096
 """How many of a user's memories the word frequencies are taken from."""
@@ -33,16 +33,11 @@ class SearchStore:
         """Return memories with ids below `before`, highest first, at most `limit`."""
         async with self._database.transaction(caller) as connection:
             rows = await connection.fetch(
-                """
-                SELECT id, tier, content, tags, source, session_id, session_position, speaker,
-                       occurred_at, size_bytes, content_hash, version, created_at, updated_at,
-                       last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
-                       predictive_value, recency_frequency, scorer_version, scored_at
+                f"""
+                SELECT {MEMORY_COLUMNS}, {SCORE_COLUMNS}
                   FROM memories AS memory
                   CROSS JOIN LATERAL (
-                       SELECT last_seen_at, use_count, score, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency,
-                              scorer_version, scored_at
+                       SELECT {SCORE_COLUMNS}
                          FROM memory_scores
                         WHERE tenant_id = $1 AND user_id = $2 AND memory_id = memory.id
                        OFFSET 0
@@ -52,21 +47,27 @@ class SearchStore:
                    AND tier = ANY ($4)
                    AND tags @> $5
                    AND ($6 = '' OR session_id = $6)
+                   AND ($7::timestamptz IS NULL OR occurred_at >= $7)
+                   AND ($8::timestamptz IS NULL OR occurred_at < $8)
+                   AND (archived_at IS NOT NULL) = $9
                  ORDER BY memory.id DESC
-                 LIMIT $7
-                """,
+                 LIMIT $10
+                """,  # noqa: S608 - constants
                 caller.tenant_id,
                 caller.user_id,
                 before,
                 which.durable_tiers,
                 list(which.tags),
                 which.session_id,
+                which.occurred_after,
+                which.occurred_before,
+                which.archived,
                 limit,
             )
         return [memory_from(row) for row in rows]
 
-    async def profile(self, caller: Caller) -> tuple[ranking.Lexicon, RetrievalWeights]:
-        """Return the word frequencies of a user's newest memories, and the weights they chose."""
+    async def profile(self, caller: Caller) -> tuple[ranking.Lexicon, Preferences]:
+        """Return the word frequencies of a user's newest memories, and what they chose."""
         async with self._database.transaction(caller) as connection:
             rows = await connection.fetch(
                 """
@@ -82,7 +83,7 @@ class SearchStore:
             )
             chosen = await preferences(connection, caller)
         lexicon = ranking.Lexicon.of(row["terms"].indices() for row in rows)
-        return lexicon, chosen.retrieval_weights
+        return lexicon, chosen
 
     async def query(
         self, caller: Caller, terms: Mapping[int, float], which: Filter, limit: int
@@ -96,16 +97,14 @@ class SearchStore:
         if terms and which.durable_tiers:
             rows = await self._database.fetch(
                 caller,
-                """
-                SELECT id, tier, content, tags, source, session_id, session_position, speaker,
-                       occurred_at, size_bytes, content_hash, version, created_at, updated_at,
-                       last_seen_at, use_count, score, relevance_to_goals, emotional_weight,
-                       predictive_value, recency_frequency, scorer_version, scored_at, lexical
+                f"""
+                SELECT {MEMORY_COLUMNS}, {SCORE_COLUMNS}, lexical
                   FROM (
                         SELECT *, -(terms <#> $3) AS lexical
                           FROM memories
                          WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
                            AND consented('memory.store')
+                           AND archived_at IS NULL
                            AND tier = ANY ($4)
                            AND tags @> $5
                            AND ($6 = '' OR session_id = $6)
@@ -116,16 +115,14 @@ class SearchStore:
                          LIMIT $9
                        ) AS memory
                   CROSS JOIN LATERAL (
-                       SELECT last_seen_at, use_count, score, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency,
-                              scorer_version, scored_at
+                       SELECT {SCORE_COLUMNS}
                          FROM memory_scores
                         WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
                           AND memory_id = memory.id
                        OFFSET 0
                        ) AS scores
                  ORDER BY lexical DESC, id
-                """,
+                """,  # noqa: S608 - constants
                 sparse(terms),
                 which.durable_tiers,
                 list(which.tags),

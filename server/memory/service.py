@@ -1,41 +1,45 @@
 """Serves kimberly.memory.v1.MemoryService: parse, act, answer."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import datetime
-from typing import Any, TypeAlias, TypeVar
-from uuid import UUID
+from typing import Any, TypeAlias
 
 import grpc
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
 from server import ids, paging
-from server.caller import Caller, current_caller
+from server.caller import current_caller
 from server.clock import Clock
-from server.errors import NotFound
 from server.memory import messages
 from server.memory.attachments import Attachments
 from server.memory.embedding_store import EmbeddingStore
-from server.memory.embeddings import check_batch
+from server.memory.embeddings import check_batch, check_model
 from server.memory.importing import Importer
+from server.memory.lifecycle_handlers import LifecycleHandlers
+from server.memory.lifecycle_store import LifecycleStore
 from server.memory.meditation_store import MeditationStore
 from server.memory.model import Tier
 from server.memory.retrieval import Retrieval
 from server.memory.search_store import SearchStore
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
+from server.memory.tiers import wherever_it_is
+from server.memory.usage_store import UsageStore
 from server.requests import check_request_id
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-T = TypeVar("T")
 
 
-class MemoryService(rpc.MemoryServiceServicer):
+class MemoryService(LifecycleHandlers, rpc.MemoryServiceServicer):
     """Serves the memories of the signed-in user."""
 
     def __init__(
         self,
         store: MemoryStore,
+        lifecycle: LifecycleStore,
+        usage: UsageStore,
         search: SearchStore,
         embeddings: EmbeddingStore,
         short_term: ShortTermStore,
@@ -45,6 +49,8 @@ class MemoryService(rpc.MemoryServiceServicer):
         clock: Clock,
     ) -> None:
         self._store = store
+        self._lifecycle = lifecycle
+        self._usage = usage
         self._search = search
         self._embeddings = embeddings
         self._short_term = short_term
@@ -70,7 +76,7 @@ class MemoryService(rpc.MemoryServiceServicer):
     ) -> pb.GetMemoryResponse:
         caller = current_caller()
         memory_id = ids.parse(ids.MEMORY, request.id, "id")
-        memory = await _either(
+        memory = await wherever_it_is(
             lambda: self._store.get(caller, memory_id),
             lambda: self._short_term.get(caller, memory_id),
         )
@@ -80,9 +86,9 @@ class MemoryService(rpc.MemoryServiceServicer):
         self, request: pb.ListMemoriesRequest, context: Context
     ) -> pb.ListMemoriesResponse:
         caller = current_caller()
-        which = messages.filter_from([request.tier], request.tags, request.session_id, "tier")
+        which = messages.list_filter_from(request)
         size = paging.page_size(request.page_size)
-        identity = ("ListMemories", caller, sorted(which.tiers), which.tags, which.session_id)
+        identity = ("ListMemories", caller, replace(which, tiers=frozenset()), sorted(which.tiers))
         before = paging.decode(request.page_token, *identity)
         durable = await self._search.page(caller, which, before=before, limit=size + 1)
         short = await self._short_term.find(caller, which, before=before)
@@ -100,22 +106,11 @@ class MemoryService(rpc.MemoryServiceServicer):
         memory_id = ids.parse(ids.MEMORY, request.memory.id, "memory.id")
         change = messages.change_from(request.memory, request.update_mask.paths)
         now = self._clock()
-        memory = await _either(
+        memory = await wherever_it_is(
             lambda: self._store.update(caller, memory_id, change, now),
             lambda: self._short_term.update(caller, memory_id, change, now),
         )
         return pb.UpdateMemoryResponse(memory=messages.memory_to(memory))
-
-    async def DeleteMemory(
-        self, request: pb.DeleteMemoryRequest, context: Context
-    ) -> pb.DeleteMemoryResponse:
-        caller = current_caller()
-        memory_id = ids.parse(ids.MEMORY, request.id, "id")
-        await _either(
-            lambda: self._delete_durable(caller, memory_id),
-            lambda: self._short_term.delete(caller, memory_id),
-        )
-        return pb.DeleteMemoryResponse()
 
     async def QueryMemories(
         self, request: pb.QueryMemoriesRequest, context: Context
@@ -131,6 +126,13 @@ class MemoryService(rpc.MemoryServiceServicer):
         check_batch(uploads)
         refused = await self._embeddings.keep(current_caller(), uploads)
         return messages.kept_to(uploads, refused)
+
+    async def DeleteEmbeddings(
+        self, request: pb.DeleteEmbeddingsRequest, context: Context
+    ) -> pb.DeleteEmbeddingsResponse:
+        check_model(request.model, "model")
+        deleted = await self._embeddings.delete(current_caller(), request.model)
+        return pb.DeleteEmbeddingsResponse(deleted=deleted)
 
     async def ImportMemories(
         self, request_iterator: AsyncIterator[pb.ImportMemoriesRequest], context: Context
@@ -185,17 +187,5 @@ class MemoryService(rpc.MemoryServiceServicer):
         )
         return pb.GetMeditationResponse(meditation=messages.meditation_to(run))
 
-    async def _delete_durable(self, caller: Caller, memory_id: UUID) -> None:
-        attachment_ids = await self._store.delete(caller, memory_id)
-        await self._attachments.remove_objects(caller, attachment_ids)
-
     def _url_expiry(self, now: datetime) -> Any:
         return messages.timestamp(now + self._attachments.url_lifetime)
-
-
-async def _either(durable: Callable[[], Awaitable[T]], short_term: Callable[[], Awaitable[T]]) -> T:
-    """Act on the memory where it is: an id does not tell its tier."""
-    try:
-        return await durable()
-    except NotFound:
-        return await short_term()

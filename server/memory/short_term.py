@@ -25,6 +25,7 @@ from server.errors import AlreadyExists, EtagMismatch, NotFound
 from server.memory import ranking
 from server.memory.model import Change, Draft, Filter, Found, Memory, Source, Tier, hash_of, size_of
 from server.memory.store import new_memory
+from server.memory.writing import begin_writing
 
 # Each script is one atomic step; the keys of a call all belong to one user. Expiry goes by the
 # clock of Redis, as Redis itself does.
@@ -98,10 +99,10 @@ class ShortTermStore:
             NotFound: An earlier call under the request id made a memory that has expired.
             StoreUnavailable: Redis does not answer, or is full.
         """
-        memory = new_memory(ids.new_id(), draft, now)
         keys = _Keys(caller)
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, consent.MEMORY_STORE)
+            writing = await begin_writing(connection, caller)
+            memory = new_memory(ids.new_id(), draft, writing.consent_version, now)
             if request_id:
                 first_id = await requests.claim(
                     connection, caller, "CreateMemory", request_id, repr(draft).encode(), memory.id

@@ -25,6 +25,8 @@ _CODES: Mapping[type[errors.Problem], grpc.StatusCode] = {
     errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.LeaseLost: grpc.StatusCode.FAILED_PRECONDITION,
     errors.UploadMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ReaderTooSlow: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ContentUnreadable: grpc.StatusCode.DATA_LOSS,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
 }

@@ -15,12 +15,14 @@ from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
 from server.memory.embedding_search import EmbeddingSearch
 from server.memory.embedding_store import SCANNED, EmbeddingStore
+from server.memory.lifecycle_store import LifecycleStore
 from server.memory.meditation_store import MeditationStore
 from server.memory.retrieval import Retrieval
 from server.memory.search_store import SearchStore
 from server.memory.service import MemoryService
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
+from server.memory.usage_store import UsageStore
 from tests.conftest import FakeClock, Serve
 
 
@@ -58,6 +60,8 @@ async def memories(
     """A stub of the memory service."""
     service = MemoryService(
         store,
+        LifecycleStore(database),
+        UsageStore(database),
         SearchStore(database),
         embeddings,
         short_term,

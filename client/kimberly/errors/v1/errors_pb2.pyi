@@ -70,6 +70,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Too many calls from this user or address. Try again more slowly."""
     ERROR_REASON_SERVICE_UNAVAILABLE: _ErrorReason.ValueType  # 23
     """A service of the mesh does not answer. Try again later."""
+    ERROR_REASON_READER_TOO_SLOW: _ErrorReason.ValueType  # 24
+    """The reader of a stream took nothing while much waited. It may go on where it stopped."""
+    ERROR_REASON_CONTENT_UNREADABLE: _ErrorReason.ValueType  # 25
+    """Encrypted content does not open: its key was shredded, or it was damaged."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. The name of the value, without its ERROR_REASON_ prefix, is the
@@ -124,4 +128,8 @@ ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 22
 """Too many calls from this user or address. Try again more slowly."""
 ERROR_REASON_SERVICE_UNAVAILABLE: ErrorReason.ValueType  # 23
 """A service of the mesh does not answer. Try again later."""
+ERROR_REASON_READER_TOO_SLOW: ErrorReason.ValueType  # 24
+"""The reader of a stream took nothing while much waited. It may go on where it stopped."""
+ERROR_REASON_CONTENT_UNREADABLE: ErrorReason.ValueType  # 25
+"""Encrypted content does not open: its key was shredded, or it was damaged."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -50,6 +50,86 @@ TIER_PERMANENT: Tier.ValueType  # 3
 """Kept in PostgreSQL until the user removes it."""
 Global___Tier: _TypeAlias = Tier  # noqa: Y015
 
+class _Scope:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Scope.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCOPE_UNSPECIFIED: _Scope.ValueType  # 0
+    """In a request: private for a create, any for a filter. Never returned."""
+    SCOPE_PRIVATE: _Scope.ValueType  # 1
+    """Only its user."""
+    SCOPE_SHARED: _Scope.ValueType  # 2
+    """The people of its user's tenant."""
+    SCOPE_PUBLIC: _Scope.ValueType  # 3
+    """The people of its user's tenant, and their agents."""
+
+class Scope(_Scope, metaclass=_ScopeEnumTypeWrapper):
+    """Who may read a memory."""
+
+SCOPE_UNSPECIFIED: Scope.ValueType  # 0
+"""In a request: private for a create, any for a filter. Never returned."""
+SCOPE_PRIVATE: Scope.ValueType  # 1
+"""Only its user."""
+SCOPE_SHARED: Scope.ValueType  # 2
+"""The people of its user's tenant."""
+SCOPE_PUBLIC: Scope.ValueType  # 3
+"""The people of its user's tenant, and their agents."""
+Global___Scope: _TypeAlias = Scope  # noqa: Y015
+
+class _MemoryState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemoryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMORY_STATE_UNSPECIFIED: _MemoryState.ValueType  # 0
+    """In a filter: active. Never returned."""
+    MEMORY_STATE_ACTIVE: _MemoryState.ValueType  # 1
+    """Found by queries."""
+    MEMORY_STATE_ARCHIVED: _MemoryState.ValueType  # 2
+    """Put away until it is restored or deleted."""
+
+class MemoryState(_MemoryState, metaclass=_MemoryStateEnumTypeWrapper):
+    """Whether a memory is in use."""
+
+MEMORY_STATE_UNSPECIFIED: MemoryState.ValueType  # 0
+"""In a filter: active. Never returned."""
+MEMORY_STATE_ACTIVE: MemoryState.ValueType  # 1
+"""Found by queries."""
+MEMORY_STATE_ARCHIVED: MemoryState.ValueType  # 2
+"""Put away until it is restored or deleted."""
+Global___MemoryState: _TypeAlias = MemoryState  # noqa: Y015
+
+class _Author:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AuthorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Author.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AUTHOR_UNSPECIFIED: _Author.ValueType  # 0
+    """Never returned."""
+    AUTHOR_USER: _Author.ValueType  # 1
+    """The user."""
+    AUTHOR_AGENT: _Author.ValueType  # 2
+    """An agent of the user's."""
+    AUTHOR_SYSTEM: _Author.ValueType  # 3
+    """The mesh."""
+
+class Author(_Author, metaclass=_AuthorEnumTypeWrapper):
+    """Who made a memory."""
+
+AUTHOR_UNSPECIFIED: Author.ValueType  # 0
+"""Never returned."""
+AUTHOR_USER: Author.ValueType  # 1
+"""The user."""
+AUTHOR_AGENT: Author.ValueType  # 2
+"""An agent of the user's."""
+AUTHOR_SYSTEM: Author.ValueType  # 3
+"""The mesh."""
+Global___Author: _TypeAlias = Author  # noqa: Y015
+
 class _Source:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -81,6 +161,98 @@ SOURCE_IMPORT: Source.ValueType  # 3
 SOURCE_UPLOAD: Source.ValueType  # 4
 """Taken from an uploaded file."""
 Global___Source: _TypeAlias = Source  # noqa: Y015
+
+class _ImportResult:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ImportResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImportResult.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    IMPORT_RESULT_UNSPECIFIED: _ImportResult.ValueType  # 0
+    """Never sent."""
+    IMPORT_RESULT_CREATED: _ImportResult.ValueType  # 1
+    """It was stored."""
+    IMPORT_RESULT_EXISTING: _ImportResult.ValueType  # 2
+    """The same text was there already."""
+    IMPORT_RESULT_REFUSED: _ImportResult.ValueType  # 3
+    """It was refused; `refusals` says why."""
+    IMPORT_RESULT_SKIPPED: _ImportResult.ValueType  # 4
+    """An earlier stream under the same `request_id` had dealt with it."""
+
+class ImportResult(_ImportResult, metaclass=_ImportResultEnumTypeWrapper):
+    """What became of one memory of an import."""
+
+IMPORT_RESULT_UNSPECIFIED: ImportResult.ValueType  # 0
+"""Never sent."""
+IMPORT_RESULT_CREATED: ImportResult.ValueType  # 1
+"""It was stored."""
+IMPORT_RESULT_EXISTING: ImportResult.ValueType  # 2
+"""The same text was there already."""
+IMPORT_RESULT_REFUSED: ImportResult.ValueType  # 3
+"""It was refused; `refusals` says why."""
+IMPORT_RESULT_SKIPPED: ImportResult.ValueType  # 4
+"""An earlier stream under the same `request_id` had dealt with it."""
+Global___ImportResult: _TypeAlias = ImportResult  # noqa: Y015
+
+class _ChangeKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHANGE_KIND_UNSPECIFIED: _ChangeKind.ValueType  # 0
+    """Never sent."""
+    CHANGE_KIND_CREATED: _ChangeKind.ValueType  # 1
+    """It was stored."""
+    CHANGE_KIND_UPDATED: _ChangeKind.ValueType  # 2
+    """One of its fields changed, or it was given again."""
+    CHANGE_KIND_DELETED: _ChangeKind.ValueType  # 3
+    """It was deleted, for good."""
+    CHANGE_KIND_ARCHIVED: _ChangeKind.ValueType  # 4
+    """It was archived."""
+    CHANGE_KIND_RESTORED: _ChangeKind.ValueType  # 5
+    """It came back from the archive."""
+
+class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
+    """What was done to a memory."""
+
+CHANGE_KIND_UNSPECIFIED: ChangeKind.ValueType  # 0
+"""Never sent."""
+CHANGE_KIND_CREATED: ChangeKind.ValueType  # 1
+"""It was stored."""
+CHANGE_KIND_UPDATED: ChangeKind.ValueType  # 2
+"""One of its fields changed, or it was given again."""
+CHANGE_KIND_DELETED: ChangeKind.ValueType  # 3
+"""It was deleted, for good."""
+CHANGE_KIND_ARCHIVED: ChangeKind.ValueType  # 4
+"""It was archived."""
+CHANGE_KIND_RESTORED: ChangeKind.ValueType  # 5
+"""It came back from the archive."""
+Global___ChangeKind: _TypeAlias = ChangeKind  # noqa: Y015
+
+class _WatchEndReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WatchEndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WatchEndReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WATCH_END_REASON_UNSPECIFIED: _WatchEndReason.ValueType  # 0
+    """Never sent."""
+    WATCH_END_REASON_AGE: _WatchEndReason.ValueType  # 1
+    """It is as old as a stream may become."""
+    WATCH_END_REASON_DRAIN: _WatchEndReason.ValueType  # 2
+    """The server is about to stop."""
+
+class WatchEndReason(_WatchEndReason, metaclass=_WatchEndReasonEnumTypeWrapper):
+    """Why a stream that is in order ends."""
+
+WATCH_END_REASON_UNSPECIFIED: WatchEndReason.ValueType  # 0
+"""Never sent."""
+WATCH_END_REASON_AGE: WatchEndReason.ValueType  # 1
+"""It is as old as a stream may become."""
+WATCH_END_REASON_DRAIN: WatchEndReason.ValueType  # 2
+"""The server is about to stop."""
+Global___WatchEndReason: _TypeAlias = WatchEndReason  # noqa: Y015
 
 class _AttachmentState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -155,6 +327,15 @@ class Memory(_message.Message):
     CONTENT_HASH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    CHANNELS_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROTECTED_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    CONSENT_VERSION_FIELD_NUMBER: _builtins.int
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    ARCHIVE_TIME_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`mem_…`. Set by the server."""
     tier: Global___Tier.ValueType
@@ -179,6 +360,20 @@ class Memory(_message.Message):
     """Counts the changes, from 1. Set by the server."""
     etag: _builtins.str
     """Changes with every change. Send it back in an update to be refused if someone was faster."""
+    scope: Global___Scope.ValueType
+    """Who may read it."""
+    state: Global___MemoryState.ValueType
+    """Whether it is in use. Set by the server."""
+    protected: _builtins.bool
+    """Whether only the user archives it. In a request it counts in a create; later it is set by
+    ProtectMemory.
+    """
+    author: Global___Author.ValueType
+    """Who made it. Set by the server."""
+    consent_version: _builtins.int
+    """Version of the consent to memory.store that it was written under. Set by the server."""
+    feedback: _builtins.float
+    """What the user said it is worth, 0 to 1; absent if nothing. Set by GiveFeedback."""
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Labels: at most 32, of 1 to 64 characters each; a set, kept sorted."""
@@ -207,6 +402,20 @@ class Memory(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When it goes by itself; absent for a tier that does not expire. Set by the server."""
 
+    @_builtins.property
+    def channels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where it was said, such as "voice" or "email": at most 16, of 1 to 64 characters each; a set,
+        kept sorted.
+        """
+
+    @_builtins.property
+    def archive_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was archived; absent for an active one. Set by the server."""
+
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When it is deleted for good; absent for an active one. Set by the server."""
+
     def __init__(
         self,
         *,
@@ -229,13 +438,27 @@ class Memory(_message.Message):
         content_hash: _builtins.str = ...,
         version: _builtins.int = ...,
         etag: _builtins.str = ...,
+        channels: _abc.Iterable[_builtins.str] | None = ...,
+        scope: Global___Scope.ValueType = ...,
+        state: Global___MemoryState.ValueType = ...,
+        protected: _builtins.bool = ...,
+        author: Global___Author.ValueType = ...,
+        consent_version: _builtins.int = ...,
+        feedback: _builtins.float | None = ...,
+        archive_time: _timestamp_pb2.Timestamp | None = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_session_position", b"_session_position", "create_time", b"create_time", "expire_time", b"expire_time", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "score", b"score", "session_position", b"session_position", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_feedback", b"_feedback", "_session_position", b"_session_position", "archive_time", b"archive_time", "create_time", b"create_time", "delete_time", b"delete_time", "expire_time", b"expire_time", "feedback", b"feedback", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "score", b"score", "session_position", b"session_position", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_session_position", b"_session_position", "content", b"content", "content_hash", b"content_hash", "create_time", b"create_time", "etag", b"etag", "expire_time", b"expire_time", "id", b"id", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "score", b"score", "session_id", b"session_id", "session_position", b"session_position", "size_bytes", b"size_bytes", "source", b"source", "speaker", b"speaker", "tags", b"tags", "tier", b"tier", "update_time", b"update_time", "use_count", b"use_count", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_feedback", b"_feedback", "_session_position", b"_session_position", "archive_time", b"archive_time", "author", b"author", "channels", b"channels", "consent_version", b"consent_version", "content", b"content", "content_hash", b"content_hash", "create_time", b"create_time", "delete_time", b"delete_time", "etag", b"etag", "expire_time", b"expire_time", "feedback", b"feedback", "id", b"id", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "protected", b"protected", "scope", b"scope", "score", b"score", "session_id", b"session_id", "session_position", b"session_position", "size_bytes", b"size_bytes", "source", b"source", "speaker", b"speaker", "state", b"state", "tags", b"tags", "tier", b"tier", "update_time", b"update_time", "use_count", b"use_count", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__feedback: _TypeAlias = _typing.Literal["feedback"]  # noqa: Y015
+    _WhichOneofArgType__feedback: _TypeAlias = _typing.Literal["_feedback", b"_feedback"]  # noqa: Y015
     _WhichOneofReturnType__session_position: _TypeAlias = _typing.Literal["session_position"]  # noqa: Y015
     _WhichOneofArgType__session_position: _TypeAlias = _typing.Literal["_session_position", b"_session_position"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feedback) -> _WhichOneofReturnType__feedback | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__session_position) -> _WhichOneofReturnType__session_position | None: ...
 
 Global___Memory: _TypeAlias = Memory  # noqa: Y015
@@ -403,6 +626,9 @@ class ListMemoriesRequest(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    OCCURRED_AFTER_FIELD_NUMBER: _builtins.int
+    OCCURRED_BEFORE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most: 1 to 1000; 0 means 100."""
     page_token: _builtins.str
@@ -413,9 +639,19 @@ class ListMemoriesRequest(_message.Message):
     """Only this tier."""
     session_id: _builtins.str
     """Only turns of this conversation."""
+    state: Global___MemoryState.ValueType
+    """Only memories in this state; active ones when not given."""
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only memories with all of these tags."""
+
+    @_builtins.property
+    def occurred_after(self) -> _timestamp_pb2.Timestamp:
+        """Only memories that occurred at this instant or later."""
+
+    @_builtins.property
+    def occurred_before(self) -> _timestamp_pb2.Timestamp:
+        """Only memories that occurred before this instant; it must be later than `occurred_after`."""
 
     def __init__(
         self,
@@ -425,10 +661,13 @@ class ListMemoriesRequest(_message.Message):
         tier: Global___Tier.ValueType = ...,
         tags: _abc.Iterable[_builtins.str] | None = ...,
         session_id: _builtins.str = ...,
+        occurred_after: _timestamp_pb2.Timestamp | None = ...,
+        occurred_before: _timestamp_pb2.Timestamp | None = ...,
+        state: Global___MemoryState.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["occurred_after", b"occurred_after", "occurred_before", b"occurred_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id", "tags", b"tags", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["occurred_after", b"occurred_after", "occurred_before", b"occurred_before", "page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id", "state", b"state", "tags", b"tags", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,7 +717,7 @@ class UpdateMemoryRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to change: "content", "tags", "speaker", "occur_time"."""
+        """Which fields to change: "content", "tags", "channels", "speaker", "occur_time", "scope", "tier"."""
 
     def __init__(
         self,
@@ -525,16 +764,22 @@ class DeleteMemoryRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`mem_…`."""
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """How long it can still be restored: up to 365 days. Absent or 0: it is gone at once."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
+        grace: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -542,7 +787,361 @@ Global___DeleteMemoryRequest: _TypeAlias = DeleteMemoryRequest  # noqa: Y015
 
 @_typing.final
 class DeleteMemoryResponse(_message.Message):
-    """Says that the memory is gone."""
+    """Says that the memory is gone, or when it will be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """The memory, archived, when there is a grace period; absent when it is gone."""
+
+    def __init__(
+        self,
+        *,
+        memory: Global___Memory | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteMemoryResponse: _TypeAlias = DeleteMemoryResponse  # noqa: Y015
+
+@_typing.final
+class BatchCreateMemoriesRequest(_message.Message):
+    """Asks to store many memories."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORIES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, up to 64 characters: sending the same request again under the same id
+    is safe and returns what the first one stored. Empty: no protection.
+    """
+    @_builtins.property
+    def memories(self) -> _containers.RepeatedCompositeFieldContainer[Global___Memory]:
+        """1 to 1000 memories. Short-term ones are created one by one."""
+
+    def __init__(
+        self,
+        *,
+        memories: _abc.Iterable[Global___Memory] | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memories", b"memories", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchCreateMemoriesRequest: _TypeAlias = BatchCreateMemoriesRequest  # noqa: Y015
+
+@_typing.final
+class BatchCreateMemoriesResponse(_message.Message):
+    """The memories as stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateMemoryResponse]:
+        """A memory for each of the request, in its order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___CreateMemoryResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchCreateMemoriesResponse: _TypeAlias = BatchCreateMemoriesResponse  # noqa: Y015
+
+@_typing.final
+class ListMemoryVersionsRequest(_message.Message):
+    """Asks what a memory was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`mem_…`."""
+    page_size: _builtins.int
+    """How many at most: 1 to 1000; 0 means 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMemoryVersionsRequest: _TypeAlias = ListMemoryVersionsRequest  # noqa: Y015
+
+@_typing.final
+class ListMemoryVersionsResponse(_message.Message):
+    """What a memory was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last page."""
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Memory]:
+        """The versions, newest first; the first one is the memory as it is. Without its score."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[Global___Memory] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMemoryVersionsResponse: _TypeAlias = ListMemoryVersionsResponse  # noqa: Y015
+
+@_typing.final
+class ArchiveMemoryRequest(_message.Message):
+    """Asks to put a memory away."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`mem_…`; not a short-term one."""
+    etag: _builtins.str
+    """`etag` that was read, to be refused if someone was faster; empty: whatever happened since."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArchiveMemoryRequest: _TypeAlias = ArchiveMemoryRequest  # noqa: Y015
+
+@_typing.final
+class ArchiveMemoryResponse(_message.Message):
+    """The memory, archived."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """The memory."""
+
+    def __init__(
+        self,
+        *,
+        memory: Global___Memory | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArchiveMemoryResponse: _TypeAlias = ArchiveMemoryResponse  # noqa: Y015
+
+@_typing.final
+class RestoreMemoryRequest(_message.Message):
+    """Asks to bring a memory back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`mem_…`."""
+    etag: _builtins.str
+    """`etag` that was read, to be refused if someone was faster; empty: whatever happened since."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreMemoryRequest: _TypeAlias = RestoreMemoryRequest  # noqa: Y015
+
+@_typing.final
+class RestoreMemoryResponse(_message.Message):
+    """The memory, active."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """The memory."""
+
+    def __init__(
+        self,
+        *,
+        memory: Global___Memory | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreMemoryResponse: _TypeAlias = RestoreMemoryResponse  # noqa: Y015
+
+@_typing.final
+class ProtectMemoryRequest(_message.Message):
+    """Asks to protect a memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PROTECTED_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`mem_…`; not a short-term one."""
+    protected: _builtins.bool
+    """Whether it is protected from now on."""
+    etag: _builtins.str
+    """`etag` that was read, to be refused if someone was faster; empty: whatever happened since."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        protected: _builtins.bool = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "id", b"id", "protected", b"protected"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProtectMemoryRequest: _TypeAlias = ProtectMemoryRequest  # noqa: Y015
+
+@_typing.final
+class ProtectMemoryResponse(_message.Message):
+    """The memory, protected or not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """The memory."""
+
+    def __init__(
+        self,
+        *,
+        memory: Global___Memory | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProtectMemoryResponse: _TypeAlias = ProtectMemoryResponse  # noqa: Y015
+
+@_typing.final
+class GiveFeedbackRequest(_message.Message):
+    """Tells what a memory is worth."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    THUMBS_UP_FIELD_NUMBER: _builtins.int
+    THUMBS_DOWN_FIELD_NUMBER: _builtins.int
+    RATING_FIELD_NUMBER: _builtins.int
+    USEFUL_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`mem_…`; not a short-term one."""
+    thumbs_up: _builtins.bool
+    """Good: 0.8."""
+    thumbs_down: _builtins.bool
+    """Bad: 0.2."""
+    rating: _builtins.int
+    """1 to 5: a fifth each."""
+    useful: _builtins.bool
+    """Whether an answer that held this memory was helped by it."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        thumbs_up: _builtins.bool = ...,
+        thumbs_down: _builtins.bool = ...,
+        rating: _builtins.int = ...,
+        useful: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["opinion", b"opinion", "rating", b"rating", "thumbs_down", b"thumbs_down", "thumbs_up", b"thumbs_up"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "opinion", b"opinion", "rating", b"rating", "thumbs_down", b"thumbs_down", "thumbs_up", b"thumbs_up", "useful", b"useful"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_opinion: _TypeAlias = _typing.Literal["thumbs_up", "thumbs_down", "rating"]  # noqa: Y015
+    _WhichOneofArgType_opinion: _TypeAlias = _typing.Literal["opinion", b"opinion"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_opinion) -> _WhichOneofReturnType_opinion | None: ...
+
+Global___GiveFeedbackRequest: _TypeAlias = GiveFeedbackRequest  # noqa: Y015
+
+@_typing.final
+class GiveFeedbackResponse(_message.Message):
+    """The memory with its feedback."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """The memory."""
+
+    def __init__(
+        self,
+        *,
+        memory: Global___Memory | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GiveFeedbackResponse: _TypeAlias = GiveFeedbackResponse  # noqa: Y015
+
+@_typing.final
+class GetUsageRequest(_message.Message):
+    """Asks how much is kept."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -555,7 +1154,79 @@ class DeleteMemoryResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DeleteMemoryResponse: _TypeAlias = DeleteMemoryResponse  # noqa: Y015
+Global___GetUsageRequest: _TypeAlias = GetUsageRequest  # noqa: Y015
+
+@_typing.final
+class GetUsageResponse(_message.Message):
+    """How much is kept, tier by tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    ARCHIVED_BYTES_FIELD_NUMBER: _builtins.int
+    ARCHIVED_COUNT_FIELD_NUMBER: _builtins.int
+    plan: _builtins.str
+    """The plan that sets the quotas."""
+    archived_bytes: _builtins.int
+    """Bytes of archived memories, which count against no quota."""
+    archived_count: _builtins.int
+    """How many archived memories there are."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierUsage]:
+        """Every tier."""
+
+    def __init__(
+        self,
+        *,
+        plan: _builtins.str = ...,
+        tiers: _abc.Iterable[Global___TierUsage] | None = ...,
+        archived_bytes: _builtins.int = ...,
+        archived_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archived_bytes", b"archived_bytes", "archived_count", b"archived_count", "plan", b"plan", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageResponse: _TypeAlias = GetUsageResponse  # noqa: Y015
+
+@_typing.final
+class TierUsage(_message.Message):
+    """How much is kept in a tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    tier: Global___Tier.ValueType
+    """The tier."""
+    used_bytes: _builtins.int
+    """Bytes of contents and tags."""
+    limit_bytes: _builtins.int
+    """How many bytes there is room for. Long-term memories may overrun by a fifth until the next
+    meditation.
+    """
+    count: _builtins.int
+    """How many memories."""
+    def __init__(
+        self,
+        *,
+        tier: Global___Tier.ValueType = ...,
+        used_bytes: _builtins.int = ...,
+        limit_bytes: _builtins.int = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "limit_bytes", b"limit_bytes", "tier", b"tier", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierUsage: _TypeAlias = TierUsage  # noqa: Y015
 
 @_typing.final
 class QueryMemoriesRequest(_message.Message):
@@ -852,6 +1523,50 @@ class UploadEmbeddingsResponse(_message.Message):
 Global___UploadEmbeddingsResponse: _TypeAlias = UploadEmbeddingsResponse  # noqa: Y015
 
 @_typing.final
+class DeleteEmbeddingsRequest(_message.Message):
+    """Names the vectors to drop."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model: 1 to 64 characters. One without vectors is no error."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteEmbeddingsRequest: _TypeAlias = DeleteEmbeddingsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteEmbeddingsResponse(_message.Message):
+    """The vectors are gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_FIELD_NUMBER: _builtins.int
+    deleted: _builtins.int
+    """How many there were."""
+    def __init__(
+        self,
+        *,
+        deleted: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteEmbeddingsResponse: _TypeAlias = DeleteEmbeddingsResponse  # noqa: Y015
+
+@_typing.final
 class EmbeddingRefusal(_message.Message):
     """A vector that was not kept."""
 
@@ -889,8 +1604,17 @@ class ImportMemoriesRequest(_message.Message):
 
     FIRST_INDEX_FIELD_NUMBER: _builtins.int
     MEMORIES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RETURN_IDS_FIELD_NUMBER: _builtins.int
     first_index: _builtins.int
     """Place in the whole import of the first memory of this chunk, from 0. Results refer to it."""
+    request_id: _builtins.str
+    """In the first chunk: chosen by the client, up to 64 characters. Memories below the place that an
+    earlier stream under the same id reached are skipped, and a chunk that begins beyond it is
+    refused. Two streams at once share the work. Empty: every chunk is stored, wherever it stands.
+    """
+    return_ids: _builtins.bool
+    """In the first chunk: whether to return ids."""
     @_builtins.property
     def memories(self) -> _containers.RepeatedCompositeFieldContainer[Global___Memory]:
         """At most 1000 memories. Short-term memories cannot be imported."""
@@ -900,10 +1624,12 @@ class ImportMemoriesRequest(_message.Message):
         *,
         first_index: _builtins.int = ...,
         memories: _abc.Iterable[Global___Memory] | None = ...,
+        request_id: _builtins.str = ...,
+        return_ids: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_index", b"first_index", "memories", b"memories"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_index", b"first_index", "memories", b"memories", "request_id", b"request_id", "return_ids", b"return_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -919,15 +1645,33 @@ class ImportMemoriesResponse(_message.Message):
     EXISTING_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    MEMORY_IDS_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    NEXT_INDEX_FIELD_NUMBER: _builtins.int
     created: _builtins.int
     """How many memories were stored."""
     existing: _builtins.int
     """How many were there already."""
     refused: _builtins.int
     """How many were refused."""
+    skipped: _builtins.int
+    """How many memories an earlier stream under the same `request_id` had dealt with."""
+    next_index: _builtins.int
+    """Place in the whole import of the next memory to send."""
     @_builtins.property
     def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportRefusal]:
         """The refused ones: the first 1000."""
+
+    @_builtins.property
+    def results(self) -> _containers.RepeatedScalarFieldContainer[Global___ImportResult.ValueType]:
+        """What became of each memory that this stream sent, in order: of the first 1000000."""
+
+    @_builtins.property
+    def memory_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """If ids were asked for: the id of each memory of `results`, empty for a refused or skipped one;
+        of the first 100000.
+        """
 
     def __init__(
         self,
@@ -936,10 +1680,14 @@ class ImportMemoriesResponse(_message.Message):
         existing: _builtins.int = ...,
         refused: _builtins.int = ...,
         refusals: _abc.Iterable[Global___ImportRefusal] | None = ...,
+        results: _abc.Iterable[Global___ImportResult.ValueType] | None = ...,
+        memory_ids: _abc.Iterable[_builtins.str] | None = ...,
+        skipped: _builtins.int = ...,
+        next_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "existing", b"existing", "refusals", b"refusals", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "existing", b"existing", "memory_ids", b"memory_ids", "next_index", b"next_index", "refusals", b"refusals", "refused", b"refused", "results", b"results", "skipped", b"skipped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -974,6 +1722,331 @@ class ImportRefusal(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportRefusal: _TypeAlias = ImportRefusal  # noqa: Y015
+
+@_typing.final
+class GetImportRequest(_message.Message):
+    """Asks how far an import came."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The `request_id` of the import."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetImportRequest: _TypeAlias = GetImportRequest  # noqa: Y015
+
+@_typing.final
+class GetImportResponse(_message.Message):
+    """How far an import came."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___ImportProgress:
+        """How far."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___ImportProgress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetImportResponse: _TypeAlias = GetImportResponse  # noqa: Y015
+
+@_typing.final
+class ImportProgress(_message.Message):
+    """How far an import came that can be resumed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NEXT_INDEX_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    EXISTING_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client."""
+    next_index: _builtins.int
+    """Place of the next memory to send: everything before it has been dealt with."""
+    created: _builtins.int
+    """How many memories were stored."""
+    existing: _builtins.int
+    """How many were there already."""
+    refused: _builtins.int
+    """How many were refused."""
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last chunk was stored."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        next_index: _builtins.int = ...,
+        created: _builtins.int = ...,
+        existing: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "existing", b"existing", "next_index", b"next_index", "refused", b"refused", "request_id", b"request_id", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportProgress: _TypeAlias = ImportProgress  # noqa: Y015
+
+@_typing.final
+class ExportMemoriesRequest(_message.Message):
+    """Asks for all memories."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    tier: Global___Tier.ValueType
+    """Only this tier."""
+    def __init__(
+        self,
+        *,
+        tier: Global___Tier.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportMemoriesRequest: _TypeAlias = ExportMemoriesRequest  # noqa: Y015
+
+@_typing.final
+class ExportMemoriesResponse(_message.Message):
+    """A part of an export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """The next memory."""
+
+    @_builtins.property
+    def end(self) -> Global___ExportEnd:
+        """Last of all: the export is complete."""
+
+    def __init__(
+        self,
+        *,
+        memory: Global___Memory | None = ...,
+        end: Global___ExportEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "memory", b"memory", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "memory", b"memory", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["memory", "end"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ExportMemoriesResponse: _TypeAlias = ExportMemoriesResponse  # noqa: Y015
+
+@_typing.final
+class ExportEnd(_message.Message):
+    """Says that an export is complete, and what it was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many memories were sent."""
+    sha256: _builtins.str
+    """Lowercase hexadecimal SHA-256 of what was sent: of a line for each memory, in order, with its
+    `id`, a space and its `content_hash`, ended by a line feed.
+    """
+    cursor: _builtins.str
+    """For WatchMemories: the changes since the export began."""
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "cursor", b"cursor", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportEnd: _TypeAlias = ExportEnd  # noqa: Y015
+
+@_typing.final
+class WatchMemoriesRequest(_message.Message):
+    """Asks for changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURSOR_FIELD_NUMBER: _builtins.int
+    INCLUDE_MEMORIES_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """Where to go on: the last `cursor` that was received, however long ago. Empty: from now on."""
+    include_memories: _builtins.bool
+    """Whether to send the memories along."""
+    def __init__(
+        self,
+        *,
+        cursor: _builtins.str = ...,
+        include_memories: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "include_memories", b"include_memories"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchMemoriesRequest: _TypeAlias = WatchMemoriesRequest  # noqa: Y015
+
+@_typing.final
+class WatchMemoriesResponse(_message.Message):
+    """A change, or that there is none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_FIELD_NUMBER: _builtins.int
+    CAUGHT_UP_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """Where to go on after this message."""
+    @_builtins.property
+    def change(self) -> Global___MemoryChange:
+        """A memory changed."""
+
+    @_builtins.property
+    def caught_up(self) -> Global___CaughtUp:
+        """Everything that was committed so far has been sent. Comes first of all and then after
+        every silence of some seconds, so that the cursor stays near and a dead stream is noticed.
+        """
+
+    @_builtins.property
+    def end(self) -> Global___WatchEnd:
+        """Last of all: connect anew, with the cursor."""
+
+    def __init__(
+        self,
+        *,
+        change: Global___MemoryChange | None = ...,
+        caught_up: Global___CaughtUp | None = ...,
+        end: Global___WatchEnd | None = ...,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "change", b"change", "end", b"end", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "change", b"change", "cursor", b"cursor", "end", b"end", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["change", "caught_up", "end"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___WatchMemoriesResponse: _TypeAlias = WatchMemoriesResponse  # noqa: Y015
+
+@_typing.final
+class MemoryChange(_message.Message):
+    """A change of a memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    MEMORY_ID_FIELD_NUMBER: _builtins.int
+    CHANGE_TIME_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    kind: Global___ChangeKind.ValueType
+    """What was done."""
+    memory_id: _builtins.str
+    """To which memory, `mem_…`."""
+    @_builtins.property
+    def change_time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    @_builtins.property
+    def memory(self) -> Global___Memory:
+        """If asked for: the memory as it is now, which may be later than the change; absent when it is
+        gone.
+        """
+
+    def __init__(
+        self,
+        *,
+        kind: Global___ChangeKind.ValueType = ...,
+        memory_id: _builtins.str = ...,
+        change_time: _timestamp_pb2.Timestamp | None = ...,
+        memory: Global___Memory | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change_time", b"change_time", "memory", b"memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_time", b"change_time", "kind", b"kind", "memory", b"memory", "memory_id", b"memory_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryChange: _TypeAlias = MemoryChange  # noqa: Y015
+
+@_typing.final
+class CaughtUp(_message.Message):
+    """Says that nothing is left to send at the moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CaughtUp: _TypeAlias = CaughtUp  # noqa: Y015
+
+@_typing.final
+class WatchEnd(_message.Message):
+    """Says that the server closes a stream that is in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: Global___WatchEndReason.ValueType
+    """Why."""
+    def __init__(
+        self,
+        *,
+        reason: Global___WatchEndReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEnd: _TypeAlias = WatchEnd  # noqa: Y015
 
 @_typing.final
 class Attachment(_message.Message):
@@ -1038,6 +2111,7 @@ class CreateAttachmentRequest(_message.Message):
     CONTENT_TYPE_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     memory_id: _builtins.str
     """The memory it belongs to, `mem_…`; not a short-term one."""
     file_name: _builtins.str
@@ -1045,9 +2119,14 @@ class CreateAttachmentRequest(_message.Message):
     content_type: _builtins.str
     """Media type, such as "text/plain"."""
     size_bytes: _builtins.int
-    """Size in bytes; 1 to 16 MiB."""
+    """Size in bytes; 1 to 100 MiB."""
     sha256: _builtins.str
     """Lowercase hexadecimal SHA-256 of the file."""
+    request_id: _builtins.str
+    """Chosen by the client, up to 64 characters: sending the same request again under the same id
+    is safe and returns the same attachment, with new URLs while it is pending. Empty: no
+    protection.
+    """
     def __init__(
         self,
         *,
@@ -1056,10 +2135,11 @@ class CreateAttachmentRequest(_message.Message):
         content_type: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         sha256: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "file_name", b"file_name", "memory_id", b"memory_id", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "file_name", b"file_name", "memory_id", b"memory_id", "request_id", b"request_id", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1074,15 +2154,20 @@ class CreateAttachmentResponse(_message.Message):
     ATTACHMENT_FIELD_NUMBER: _builtins.int
     UPLOAD_URL_FIELD_NUMBER: _builtins.int
     UPLOAD_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     upload_url: _builtins.str
-    """PUT the bytes here, without an access token."""
+    """PUT the bytes here, without an access token; empty when there are parts."""
     @_builtins.property
     def attachment(self) -> Global___Attachment:
         """The attachment, pending."""
 
     @_builtins.property
     def upload_expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When the URL stops working."""
+        """When the URLs stop working."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadPart]:
+        """Where to PUT a file of more than 16 MiB, part by part, in any order and at the same time."""
 
     def __init__(
         self,
@@ -1090,14 +2175,45 @@ class CreateAttachmentResponse(_message.Message):
         attachment: Global___Attachment | None = ...,
         upload_url: _builtins.str = ...,
         upload_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        parts: _abc.Iterable[Global___UploadPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "upload_expire_time", b"upload_expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "upload_expire_time", b"upload_expire_time", "upload_url", b"upload_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "parts", b"parts", "upload_expire_time", b"upload_expire_time", "upload_url", b"upload_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateAttachmentResponse: _TypeAlias = CreateAttachmentResponse  # noqa: Y015
+
+@_typing.final
+class UploadPart(_message.Message):
+    """A part of a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    UPLOAD_URL_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Its place in the file, from 1."""
+    size_bytes: _builtins.int
+    """How many bytes: 16 MiB, or what is left for the last part."""
+    upload_url: _builtins.str
+    """PUT these bytes here, without an access token."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        upload_url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "size_bytes", b"size_bytes", "upload_url", b"upload_url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadPart: _TypeAlias = UploadPart  # noqa: Y015
 
 @_typing.final
 class CompleteAttachmentRequest(_message.Message):
@@ -1200,6 +2316,238 @@ class GetAttachmentResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetAttachmentResponse: _TypeAlias = GetAttachmentResponse  # noqa: Y015
+
+@_typing.final
+class ListAttachmentsRequest(_message.Message):
+    """Asks for a page of attachments."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    memory_id: _builtins.str
+    """The memory, `mem_…`; not a short-term one."""
+    page_size: _builtins.int
+    """How many at most: 1 to 1000; 0 means 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        memory_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_id", b"memory_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAttachmentsRequest: _TypeAlias = ListAttachmentsRequest  # noqa: Y015
+
+@_typing.final
+class ListAttachmentsResponse(_message.Message):
+    """A page of attachments."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTACHMENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last page."""
+    @_builtins.property
+    def attachments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attachment]:
+        """The attachments, newest first."""
+
+    def __init__(
+        self,
+        *,
+        attachments: _abc.Iterable[Global___Attachment] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAttachmentsResponse: _TypeAlias = ListAttachmentsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAttachmentRequest(_message.Message):
+    """Asks to delete an attachment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`att_…`."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAttachmentRequest: _TypeAlias = DeleteAttachmentRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAttachmentResponse(_message.Message):
+    """Says that the attachment is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAttachmentResponse: _TypeAlias = DeleteAttachmentResponse  # noqa: Y015
+
+@_typing.final
+class Transcript(_message.Message):
+    """What was said in a conversation, turn by turn, as a file of JSON Lines."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    TURNS_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The conversation."""
+    size_bytes: _builtins.int
+    """Size in bytes."""
+    sha256: _builtins.str
+    """Lowercase hexadecimal SHA-256 of the file."""
+    turns: _builtins.int
+    """How many turns."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was written."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+        turns: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "session_id", b"session_id", "sha256", b"sha256", "size_bytes", b"size_bytes", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Transcript: _TypeAlias = Transcript  # noqa: Y015
+
+@_typing.final
+class GetTranscriptRequest(_message.Message):
+    """Asks for a transcript."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The conversation."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTranscriptRequest: _TypeAlias = GetTranscriptRequest  # noqa: Y015
+
+@_typing.final
+class GetTranscriptResponse(_message.Message):
+    """A transcript."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSCRIPT_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_URL_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    download_url: _builtins.str
+    """GET the bytes here, without an access token."""
+    @_builtins.property
+    def transcript(self) -> Global___Transcript:
+        """The transcript."""
+
+    @_builtins.property
+    def download_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the URL stops working."""
+
+    def __init__(
+        self,
+        *,
+        transcript: Global___Transcript | None = ...,
+        download_url: _builtins.str = ...,
+        download_expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["download_expire_time", b"download_expire_time", "transcript", b"transcript"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["download_expire_time", b"download_expire_time", "download_url", b"download_url", "transcript", b"transcript"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTranscriptResponse: _TypeAlias = GetTranscriptResponse  # noqa: Y015
+
+@_typing.final
+class DeleteTranscriptRequest(_message.Message):
+    """Asks to delete a transcript."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The conversation."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTranscriptRequest: _TypeAlias = DeleteTranscriptRequest  # noqa: Y015
+
+@_typing.final
+class DeleteTranscriptResponse(_message.Message):
+    """Says that the transcript is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTranscriptResponse: _TypeAlias = DeleteTranscriptResponse  # noqa: Y015
 
 @_typing.final
 class Meditation(_message.Message):

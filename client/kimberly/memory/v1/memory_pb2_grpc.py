@@ -61,6 +61,41 @@ class MemoryServiceStub:
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteMemoryRequest.SerializeToString,
                 response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteMemoryResponse.FromString,
                 _registered_method=True)
+        self.BatchCreateMemories = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/BatchCreateMemories',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.BatchCreateMemoriesRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.BatchCreateMemoriesResponse.FromString,
+                _registered_method=True)
+        self.ListMemoryVersions = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/ListMemoryVersions',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMemoryVersionsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMemoryVersionsResponse.FromString,
+                _registered_method=True)
+        self.ArchiveMemory = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/ArchiveMemory',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ArchiveMemoryRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ArchiveMemoryResponse.FromString,
+                _registered_method=True)
+        self.RestoreMemory = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/RestoreMemory',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.RestoreMemoryRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.RestoreMemoryResponse.FromString,
+                _registered_method=True)
+        self.ProtectMemory = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/ProtectMemory',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ProtectMemoryRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ProtectMemoryResponse.FromString,
+                _registered_method=True)
+        self.GiveFeedback = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/GiveFeedback',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GiveFeedbackRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GiveFeedbackResponse.FromString,
+                _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/GetUsage',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
         self.QueryMemories = channel.unary_unary(
                 '/kimberly.memory.v1.MemoryService/QueryMemories',
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.QueryMemoriesRequest.SerializeToString,
@@ -71,10 +106,30 @@ class MemoryServiceStub:
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesRequest.SerializeToString,
                 response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesResponse.FromString,
                 _registered_method=True)
+        self.GetImport = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/GetImport',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetImportRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetImportResponse.FromString,
+                _registered_method=True)
+        self.ExportMemories = channel.unary_stream(
+                '/kimberly.memory.v1.MemoryService/ExportMemories',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ExportMemoriesRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ExportMemoriesResponse.FromString,
+                _registered_method=True)
+        self.WatchMemories = channel.unary_stream(
+                '/kimberly.memory.v1.MemoryService/WatchMemories',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.WatchMemoriesRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.WatchMemoriesResponse.FromString,
+                _registered_method=True)
         self.UploadEmbeddings = channel.unary_unary(
                 '/kimberly.memory.v1.MemoryService/UploadEmbeddings',
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsRequest.SerializeToString,
                 response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsResponse.FromString,
+                _registered_method=True)
+        self.DeleteEmbeddings = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/DeleteEmbeddings',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteEmbeddingsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteEmbeddingsResponse.FromString,
                 _registered_method=True)
         self.CreateAttachment = channel.unary_unary(
                 '/kimberly.memory.v1.MemoryService/CreateAttachment',
@@ -90,6 +145,26 @@ class MemoryServiceStub:
                 '/kimberly.memory.v1.MemoryService/GetAttachment',
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetAttachmentRequest.SerializeToString,
                 response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetAttachmentResponse.FromString,
+                _registered_method=True)
+        self.ListAttachments = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/ListAttachments',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListAttachmentsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListAttachmentsResponse.FromString,
+                _registered_method=True)
+        self.DeleteAttachment = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/DeleteAttachment',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentResponse.FromString,
+                _registered_method=True)
+        self.GetTranscript = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/GetTranscript',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetTranscriptRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetTranscriptResponse.FromString,
+                _registered_method=True)
+        self.DeleteTranscript = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/DeleteTranscript',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteTranscriptRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteTranscriptResponse.FromString,
                 _registered_method=True)
         self.Meditate = channel.unary_unary(
                 '/kimberly.memory.v1.MemoryService/Meditate',
@@ -132,14 +207,68 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateMemory(self, request, context):
-        """Changes the fields of a memory that the mask names. A stale etag is refused with ABORTED.
+        """Changes the fields of a memory that the mask names. A stale etag is refused with ABORTED. With
+        "tier" in the mask it moves to another tier, under the same id and with all its versions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteMemory(self, request, context):
-        """Deletes a memory with its attachments, for good.
+        """Deletes a memory with its versions, vectors and attachments: for good and at once, or, with a
+        grace period, when that has passed; until then it can be restored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchCreateMemories(self, request, context):
+        """Stores many memories in one transaction: all of them or, when one is refused, none. For many
+        thousands there is ImportMemories.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListMemoryVersions(self, request, context):
+        """Lists what a memory was before each change, newest first, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ArchiveMemory(self, request, context):
+        """Puts a memory away: no query finds it and it counts against no quota. It can be restored as
+        long as its grace period lasts, and is deleted for good after that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreMemory(self, request, context):
+        """Brings an archived memory back. From then on only its user archives it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProtectMemory(self, request, context):
+        """Protects a memory from being archived by the machine, or no longer does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GiveFeedback(self, request, context):
+        """Tells what a memory is worth to the user, and whether retrieving it helped. Both count in the
+        next meditation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUsage(self, request, context):
+        """Returns how much the user keeps in each tier, and how much there is room for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,7 +283,37 @@ class MemoryServiceServicer:
 
     def ImportMemories(self, request_iterator, context):
         """Stores many memories. The client sends chunks and closes; each chunk is committed on its
-        own, so that a stream that breaks can be sent again: what is stored is not stored twice.
+        own, so that a stream that breaks can be sent again: what is stored is not stored twice. With
+        a `request_id` the server remembers how far it came: GetImport tells where to go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetImport(self, request, context):
+        """Returns how far an import came.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportMemories(self, request, context):
+        """Sends all memories of the user, in the order of their ids, and then says how many they were:
+        an export without that end was cut short. Over REST each line is a message in JSON. Memories
+        that are stored later than the start are left out; of one that changes or goes meanwhile it is
+        not said whether it is sent as it was. The server closes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchMemories(self, request, context):
+        """Sends every change of the user's memories, in the order of their transactions, soon after it
+        was committed; over REST a line of JSON each. A short-term memory that expires changes
+        nothing that is told. The server closes: with an `end` and OK, or with an error. Either way
+        the stream goes on where it stopped when its last `cursor` is sent back. A reader that takes
+        nothing for some seconds while changes wait is cut with RESOURCE_EXHAUSTED, and with
+        FAILED_PRECONDITION who withdraws consent to memory.store.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,15 +329,26 @@ class MemoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteEmbeddings(self, request, context):
+        """Drops all vectors of one model, such as the old ones after another model has made its own.
+        Vectors of the local model that the settings name are made anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateAttachment(self, request, context):
-        """Announces a file that belongs to a memory and returns a URL to PUT it to.
+        """Announces a file that belongs to a memory and returns a URL to PUT it to, or one for each part
+        of a file of more than 16 MiB. Each URL takes one PUT of that many bytes, for some minutes, and
+        the URL of a whole file takes only the bytes of the announced SHA-256.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CompleteAttachment(self, request, context):
-        """Ends an upload: reads the object back and compares size and SHA-256 with the announced ones.
+        """Ends an upload: puts the parts together, reads the object back and compares size and SHA-256
+        with the announced ones. An object that is not the announced one is removed. May be repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -186,6 +356,34 @@ class MemoryServiceServicer:
 
     def GetAttachment(self, request, context):
         """Returns an attachment, with a URL to GET it from once the upload is complete.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAttachments(self, request, context):
+        """Lists the attachments of a memory, newest first, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAttachment(self, request, context):
+        """Deletes an attachment with its bytes, in whatever state it is, for good.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTranscript(self, request, context):
+        """Returns the transcript of a conversation that has ended, with a URL to GET it from.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteTranscript(self, request, context):
+        """Deletes the transcript of a conversation with its bytes, for good. Memories stay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,6 +431,41 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteMemoryRequest.FromString,
                     response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteMemoryResponse.SerializeToString,
             ),
+            'BatchCreateMemories': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchCreateMemories,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.BatchCreateMemoriesRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.BatchCreateMemoriesResponse.SerializeToString,
+            ),
+            'ListMemoryVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMemoryVersions,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMemoryVersionsRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMemoryVersionsResponse.SerializeToString,
+            ),
+            'ArchiveMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ArchiveMemory,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ArchiveMemoryRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ArchiveMemoryResponse.SerializeToString,
+            ),
+            'RestoreMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreMemory,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.RestoreMemoryRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.RestoreMemoryResponse.SerializeToString,
+            ),
+            'ProtectMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProtectMemory,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ProtectMemoryRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ProtectMemoryResponse.SerializeToString,
+            ),
+            'GiveFeedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.GiveFeedback,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GiveFeedbackRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GiveFeedbackResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetUsageRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetUsageResponse.SerializeToString,
+            ),
             'QueryMemories': grpc.unary_unary_rpc_method_handler(
                     servicer.QueryMemories,
                     request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.QueryMemoriesRequest.FromString,
@@ -243,10 +476,30 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesRequest.FromString,
                     response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ImportMemoriesResponse.SerializeToString,
             ),
+            'GetImport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetImport,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetImportRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetImportResponse.SerializeToString,
+            ),
+            'ExportMemories': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportMemories,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ExportMemoriesRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ExportMemoriesResponse.SerializeToString,
+            ),
+            'WatchMemories': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchMemories,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.WatchMemoriesRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.WatchMemoriesResponse.SerializeToString,
+            ),
             'UploadEmbeddings': grpc.unary_unary_rpc_method_handler(
                     servicer.UploadEmbeddings,
                     request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsRequest.FromString,
                     response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsResponse.SerializeToString,
+            ),
+            'DeleteEmbeddings': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteEmbeddings,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteEmbeddingsRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteEmbeddingsResponse.SerializeToString,
             ),
             'CreateAttachment': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateAttachment,
@@ -262,6 +515,26 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.GetAttachment,
                     request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetAttachmentRequest.FromString,
                     response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetAttachmentResponse.SerializeToString,
+            ),
+            'ListAttachments': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAttachments,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListAttachmentsRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListAttachmentsResponse.SerializeToString,
+            ),
+            'DeleteAttachment': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAttachment,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentResponse.SerializeToString,
+            ),
+            'GetTranscript': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTranscript,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetTranscriptRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetTranscriptResponse.SerializeToString,
+            ),
+            'DeleteTranscript': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTranscript,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteTranscriptRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteTranscriptResponse.SerializeToString,
             ),
             'Meditate': grpc.unary_unary_rpc_method_handler(
                     servicer.Meditate,
@@ -422,6 +695,195 @@ class MemoryService:
             _registered_method=True)
 
     @staticmethod
+    def BatchCreateMemories(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/BatchCreateMemories',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.BatchCreateMemoriesRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.BatchCreateMemoriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListMemoryVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/ListMemoryVersions',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMemoryVersionsRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMemoryVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ArchiveMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/ArchiveMemory',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ArchiveMemoryRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ArchiveMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/RestoreMemory',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.RestoreMemoryRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.RestoreMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProtectMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/ProtectMemory',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ProtectMemoryRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ProtectMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GiveFeedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/GiveFeedback',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GiveFeedbackRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GiveFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/GetUsage',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GetUsageRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def QueryMemories(request,
             target,
             options=(),
@@ -476,6 +938,87 @@ class MemoryService:
             _registered_method=True)
 
     @staticmethod
+    def GetImport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/GetImport',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GetImportRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GetImportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportMemories(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/ExportMemories',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ExportMemoriesRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ExportMemoriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchMemories(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/WatchMemories',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.WatchMemoriesRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.WatchMemoriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def UploadEmbeddings(request,
             target,
             options=(),
@@ -492,6 +1035,33 @@ class MemoryService:
             '/kimberly.memory.v1.MemoryService/UploadEmbeddings',
             kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsRequest.SerializeToString,
             kimberly_dot_memory_dot_v1_dot_memory__pb2.UploadEmbeddingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteEmbeddings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/DeleteEmbeddings',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteEmbeddingsRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteEmbeddingsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -573,6 +1143,114 @@ class MemoryService:
             '/kimberly.memory.v1.MemoryService/GetAttachment',
             kimberly_dot_memory_dot_v1_dot_memory__pb2.GetAttachmentRequest.SerializeToString,
             kimberly_dot_memory_dot_v1_dot_memory__pb2.GetAttachmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAttachments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/ListAttachments',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ListAttachmentsRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ListAttachmentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAttachment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/DeleteAttachment',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTranscript(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/GetTranscript',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GetTranscriptRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GetTranscriptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTranscript(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/DeleteTranscript',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteTranscriptRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteTranscriptResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,14 +46,55 @@ class MemoryServiceStub:
     pages that follow.
     """
     UpdateMemory: _grpc.UnaryUnaryMultiCallable[_memory_pb2.UpdateMemoryRequest, _memory_pb2.UpdateMemoryResponse]
-    """Changes the fields of a memory that the mask names. A stale etag is refused with ABORTED."""
+    """Changes the fields of a memory that the mask names. A stale etag is refused with ABORTED. With
+    "tier" in the mask it moves to another tier, under the same id and with all its versions.
+    """
     DeleteMemory: _grpc.UnaryUnaryMultiCallable[_memory_pb2.DeleteMemoryRequest, _memory_pb2.DeleteMemoryResponse]
-    """Deletes a memory with its attachments, for good."""
+    """Deletes a memory with its versions, vectors and attachments: for good and at once, or, with a
+    grace period, when that has passed; until then it can be restored.
+    """
+    BatchCreateMemories: _grpc.UnaryUnaryMultiCallable[_memory_pb2.BatchCreateMemoriesRequest, _memory_pb2.BatchCreateMemoriesResponse]
+    """Stores many memories in one transaction: all of them or, when one is refused, none. For many
+    thousands there is ImportMemories.
+    """
+    ListMemoryVersions: _grpc.UnaryUnaryMultiCallable[_memory_pb2.ListMemoryVersionsRequest, _memory_pb2.ListMemoryVersionsResponse]
+    """Lists what a memory was before each change, newest first, page by page."""
+    ArchiveMemory: _grpc.UnaryUnaryMultiCallable[_memory_pb2.ArchiveMemoryRequest, _memory_pb2.ArchiveMemoryResponse]
+    """Puts a memory away: no query finds it and it counts against no quota. It can be restored as
+    long as its grace period lasts, and is deleted for good after that.
+    """
+    RestoreMemory: _grpc.UnaryUnaryMultiCallable[_memory_pb2.RestoreMemoryRequest, _memory_pb2.RestoreMemoryResponse]
+    """Brings an archived memory back. From then on only its user archives it."""
+    ProtectMemory: _grpc.UnaryUnaryMultiCallable[_memory_pb2.ProtectMemoryRequest, _memory_pb2.ProtectMemoryResponse]
+    """Protects a memory from being archived by the machine, or no longer does."""
+    GiveFeedback: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GiveFeedbackRequest, _memory_pb2.GiveFeedbackResponse]
+    """Tells what a memory is worth to the user, and whether retrieving it helped. Both count in the
+    next meditation.
+    """
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GetUsageRequest, _memory_pb2.GetUsageResponse]
+    """Returns how much the user keeps in each tier, and how much there is room for."""
     QueryMemories: _grpc.UnaryUnaryMultiCallable[_memory_pb2.QueryMemoriesRequest, _memory_pb2.QueryMemoriesResponse]
     """Finds the memories that answer a question. Any text is a legal query."""
     ImportMemories: _grpc.StreamUnaryMultiCallable[_memory_pb2.ImportMemoriesRequest, _memory_pb2.ImportMemoriesResponse]
     """Stores many memories. The client sends chunks and closes; each chunk is committed on its
-    own, so that a stream that breaks can be sent again: what is stored is not stored twice.
+    own, so that a stream that breaks can be sent again: what is stored is not stored twice. With
+    a `request_id` the server remembers how far it came: GetImport tells where to go on.
+    """
+    GetImport: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GetImportRequest, _memory_pb2.GetImportResponse]
+    """Returns how far an import came."""
+    ExportMemories: _grpc.UnaryStreamMultiCallable[_memory_pb2.ExportMemoriesRequest, _memory_pb2.ExportMemoriesResponse]
+    """Sends all memories of the user, in the order of their ids, and then says how many they were:
+    an export without that end was cut short. Over REST each line is a message in JSON. Memories
+    that are stored later than the start are left out; of one that changes or goes meanwhile it is
+    not said whether it is sent as it was. The server closes.
+    """
+    WatchMemories: _grpc.UnaryStreamMultiCallable[_memory_pb2.WatchMemoriesRequest, _memory_pb2.WatchMemoriesResponse]
+    """Sends every change of the user's memories, in the order of their transactions, soon after it
+    was committed; over REST a line of JSON each. A short-term memory that expires changes
+    nothing that is told. The server closes: with an `end` and OK, or with an error. Either way
+    the stream goes on where it stopped when its last `cursor` is sent back. A reader that takes
+    nothing for some seconds while changes wait is cut with RESOURCE_EXHAUSTED, and with
+    FAILED_PRECONDITION who withdraws consent to memory.store.
     """
     UploadEmbeddings: _grpc.UnaryUnaryMultiCallable[_memory_pb2.UploadEmbeddingsRequest, _memory_pb2.UploadEmbeddingsResponse]
     """Keeps vectors that stand for the meaning of memories, so that queries that bring a vector of
@@ -61,12 +102,29 @@ class MemoryServiceStub:
     for one text: a change of the text drops it. Needs consent to memory.embed; as long as that
     is withdrawn, no vector is used.
     """
+    DeleteEmbeddings: _grpc.UnaryUnaryMultiCallable[_memory_pb2.DeleteEmbeddingsRequest, _memory_pb2.DeleteEmbeddingsResponse]
+    """Drops all vectors of one model, such as the old ones after another model has made its own.
+    Vectors of the local model that the settings name are made anew.
+    """
     CreateAttachment: _grpc.UnaryUnaryMultiCallable[_memory_pb2.CreateAttachmentRequest, _memory_pb2.CreateAttachmentResponse]
-    """Announces a file that belongs to a memory and returns a URL to PUT it to."""
+    """Announces a file that belongs to a memory and returns a URL to PUT it to, or one for each part
+    of a file of more than 16 MiB. Each URL takes one PUT of that many bytes, for some minutes, and
+    the URL of a whole file takes only the bytes of the announced SHA-256.
+    """
     CompleteAttachment: _grpc.UnaryUnaryMultiCallable[_memory_pb2.CompleteAttachmentRequest, _memory_pb2.CompleteAttachmentResponse]
-    """Ends an upload: reads the object back and compares size and SHA-256 with the announced ones."""
+    """Ends an upload: puts the parts together, reads the object back and compares size and SHA-256
+    with the announced ones. An object that is not the announced one is removed. May be repeated.
+    """
     GetAttachment: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GetAttachmentRequest, _memory_pb2.GetAttachmentResponse]
     """Returns an attachment, with a URL to GET it from once the upload is complete."""
+    ListAttachments: _grpc.UnaryUnaryMultiCallable[_memory_pb2.ListAttachmentsRequest, _memory_pb2.ListAttachmentsResponse]
+    """Lists the attachments of a memory, newest first, page by page."""
+    DeleteAttachment: _grpc.UnaryUnaryMultiCallable[_memory_pb2.DeleteAttachmentRequest, _memory_pb2.DeleteAttachmentResponse]
+    """Deletes an attachment with its bytes, in whatever state it is, for good."""
+    GetTranscript: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GetTranscriptRequest, _memory_pb2.GetTranscriptResponse]
+    """Returns the transcript of a conversation that has ended, with a URL to GET it from."""
+    DeleteTranscript: _grpc.UnaryUnaryMultiCallable[_memory_pb2.DeleteTranscriptRequest, _memory_pb2.DeleteTranscriptResponse]
+    """Deletes the transcript of a conversation with its bytes, for good. Memories stay."""
     Meditate: _grpc.UnaryUnaryMultiCallable[_memory_pb2.MeditateRequest, _memory_pb2.MeditateResponse]
     """Starts a meditation: scores all memories of the user anew. Returns at once."""
     GetMeditation: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GetMeditationRequest, _memory_pb2.GetMeditationResponse]
@@ -90,14 +148,55 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     pages that follow.
     """
     UpdateMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.UpdateMemoryRequest, _memory_pb2.UpdateMemoryResponse]  # type: ignore[assignment]
-    """Changes the fields of a memory that the mask names. A stale etag is refused with ABORTED."""
+    """Changes the fields of a memory that the mask names. A stale etag is refused with ABORTED. With
+    "tier" in the mask it moves to another tier, under the same id and with all its versions.
+    """
     DeleteMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.DeleteMemoryRequest, _memory_pb2.DeleteMemoryResponse]  # type: ignore[assignment]
-    """Deletes a memory with its attachments, for good."""
+    """Deletes a memory with its versions, vectors and attachments: for good and at once, or, with a
+    grace period, when that has passed; until then it can be restored.
+    """
+    BatchCreateMemories: _aio.UnaryUnaryMultiCallable[_memory_pb2.BatchCreateMemoriesRequest, _memory_pb2.BatchCreateMemoriesResponse]  # type: ignore[assignment]
+    """Stores many memories in one transaction: all of them or, when one is refused, none. For many
+    thousands there is ImportMemories.
+    """
+    ListMemoryVersions: _aio.UnaryUnaryMultiCallable[_memory_pb2.ListMemoryVersionsRequest, _memory_pb2.ListMemoryVersionsResponse]  # type: ignore[assignment]
+    """Lists what a memory was before each change, newest first, page by page."""
+    ArchiveMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.ArchiveMemoryRequest, _memory_pb2.ArchiveMemoryResponse]  # type: ignore[assignment]
+    """Puts a memory away: no query finds it and it counts against no quota. It can be restored as
+    long as its grace period lasts, and is deleted for good after that.
+    """
+    RestoreMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.RestoreMemoryRequest, _memory_pb2.RestoreMemoryResponse]  # type: ignore[assignment]
+    """Brings an archived memory back. From then on only its user archives it."""
+    ProtectMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.ProtectMemoryRequest, _memory_pb2.ProtectMemoryResponse]  # type: ignore[assignment]
+    """Protects a memory from being archived by the machine, or no longer does."""
+    GiveFeedback: _aio.UnaryUnaryMultiCallable[_memory_pb2.GiveFeedbackRequest, _memory_pb2.GiveFeedbackResponse]  # type: ignore[assignment]
+    """Tells what a memory is worth to the user, and whether retrieving it helped. Both count in the
+    next meditation.
+    """
+    GetUsage: _aio.UnaryUnaryMultiCallable[_memory_pb2.GetUsageRequest, _memory_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """Returns how much the user keeps in each tier, and how much there is room for."""
     QueryMemories: _aio.UnaryUnaryMultiCallable[_memory_pb2.QueryMemoriesRequest, _memory_pb2.QueryMemoriesResponse]  # type: ignore[assignment]
     """Finds the memories that answer a question. Any text is a legal query."""
     ImportMemories: _aio.StreamUnaryMultiCallable[_memory_pb2.ImportMemoriesRequest, _memory_pb2.ImportMemoriesResponse]  # type: ignore[assignment]
     """Stores many memories. The client sends chunks and closes; each chunk is committed on its
-    own, so that a stream that breaks can be sent again: what is stored is not stored twice.
+    own, so that a stream that breaks can be sent again: what is stored is not stored twice. With
+    a `request_id` the server remembers how far it came: GetImport tells where to go on.
+    """
+    GetImport: _aio.UnaryUnaryMultiCallable[_memory_pb2.GetImportRequest, _memory_pb2.GetImportResponse]  # type: ignore[assignment]
+    """Returns how far an import came."""
+    ExportMemories: _aio.UnaryStreamMultiCallable[_memory_pb2.ExportMemoriesRequest, _memory_pb2.ExportMemoriesResponse]  # type: ignore[assignment]
+    """Sends all memories of the user, in the order of their ids, and then says how many they were:
+    an export without that end was cut short. Over REST each line is a message in JSON. Memories
+    that are stored later than the start are left out; of one that changes or goes meanwhile it is
+    not said whether it is sent as it was. The server closes.
+    """
+    WatchMemories: _aio.UnaryStreamMultiCallable[_memory_pb2.WatchMemoriesRequest, _memory_pb2.WatchMemoriesResponse]  # type: ignore[assignment]
+    """Sends every change of the user's memories, in the order of their transactions, soon after it
+    was committed; over REST a line of JSON each. A short-term memory that expires changes
+    nothing that is told. The server closes: with an `end` and OK, or with an error. Either way
+    the stream goes on where it stopped when its last `cursor` is sent back. A reader that takes
+    nothing for some seconds while changes wait is cut with RESOURCE_EXHAUSTED, and with
+    FAILED_PRECONDITION who withdraws consent to memory.store.
     """
     UploadEmbeddings: _aio.UnaryUnaryMultiCallable[_memory_pb2.UploadEmbeddingsRequest, _memory_pb2.UploadEmbeddingsResponse]  # type: ignore[assignment]
     """Keeps vectors that stand for the meaning of memories, so that queries that bring a vector of
@@ -105,12 +204,29 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     for one text: a change of the text drops it. Needs consent to memory.embed; as long as that
     is withdrawn, no vector is used.
     """
+    DeleteEmbeddings: _aio.UnaryUnaryMultiCallable[_memory_pb2.DeleteEmbeddingsRequest, _memory_pb2.DeleteEmbeddingsResponse]  # type: ignore[assignment]
+    """Drops all vectors of one model, such as the old ones after another model has made its own.
+    Vectors of the local model that the settings name are made anew.
+    """
     CreateAttachment: _aio.UnaryUnaryMultiCallable[_memory_pb2.CreateAttachmentRequest, _memory_pb2.CreateAttachmentResponse]  # type: ignore[assignment]
-    """Announces a file that belongs to a memory and returns a URL to PUT it to."""
+    """Announces a file that belongs to a memory and returns a URL to PUT it to, or one for each part
+    of a file of more than 16 MiB. Each URL takes one PUT of that many bytes, for some minutes, and
+    the URL of a whole file takes only the bytes of the announced SHA-256.
+    """
     CompleteAttachment: _aio.UnaryUnaryMultiCallable[_memory_pb2.CompleteAttachmentRequest, _memory_pb2.CompleteAttachmentResponse]  # type: ignore[assignment]
-    """Ends an upload: reads the object back and compares size and SHA-256 with the announced ones."""
+    """Ends an upload: puts the parts together, reads the object back and compares size and SHA-256
+    with the announced ones. An object that is not the announced one is removed. May be repeated.
+    """
     GetAttachment: _aio.UnaryUnaryMultiCallable[_memory_pb2.GetAttachmentRequest, _memory_pb2.GetAttachmentResponse]  # type: ignore[assignment]
     """Returns an attachment, with a URL to GET it from once the upload is complete."""
+    ListAttachments: _aio.UnaryUnaryMultiCallable[_memory_pb2.ListAttachmentsRequest, _memory_pb2.ListAttachmentsResponse]  # type: ignore[assignment]
+    """Lists the attachments of a memory, newest first, page by page."""
+    DeleteAttachment: _aio.UnaryUnaryMultiCallable[_memory_pb2.DeleteAttachmentRequest, _memory_pb2.DeleteAttachmentResponse]  # type: ignore[assignment]
+    """Deletes an attachment with its bytes, in whatever state it is, for good."""
+    GetTranscript: _aio.UnaryUnaryMultiCallable[_memory_pb2.GetTranscriptRequest, _memory_pb2.GetTranscriptResponse]  # type: ignore[assignment]
+    """Returns the transcript of a conversation that has ended, with a URL to GET it from."""
+    DeleteTranscript: _aio.UnaryUnaryMultiCallable[_memory_pb2.DeleteTranscriptRequest, _memory_pb2.DeleteTranscriptResponse]  # type: ignore[assignment]
+    """Deletes the transcript of a conversation with its bytes, for good. Memories stay."""
     Meditate: _aio.UnaryUnaryMultiCallable[_memory_pb2.MeditateRequest, _memory_pb2.MeditateResponse]  # type: ignore[assignment]
     """Starts a meditation: scores all memories of the user anew. Returns at once."""
     GetMeditation: _aio.UnaryUnaryMultiCallable[_memory_pb2.GetMeditationRequest, _memory_pb2.GetMeditationResponse]  # type: ignore[assignment]
@@ -155,7 +271,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_pb2.UpdateMemoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.UpdateMemoryResponse, _abc.Awaitable[_memory_pb2.UpdateMemoryResponse]]:
-        """Changes the fields of a memory that the mask names. A stale etag is refused with ABORTED."""
+        """Changes the fields of a memory that the mask names. A stale etag is refused with ABORTED. With
+        "tier" in the mask it moves to another tier, under the same id and with all its versions.
+        """
 
     @_abc_1.abstractmethod
     def DeleteMemory(
@@ -163,7 +281,71 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_pb2.DeleteMemoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.DeleteMemoryResponse, _abc.Awaitable[_memory_pb2.DeleteMemoryResponse]]:
-        """Deletes a memory with its attachments, for good."""
+        """Deletes a memory with its versions, vectors and attachments: for good and at once, or, with a
+        grace period, when that has passed; until then it can be restored.
+        """
+
+    @_abc_1.abstractmethod
+    def BatchCreateMemories(
+        self,
+        request: _memory_pb2.BatchCreateMemoriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.BatchCreateMemoriesResponse, _abc.Awaitable[_memory_pb2.BatchCreateMemoriesResponse]]:
+        """Stores many memories in one transaction: all of them or, when one is refused, none. For many
+        thousands there is ImportMemories.
+        """
+
+    @_abc_1.abstractmethod
+    def ListMemoryVersions(
+        self,
+        request: _memory_pb2.ListMemoryVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.ListMemoryVersionsResponse, _abc.Awaitable[_memory_pb2.ListMemoryVersionsResponse]]:
+        """Lists what a memory was before each change, newest first, page by page."""
+
+    @_abc_1.abstractmethod
+    def ArchiveMemory(
+        self,
+        request: _memory_pb2.ArchiveMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.ArchiveMemoryResponse, _abc.Awaitable[_memory_pb2.ArchiveMemoryResponse]]:
+        """Puts a memory away: no query finds it and it counts against no quota. It can be restored as
+        long as its grace period lasts, and is deleted for good after that.
+        """
+
+    @_abc_1.abstractmethod
+    def RestoreMemory(
+        self,
+        request: _memory_pb2.RestoreMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.RestoreMemoryResponse, _abc.Awaitable[_memory_pb2.RestoreMemoryResponse]]:
+        """Brings an archived memory back. From then on only its user archives it."""
+
+    @_abc_1.abstractmethod
+    def ProtectMemory(
+        self,
+        request: _memory_pb2.ProtectMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.ProtectMemoryResponse, _abc.Awaitable[_memory_pb2.ProtectMemoryResponse]]:
+        """Protects a memory from being archived by the machine, or no longer does."""
+
+    @_abc_1.abstractmethod
+    def GiveFeedback(
+        self,
+        request: _memory_pb2.GiveFeedbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.GiveFeedbackResponse, _abc.Awaitable[_memory_pb2.GiveFeedbackResponse]]:
+        """Tells what a memory is worth to the user, and whether retrieving it helped. Both count in the
+        next meditation.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _memory_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.GetUsageResponse, _abc.Awaitable[_memory_pb2.GetUsageResponse]]:
+        """Returns how much the user keeps in each tier, and how much there is room for."""
 
     @_abc_1.abstractmethod
     def QueryMemories(
@@ -180,7 +362,42 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.ImportMemoriesResponse, _abc.Awaitable[_memory_pb2.ImportMemoriesResponse]]:
         """Stores many memories. The client sends chunks and closes; each chunk is committed on its
-        own, so that a stream that breaks can be sent again: what is stored is not stored twice.
+        own, so that a stream that breaks can be sent again: what is stored is not stored twice. With
+        a `request_id` the server remembers how far it came: GetImport tells where to go on.
+        """
+
+    @_abc_1.abstractmethod
+    def GetImport(
+        self,
+        request: _memory_pb2.GetImportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.GetImportResponse, _abc.Awaitable[_memory_pb2.GetImportResponse]]:
+        """Returns how far an import came."""
+
+    @_abc_1.abstractmethod
+    def ExportMemories(
+        self,
+        request: _memory_pb2.ExportMemoriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_memory_pb2.ExportMemoriesResponse], _abc.AsyncIterator[_memory_pb2.ExportMemoriesResponse]]:
+        """Sends all memories of the user, in the order of their ids, and then says how many they were:
+        an export without that end was cut short. Over REST each line is a message in JSON. Memories
+        that are stored later than the start are left out; of one that changes or goes meanwhile it is
+        not said whether it is sent as it was. The server closes.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchMemories(
+        self,
+        request: _memory_pb2.WatchMemoriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_memory_pb2.WatchMemoriesResponse], _abc.AsyncIterator[_memory_pb2.WatchMemoriesResponse]]:
+        """Sends every change of the user's memories, in the order of their transactions, soon after it
+        was committed; over REST a line of JSON each. A short-term memory that expires changes
+        nothing that is told. The server closes: with an `end` and OK, or with an error. Either way
+        the stream goes on where it stopped when its last `cursor` is sent back. A reader that takes
+        nothing for some seconds while changes wait is cut with RESOURCE_EXHAUSTED, and with
+        FAILED_PRECONDITION who withdraws consent to memory.store.
         """
 
     @_abc_1.abstractmethod
@@ -196,12 +413,25 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def DeleteEmbeddings(
+        self,
+        request: _memory_pb2.DeleteEmbeddingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.DeleteEmbeddingsResponse, _abc.Awaitable[_memory_pb2.DeleteEmbeddingsResponse]]:
+        """Drops all vectors of one model, such as the old ones after another model has made its own.
+        Vectors of the local model that the settings name are made anew.
+        """
+
+    @_abc_1.abstractmethod
     def CreateAttachment(
         self,
         request: _memory_pb2.CreateAttachmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.CreateAttachmentResponse, _abc.Awaitable[_memory_pb2.CreateAttachmentResponse]]:
-        """Announces a file that belongs to a memory and returns a URL to PUT it to."""
+        """Announces a file that belongs to a memory and returns a URL to PUT it to, or one for each part
+        of a file of more than 16 MiB. Each URL takes one PUT of that many bytes, for some minutes, and
+        the URL of a whole file takes only the bytes of the announced SHA-256.
+        """
 
     @_abc_1.abstractmethod
     def CompleteAttachment(
@@ -209,7 +439,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_pb2.CompleteAttachmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.CompleteAttachmentResponse, _abc.Awaitable[_memory_pb2.CompleteAttachmentResponse]]:
-        """Ends an upload: reads the object back and compares size and SHA-256 with the announced ones."""
+        """Ends an upload: puts the parts together, reads the object back and compares size and SHA-256
+        with the announced ones. An object that is not the announced one is removed. May be repeated.
+        """
 
     @_abc_1.abstractmethod
     def GetAttachment(
@@ -218,6 +450,38 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.GetAttachmentResponse, _abc.Awaitable[_memory_pb2.GetAttachmentResponse]]:
         """Returns an attachment, with a URL to GET it from once the upload is complete."""
+
+    @_abc_1.abstractmethod
+    def ListAttachments(
+        self,
+        request: _memory_pb2.ListAttachmentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.ListAttachmentsResponse, _abc.Awaitable[_memory_pb2.ListAttachmentsResponse]]:
+        """Lists the attachments of a memory, newest first, page by page."""
+
+    @_abc_1.abstractmethod
+    def DeleteAttachment(
+        self,
+        request: _memory_pb2.DeleteAttachmentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.DeleteAttachmentResponse, _abc.Awaitable[_memory_pb2.DeleteAttachmentResponse]]:
+        """Deletes an attachment with its bytes, in whatever state it is, for good."""
+
+    @_abc_1.abstractmethod
+    def GetTranscript(
+        self,
+        request: _memory_pb2.GetTranscriptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.GetTranscriptResponse, _abc.Awaitable[_memory_pb2.GetTranscriptResponse]]:
+        """Returns the transcript of a conversation that has ended, with a URL to GET it from."""
+
+    @_abc_1.abstractmethod
+    def DeleteTranscript(
+        self,
+        request: _memory_pb2.DeleteTranscriptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.DeleteTranscriptResponse, _abc.Awaitable[_memory_pb2.DeleteTranscriptResponse]]:
+        """Deletes the transcript of a conversation with its bytes, for good. Memories stay."""
 
     @_abc_1.abstractmethod
     def Meditate(

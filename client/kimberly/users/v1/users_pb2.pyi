@@ -33,6 +33,8 @@ class _ConsentPurposeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Consen
     """Storing memories and finding them again."""
     CONSENT_PURPOSE_MEMORY_EMBED: _ConsentPurpose.ValueType  # 2
     """Keeping vectors of memories and comparing them with questions."""
+    CONSENT_PURPOSE_MEMORY_SENSITIVE: _ConsentPurpose.ValueType  # 3
+    """Keeping sensitive memories, encrypted with a key of the user's own."""
 
 class ConsentPurpose(_ConsentPurpose, metaclass=_ConsentPurposeEnumTypeWrapper):
     """What a user can consent to."""
@@ -43,6 +45,8 @@ CONSENT_PURPOSE_MEMORY_STORE: ConsentPurpose.ValueType  # 1
 """Storing memories and finding them again."""
 CONSENT_PURPOSE_MEMORY_EMBED: ConsentPurpose.ValueType  # 2
 """Keeping vectors of memories and comparing them with questions."""
+CONSENT_PURPOSE_MEMORY_SENSITIVE: ConsentPurpose.ValueType  # 3
+"""Keeping sensitive memories, encrypted with a key of the user's own."""
 Global___ConsentPurpose: _TypeAlias = ConsentPurpose  # noqa: Y015
 
 class _Language:
@@ -128,6 +132,34 @@ SCORING_PRESET_RECENT: ScoringPreset.ValueType  # 4
 SCORING_PRESET_CUSTOM: ScoringPreset.ValueType  # 5
 """Weights of the user's own."""
 Global___ScoringPreset: _TypeAlias = ScoringPreset  # noqa: Y015
+
+class _CheckpointComparison:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CheckpointComparisonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CheckpointComparison.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHECKPOINT_COMPARISON_UNSPECIFIED: _CheckpointComparison.ValueType  # 0
+    """Never sent."""
+    CHECKPOINT_COMPARISON_NONE: _CheckpointComparison.ValueType  # 1
+    """No checkpoint was signed yet. The first one comes within minutes of the first event."""
+    CHECKPOINT_COMPARISON_COMPARED: _CheckpointComparison.ValueType  # 2
+    """The log was compared with the newest checkpoint and with some older ones."""
+    CHECKPOINT_COMPARISON_UNREACHABLE: _CheckpointComparison.ValueType  # 3
+    """The checkpoints could not be read: whether the log agrees with them is not known."""
+
+class CheckpointComparison(_CheckpointComparison, metaclass=_CheckpointComparisonEnumTypeWrapper):
+    """Whether an audit log could be compared with its signed checkpoints."""
+
+CHECKPOINT_COMPARISON_UNSPECIFIED: CheckpointComparison.ValueType  # 0
+"""Never sent."""
+CHECKPOINT_COMPARISON_NONE: CheckpointComparison.ValueType  # 1
+"""No checkpoint was signed yet. The first one comes within minutes of the first event."""
+CHECKPOINT_COMPARISON_COMPARED: CheckpointComparison.ValueType  # 2
+"""The log was compared with the newest checkpoint and with some older ones."""
+CHECKPOINT_COMPARISON_UNREACHABLE: CheckpointComparison.ValueType  # 3
+"""The checkpoints could not be read: whether the log agrees with them is not known."""
+Global___CheckpointComparison: _TypeAlias = CheckpointComparison  # noqa: Y015
 
 @_typing.final
 class User(_message.Message):
@@ -267,14 +299,24 @@ class Settings(_message.Message):
     SCORING_WEIGHTS_FIELD_NUMBER: _builtins.int
     RETRIEVAL_WEIGHTS_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    EMBEDDING_MODEL_FIELD_NUMBER: _builtins.int
     language: Global___Language.ValueType
-    """The language of the user's memories and queries. Kept for what is to come: at present all
-    texts are read as English.
+    """The language of the user's memories and queries: which words say nothing, and which have one
+    stem. A text in another language is found by its words as they are written, more or less.
     """
     scoring_preset: Global___ScoringPreset.ValueType
     """Which choice the scoring weights are."""
     etag: _builtins.str
     """Identifies this state of the settings."""
+    embedding_model: _builtins.str
+    """The local model that makes vectors of the user's long-term and permanent memories, those that
+    are there and those to come, except sensitive and archived ones: one of the models that the
+    operator of this mesh gave its workers, by name, up to 64 characters. Empty, as it is at
+    first: none does. It acts as long as there is consent to memory.embed. No text leaves the
+    mesh. A query is compared with these vectors when it brings a vector of its own that the same
+    model made. Vectors of the model chosen before stay and answer queries that bring theirs,
+    until DeleteEmbeddings drops them.
+    """
     @_builtins.property
     def scoring_weights(self) -> Global___ScoringWeights:
         """The weights that meditations score with."""
@@ -291,10 +333,11 @@ class Settings(_message.Message):
         scoring_weights: Global___ScoringWeights | None = ...,
         retrieval_weights: Global___RetrievalWeights | None = ...,
         etag: _builtins.str = ...,
+        embedding_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retrieval_weights", b"retrieval_weights", "scoring_weights", b"scoring_weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "language", b"language", "retrieval_weights", b"retrieval_weights", "scoring_preset", b"scoring_preset", "scoring_weights", b"scoring_weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_model", b"embedding_model", "etag", b"etag", "language", b"language", "retrieval_weights", b"retrieval_weights", "scoring_preset", b"scoring_preset", "scoring_weights", b"scoring_weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -434,7 +477,7 @@ class UpdateSettingsRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to change: "language", "scoring_preset", "scoring_weights",
+        """Which fields to change: "language", "scoring_preset", "scoring_weights", "embedding_model",
         "retrieval_weights", or one of the latter, such as "retrieval_weights.speaker". A field that
         is named and not given goes back to its default. A preset sets the scoring weights; scoring
         weights make the preset custom. Both can be named when they say the same.
@@ -672,6 +715,182 @@ class ListAuditEventsResponse(_message.Message):
 Global___ListAuditEventsResponse: _TypeAlias = ListAuditEventsResponse  # noqa: Y015
 
 @_typing.final
+class AuditLink(_message.Message):
+    """A place in the hash chain of a tenant.
+
+    The hash is SHA-256 of: the hash of the link before; the event, tenant and user ids, 16 bytes
+    each; the event's time in microseconds since 1970 and its transaction, 8 bytes each; then actor,
+    action and resource in UTF-8, each behind its length in 4 bytes. Integers are big-endian, the
+    time is signed. Before the first link stands SHA-256 of "kimberly audit chain 1", a zero byte
+    and the tenant id.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    TRANSACTION_FIELD_NUMBER: _builtins.int
+    WITHHELD_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """The place, from 1."""
+    hash: _builtins.str
+    """The hash as stored, lowercase hexadecimal."""
+    user_id: _builtins.str
+    """Whose data was touched, `usr_…`; empty without an event."""
+    transaction: _builtins.int
+    """Number of the transaction that the event was written in."""
+    withheld: _builtins.bool
+    """There is an event, and it is another user's: the hash cannot be computed from here."""
+    @_builtins.property
+    def event(self) -> Global___AuditEvent:
+        """The event as stored; absent when it is gone, or withheld."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        hash: _builtins.str = ...,
+        event: Global___AuditEvent | None = ...,
+        user_id: _builtins.str = ...,
+        transaction: _builtins.int = ...,
+        withheld: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "hash", b"hash", "position", b"position", "transaction", b"transaction", "user_id", b"user_id", "withheld", b"withheld"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditLink: _TypeAlias = AuditLink  # noqa: Y015
+
+@_typing.final
+class ListAuditLinksRequest(_message.Message):
+    """Asks for a page of the tenant's hash chain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """How many at most: 1 to 1000; 0 means 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditLinksRequest: _TypeAlias = ListAuditLinksRequest  # noqa: Y015
+
+@_typing.final
+class ListAuditLinksResponse(_message.Message):
+    """A page of the tenant's hash chain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINKS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last page."""
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditLink]:
+        """The links, the first place first."""
+
+    def __init__(
+        self,
+        *,
+        links: _abc.Iterable[Global___AuditLink] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditLinksResponse: _TypeAlias = ListAuditLinksResponse  # noqa: Y015
+
+@_typing.final
+class AuditCheckpoint(_message.Message):
+    """Says which hash a tenant's chain had at one place, at one time. It is kept outside of the
+    database and signed with a key that the database does not hold.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    SIGN_TIME_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SIGNED_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """The place."""
+    hash: _builtins.str
+    """The hash that was signed, lowercase hexadecimal; empty when the checkpoint could not be read."""
+    key_id: _builtins.str
+    """Which key signed it."""
+    signed: _builtins.str
+    """What was signed and the signature: a JWS in compact serialization (RFC 7515), by ES256. Its
+    header has `typ` "kimberly-audit-checkpoint"; its payload is a JSON object of `tenant`
+    (`ten_…`), `position`, `hash` and `time` (RFC 3339). Empty when it could not be read.
+    """
+    @_builtins.property
+    def sign_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was signed."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        hash: _builtins.str = ...,
+        sign_time: _timestamp_pb2.Timestamp | None = ...,
+        key_id: _builtins.str = ...,
+        signed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sign_time", b"sign_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "key_id", b"key_id", "position", b"position", "sign_time", b"sign_time", "signed", b"signed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditCheckpoint: _TypeAlias = AuditCheckpoint  # noqa: Y015
+
+@_typing.final
+class AuditKey(_message.Message):
+    """A key that signs checkpoints, or did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    PUBLIC_JWK_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """Thumbprint of the key (RFC 7638)."""
+    public_jwk: _builtins.str
+    """The public key: a JSON Web Key (RFC 7517)."""
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        public_jwk: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "public_jwk", b"public_jwk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditKey: _TypeAlias = AuditKey  # noqa: Y015
+
+@_typing.final
 class VerifyAuditLogRequest(_message.Message):
     """Asks to verify the tenant's audit log."""
 
@@ -699,8 +918,14 @@ class VerifyAuditLogResponse(_message.Message):
     HEAD_HASH_FIELD_NUMBER: _builtins.int
     FIRST_BROKEN_POSITION_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_COMPARISON_FIELD_NUMBER: _builtins.int
+    NEWEST_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
     intact: _builtins.bool
-    """True: every event is chained and every link holds."""
+    """True: every event is chained, every link holds, and no checkpoint says otherwise. How much
+    that is worth `checkpoint_comparison` says.
+    """
     verified_events: _builtins.int
     """How many events were verified."""
     head_hash: _builtins.str
@@ -709,6 +934,22 @@ class VerifyAuditLogResponse(_message.Message):
     """Place of the first broken link; absent when intact."""
     problem: _builtins.str
     """What is wrong with the first broken link, for people; empty when intact."""
+    checkpoint_comparison: Global___CheckpointComparison.ValueType
+    """Whether there were signed checkpoints to compare with."""
+    @_builtins.property
+    def newest_checkpoint(self) -> Global___AuditCheckpoint:
+        """The newest checkpoint; absent if there is none. When checkpoints cannot be read, what the
+        database knows of it.
+        """
+
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditCheckpoint]:
+        """The checkpoints that the log was compared with, the first place first."""
+
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditKey]:
+        """The keys that may sign, or did, the oldest first."""
+
     def __init__(
         self,
         *,
@@ -717,10 +958,14 @@ class VerifyAuditLogResponse(_message.Message):
         head_hash: _builtins.str = ...,
         first_broken_position: _builtins.int | None = ...,
         problem: _builtins.str = ...,
+        checkpoint_comparison: Global___CheckpointComparison.ValueType = ...,
+        newest_checkpoint: Global___AuditCheckpoint | None = ...,
+        checkpoints: _abc.Iterable[Global___AuditCheckpoint] | None = ...,
+        keys: _abc.Iterable[Global___AuditKey] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_broken_position", b"_first_broken_position", "first_broken_position", b"first_broken_position"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_broken_position", b"_first_broken_position", "first_broken_position", b"first_broken_position", "newest_checkpoint", b"newest_checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_broken_position", b"_first_broken_position", "first_broken_position", b"first_broken_position", "head_hash", b"head_hash", "intact", b"intact", "problem", b"problem", "verified_events", b"verified_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_broken_position", b"_first_broken_position", "checkpoint_comparison", b"checkpoint_comparison", "checkpoints", b"checkpoints", "first_broken_position", b"first_broken_position", "head_hash", b"head_hash", "intact", b"intact", "keys", b"keys", "newest_checkpoint", b"newest_checkpoint", "problem", b"problem", "verified_events", b"verified_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_broken_position: _TypeAlias = _typing.Literal["first_broken_position"]  # noqa: Y015
     _WhichOneofArgType__first_broken_position: _TypeAlias = _typing.Literal["_first_broken_position", b"_first_broken_position"]  # noqa: Y015

@@ -65,6 +65,11 @@ class UserServiceStub:
                 request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditEventsRequest.SerializeToString,
                 response_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditEventsResponse.FromString,
                 _registered_method=True)
+        self.ListAuditLinks = channel.unary_unary(
+                '/kimberly.users.v1.UserService/ListAuditLinks',
+                request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditLinksRequest.SerializeToString,
+                response_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditLinksResponse.FromString,
+                _registered_method=True)
         self.VerifyAuditLog = channel.unary_unary(
                 '/kimberly.users.v1.UserService/VerifyAuditLog',
                 request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.VerifyAuditLogRequest.SerializeToString,
@@ -92,7 +97,10 @@ class UserServiceServicer:
 
     def UpdateSettings(self, request, context):
         """Changes the settings that the mask names. Retrieval weights act within a minute, scoring
-        weights from the next meditation on. The language is kept, but does not act yet.
+        weights from the next meditation on, a local model within seconds. The language acts at once
+        on what is stored, within a minute on queries, and on the memories that are there as soon as
+        a job of the kind "memories.reindex" has read them anew; until then they are found by the
+        words that the two languages have in common.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,8 +127,17 @@ class UserServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAuditLinks(self, request, context):
+        """Lists the links of the tenant's hash chain in order, with the events that are the user's: what
+        somebody needs who computes the chain for themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def VerifyAuditLog(self, request, context):
-        """Recomputes the hash chain of the tenant's audit log and compares it with what is stored.
+        """Recomputes the hash chain of the tenant's audit log and compares it with what is stored, and
+        with checkpoints that were signed and put out of the database's reach.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,6 +175,11 @@ def add_UserServiceServicer_to_server(servicer, server):
                     servicer.ListAuditEvents,
                     request_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditEventsRequest.FromString,
                     response_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditEventsResponse.SerializeToString,
+            ),
+            'ListAuditLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAuditLinks,
+                    request_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditLinksRequest.FromString,
+                    response_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditLinksResponse.SerializeToString,
             ),
             'VerifyAuditLog': grpc.unary_unary_rpc_method_handler(
                     servicer.VerifyAuditLog,
@@ -328,6 +350,33 @@ class UserService:
             '/kimberly.users.v1.UserService/ListAuditEvents',
             kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditEventsRequest.SerializeToString,
             kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAuditLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.users.v1.UserService/ListAuditLinks',
+            kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditLinksRequest.SerializeToString,
+            kimberly_dot_users_dot_v1_dot_users__pb2.ListAuditLinksResponse.FromString,
             options,
             channel_credentials,
             insecure,

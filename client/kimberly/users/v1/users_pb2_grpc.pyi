@@ -39,7 +39,10 @@ class UserServiceStub:
     """Returns the user's settings; the defaults where the user never chose."""
     UpdateSettings: _grpc.UnaryUnaryMultiCallable[_users_pb2.UpdateSettingsRequest, _users_pb2.UpdateSettingsResponse]
     """Changes the settings that the mask names. Retrieval weights act within a minute, scoring
-    weights from the next meditation on. The language is kept, but does not act yet.
+    weights from the next meditation on, a local model within seconds. The language acts at once
+    on what is stored, within a minute on queries, and on the memories that are there as soon as
+    a job of the kind "memories.reindex" has read them anew; until then they are found by the
+    words that the two languages have in common.
     """
     RecordConsent: _grpc.UnaryUnaryMultiCallable[_users_pb2.RecordConsentRequest, _users_pb2.RecordConsentResponse]
     """Grants or withdraws consent to one purpose. It acts on every call that comes after it."""
@@ -47,8 +50,14 @@ class UserServiceStub:
     """Lists where the user's consent stands, one entry a purpose."""
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListAuditEventsRequest, _users_pb2.ListAuditEventsResponse]
     """Lists the audit events of the user, newest first."""
+    ListAuditLinks: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListAuditLinksRequest, _users_pb2.ListAuditLinksResponse]
+    """Lists the links of the tenant's hash chain in order, with the events that are the user's: what
+    somebody needs who computes the chain for themselves.
+    """
     VerifyAuditLog: _grpc.UnaryUnaryMultiCallable[_users_pb2.VerifyAuditLogRequest, _users_pb2.VerifyAuditLogResponse]
-    """Recomputes the hash chain of the tenant's audit log and compares it with what is stored."""
+    """Recomputes the hash chain of the tenant's audit log and compares it with what is stored, and
+    with checkpoints that were signed and put out of the database's reach.
+    """
 
 @_typing.type_check_only
 class UserServiceAsyncStub(UserServiceStub):
@@ -61,7 +70,10 @@ class UserServiceAsyncStub(UserServiceStub):
     """Returns the user's settings; the defaults where the user never chose."""
     UpdateSettings: _aio.UnaryUnaryMultiCallable[_users_pb2.UpdateSettingsRequest, _users_pb2.UpdateSettingsResponse]  # type: ignore[assignment]
     """Changes the settings that the mask names. Retrieval weights act within a minute, scoring
-    weights from the next meditation on. The language is kept, but does not act yet.
+    weights from the next meditation on, a local model within seconds. The language acts at once
+    on what is stored, within a minute on queries, and on the memories that are there as soon as
+    a job of the kind "memories.reindex" has read them anew; until then they are found by the
+    words that the two languages have in common.
     """
     RecordConsent: _aio.UnaryUnaryMultiCallable[_users_pb2.RecordConsentRequest, _users_pb2.RecordConsentResponse]  # type: ignore[assignment]
     """Grants or withdraws consent to one purpose. It acts on every call that comes after it."""
@@ -69,8 +81,14 @@ class UserServiceAsyncStub(UserServiceStub):
     """Lists where the user's consent stands, one entry a purpose."""
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_users_pb2.ListAuditEventsRequest, _users_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
     """Lists the audit events of the user, newest first."""
+    ListAuditLinks: _aio.UnaryUnaryMultiCallable[_users_pb2.ListAuditLinksRequest, _users_pb2.ListAuditLinksResponse]  # type: ignore[assignment]
+    """Lists the links of the tenant's hash chain in order, with the events that are the user's: what
+    somebody needs who computes the chain for themselves.
+    """
     VerifyAuditLog: _aio.UnaryUnaryMultiCallable[_users_pb2.VerifyAuditLogRequest, _users_pb2.VerifyAuditLogResponse]  # type: ignore[assignment]
-    """Recomputes the hash chain of the tenant's audit log and compares it with what is stored."""
+    """Recomputes the hash chain of the tenant's audit log and compares it with what is stored, and
+    with checkpoints that were signed and put out of the database's reach.
+    """
 
 class UserServiceServicer(metaclass=_abc_1.ABCMeta):
     """Serves the signed-in user's own account."""
@@ -98,7 +116,10 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_users_pb2.UpdateSettingsResponse, _abc.Awaitable[_users_pb2.UpdateSettingsResponse]]:
         """Changes the settings that the mask names. Retrieval weights act within a minute, scoring
-        weights from the next meditation on. The language is kept, but does not act yet.
+        weights from the next meditation on, a local model within seconds. The language acts at once
+        on what is stored, within a minute on queries, and on the memories that are there as soon as
+        a job of the kind "memories.reindex" has read them anew; until then they are found by the
+        words that the two languages have in common.
         """
 
     @_abc_1.abstractmethod
@@ -126,11 +147,23 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the audit events of the user, newest first."""
 
     @_abc_1.abstractmethod
+    def ListAuditLinks(
+        self,
+        request: _users_pb2.ListAuditLinksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_users_pb2.ListAuditLinksResponse, _abc.Awaitable[_users_pb2.ListAuditLinksResponse]]:
+        """Lists the links of the tenant's hash chain in order, with the events that are the user's: what
+        somebody needs who computes the chain for themselves.
+        """
+
+    @_abc_1.abstractmethod
     def VerifyAuditLog(
         self,
         request: _users_pb2.VerifyAuditLogRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_users_pb2.VerifyAuditLogResponse, _abc.Awaitable[_users_pb2.VerifyAuditLogResponse]]:
-        """Recomputes the hash chain of the tenant's audit log and compares it with what is stored."""
+        """Recomputes the hash chain of the tenant's audit log and compares it with what is stored, and
+        with checkpoints that were signed and put out of the database's reach.
+        """
 
 def add_UserServiceServicer_to_server(servicer: UserServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,53 @@
+"""Serves kimberly.maintenance.v1.MaintenanceService: housekeeping that jobs ask for."""
+
+from typing import Any, Final, TypeAlias
+
+import grpc
+from kimberly.maintenance.v1 import maintenance_pb2 as pb
+from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
+
+from server import ids, paging
+from server.caller import Caller
+from server.memory.key_rotation import KeyRotation
+from server.memory.reindex_store import ReindexStore
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_KEY_LIST: Final = "data keys"
+_REINDEX_LIST: Final = "memories to reindex"
+
+
+class MaintenanceService(rpc.MaintenanceServiceServicer):
+    """Serves workers that keep house."""
+
+    def __init__(self, rotation: KeyRotation, reindexing: ReindexStore) -> None:
+        self._rotation = rotation
+        self._reindexing = reindexing
+
+    async def RewrapDataKeys(
+        self, request: pb.RewrapDataKeysRequest, context: Context
+    ) -> pb.RewrapDataKeysResponse:
+        size = paging.page_size(request.page_size)
+        after = paging.decode(request.page_token, _KEY_LIST)
+        page = await self._rotation.rewrap(after, size)
+        return pb.RewrapDataKeysResponse(
+            rewrapped=page.rewrapped,
+            unreadable=page.unreadable,
+            next_page_token=paging.encode(page.last, _KEY_LIST) if page.last else "",
+        )
+
+    async def ReindexMemories(
+        self, request: pb.ReindexMemoriesRequest, context: Context
+    ) -> pb.ReindexMemoriesResponse:
+        caller = Caller(
+            ids.parse(ids.TENANT, request.tenant_id, "tenant_id"),
+            ids.parse(ids.USER, request.user_id, "user_id"),
+        )
+        size = paging.page_size(request.page_size)
+        list_identity = _REINDEX_LIST, caller, request.settings_version
+        after = paging.decode(request.page_token, *list_identity)
+        page = await self._reindexing.reindex(caller, request.settings_version, after, size)
+        return pb.ReindexMemoriesResponse(
+            reindexed=page.count,
+            next_page_token=paging.encode(page.last, *list_identity) if page.last else "",
+        )

@@ -1,0 +1,137 @@
+"""What a transaction needs before it writes memories, and how the database refuses it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+import asyncpg
+
+from server import consent
+from server.caller import Caller
+from server.database import Connection
+from server.errors import ConsentMissing, EtagMismatch, NotFound, QuotaExceeded
+from server.memory.conversation import Place
+from server.preferences import Language
+
+_OVER_QUOTA: Final = "KM001"
+"""What the function count_usage raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """Under which conditions a user's memories are written."""
+
+    consent_version: int
+    """Of the consent to memory.store that stands."""
+    language: Language
+
+
+async def begin_writing(connection: Connection, caller: Caller) -> Writing:
+    """Return the conditions that hold for this transaction, in one statement.
+
+    Raises:
+        ConsentMissing: The user has not consented to memory.store.
+    """
+    row = await connection.fetchrow(
+        """
+        SELECT consent_version($3) AS consent_version,
+               (SELECT language FROM settings WHERE tenant_id = $1 AND user_id = $2) AS language
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        consent.MEMORY_STORE,
+    )
+    if row["consent_version"] is None:
+        raise ConsentMissing(consent.MEMORY_STORE)
+    return Writing(row["consent_version"], Language(row["language"] or Language.ENGLISH))
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a stored memory stands, which never changes, and the language it is read in."""
+
+    place: Place | None
+    language: Language
+
+    @property
+    def places(self) -> list[Place]:
+        """Its place, if it is a turn of a conversation."""
+        return [self.place] if self.place else []
+
+
+async def standing_of(connection: Connection, caller: Caller, memory_id: UUID) -> Standing:
+    """Return where a memory stands, without locking it: its conversation is locked first.
+
+    Raises:
+        NotFound: There is none, or it is not the caller's.
+    """
+    row = await connection.fetchrow(
+        """
+        SELECT session_id, session_position,
+               (SELECT language FROM settings WHERE tenant_id = $1 AND user_id = $2) AS language
+          FROM memories
+         WHERE tenant_id = $1 AND user_id = $2 AND id = $3
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        memory_id,
+    )
+    if row is None:
+        raise NotFound("memory")
+    position = row["session_position"]
+    return Standing(
+        None if position is None else Place(row["session_id"], position),
+        Language(row["language"] or Language.ENGLISH),
+    )
+
+
+async def lock_memory(
+    connection: Connection, caller: Caller, memory_id: UUID, expected_version: int | None
+) -> asyncpg.Record:
+    """Lock a memory against other writers and return what changes may depend on.
+
+    Raises:
+        NotFound: There is none, or it is not the caller's.
+        EtagMismatch: It is no longer at the expected version.
+    """
+    row = await connection.fetchrow(
+        """
+        SELECT content, tags, version, tier, protected, archived_at
+          FROM memories
+         WHERE tenant_id = $1 AND user_id = $2 AND id = $3
+           FOR NO KEY UPDATE
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        memory_id,
+    )
+    if row is None:
+        raise NotFound("memory")
+    if expected_version not in (None, row["version"]):
+        raise EtagMismatch
+    return row
+
+
+@contextmanager
+def within_quota() -> Iterator[None]:
+    """Say in our words that the database refused a write for want of room.
+
+    Raises:
+        QuotaExceeded: What is written does not fit into its tier.
+    """
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        if error.sqlstate != _OVER_QUOTA:
+            raise
+        refusal = json.loads(error.detail)
+        raise QuotaExceeded(
+            refusal["tier"],
+            refusal["used"],
+            refusal["limit"],
+            "delete or archive memories, or choose a larger plan",
+            room=refusal["room"],
+        ) from error

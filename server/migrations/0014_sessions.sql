@@ -1,0 +1,2 @@
+-- Still to be written.
+SELECT 1;
