@@ -9,13 +9,20 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 import uvloop
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from server import telemetry
-from server.app import migrate_database, rotate_signing_key, serve
-from server.kms import MasterKeyUnusable, UnwrapFailed
+from server.app import (
+    migrate_database,
+    rotate_audit_key,
+    rotate_data_keys,
+    rotate_signing_key,
+    serve,
+)
+from server.kms import KmsUnusable, UnwrapFailed
 from server.migrate import MigrationChanged
 from server.rpc.serving import UnsafeSocketDirectory
-from server.settings import MigrationSettings, Settings, explain
+from server.settings import NEEDED_BY, PREFIX, MigrationSettings, Settings, explain
 
 EX_CONFIG = 78
 """Exit status of sysexits.h for a wrong configuration: trying again will not help."""
@@ -64,6 +71,22 @@ def rotate_signing_key_command() -> None:
     typer.echo(f"published {_run(rotate_signing_key(settings))}")
 
 
+@app.command("rotate-audit-key")
+def rotate_audit_key_command() -> None:
+    """Have a new key sign checkpoints of the audit log. Older ones stay verifiable."""
+    settings = _settings(Settings)
+    telemetry.configure("rotate-audit-key", settings.log_level)
+    typer.echo(f"checkpoints are signed by {_run(rotate_audit_key(settings))}")
+
+
+@app.command("rotate-data-keys")
+def rotate_data_keys_command() -> None:
+    """Have users' data keys wrapped by the newest master key; the job's result says how many."""
+    settings = _settings(Settings)
+    telemetry.configure("rotate-data-keys", settings.log_level)
+    typer.echo(f"enqueued {_run(rotate_data_keys(settings))}")
+
+
 @app.command("settings")
 def settings_command(
     variable: Annotated[str, typer.Argument(help="Only this one.")] = "",
@@ -72,7 +95,13 @@ def settings_command(
     for name, field in Settings.model_fields.items():
         known = f"KIMBERLY_{name.upper()}"
         if variable in ("", known):
-            typer.echo(f"{known:40} {'required' if field.is_required() else field.default}")
+            typer.echo(f"{known:40} {_expected(name, field)}")
+
+
+def _expected(name: str, field: FieldInfo) -> str:
+    if name in NEEDED_BY:
+        return f"required with {PREFIX}KMS={NEEDED_BY[name]}"
+    return "required" if field.is_required() else str(field.default)
 
 
 def _serve(process: str) -> None:
@@ -91,7 +120,7 @@ def _settings(kind: type[T]) -> T:
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
     try:
         return uvloop.run(work)
-    except (MasterKeyUnusable, MigrationChanged, UnwrapFailed, UnsafeSocketDirectory) as error:
+    except (KmsUnusable, MigrationChanged, UnwrapFailed, UnsafeSocketDirectory) as error:
         _exit(str(error))
 
 

@@ -40,25 +40,41 @@ from server.jobs.worker_service import WorkerService
 from server.kms import Kms
 from server.kms.local import LocalKms
 from server.kms.vault import Vault, open_vault
+from server.memory.answers import Answers
 from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
+from server.memory.bulk_store import BulkStore
+from server.memory.change_store import ChangeStore
+from server.memory.collection import Collection
 from server.memory.embedding_jobs import EmbeddingJobs
 from server.memory.embedding_search import EmbeddingSearch
 from server.memory.embedding_service import EmbeddingService
 from server.memory.embedding_store import EmbeddingStore
-from server.memory.lifecycle_store import LifecycleStore
+from server.memory.exporting import Exporter
+from server.memory.import_store import ImportStore
+from server.memory.importing import Importer
 from server.memory.key_rotation import KeyRotation
+from server.memory.lifecycle_store import LifecycleStore
 from server.memory.maintenance_service import MaintenanceService
 from server.memory.meditation_store import MeditationStore
+from server.memory.objects import DoomedObjects
+from server.memory.query_handlers import Queries
 from server.memory.reindex_store import ReindexStore
+from server.memory.retention_store import RetentionStore
 from server.memory.retrieval import Retrieval
+from server.memory.retrieval_counts import RetrievalCounts
 from server.memory.scoring_service import ScoringService
 from server.memory.scoring_store import ScoringStore
 from server.memory.search_store import SearchStore
 from server.memory.service import MemoryService
+from server.memory.shared_store import SharedStore
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
+from server.memory.stream_handlers import Streams
+from server.memory.sweeping import Sweep
+from server.memory.transcripts import Transcripts
 from server.memory.usage_store import UsageStore
+from server.memory.watching import Feed, Watcher
 from server.migrate import migrate, read_migrations
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server, channel_to_peers
@@ -164,29 +180,55 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     keys = await _remote_keys(settings, stack)
     redis = open_cache(settings.redis_url.get_secret_value())
     stack.push_async_callback(redis.aclose)
+    blobs = _blobs(settings)
+    doomed = DoomedObjects(database, blobs)
+    url_lifetime = timedelta(seconds=settings.upload_url_seconds)
     search = SearchStore(database)
+    shared = SharedStore(database)
+    answers = Answers(redis)
+    counts = RetrievalCounts(system)
     short_term = ShortTermStore(redis, database, timedelta(seconds=settings.short_term_seconds))
     embeddings = EmbeddingStore(database)
+    changes = ChangeStore(system)
+    feed = Feed(changes)
+    collection = Collection(BulkStore(database), short_term)
     memories = MemoryService(
         MemoryStore(database),
         LifecycleStore(database),
         UsageStore(database),
         search,
+        shared,
         embeddings,
         short_term,
-        Retrieval(search, EmbeddingSearch(database), short_term, utc_now),
-        Attachments(
-            AttachmentStore(database),
-            _blobs(settings),
-            timedelta(seconds=settings.upload_url_seconds),
+        Queries(
+            Retrieval(search, EmbeddingSearch(database), short_term, shared, utc_now),
+            answers,
+            counts,
         ),
+        Attachments(AttachmentStore(database), blobs, doomed, url_lifetime),
+        Transcripts(database, blobs, doomed, url_lifetime),
         MeditationStore(database),
+        Streams(
+            Importer(ImportStore(database), utc_now),
+            Exporter(collection, changes),
+            Watcher(feed, collection.some, session_seconds=_watch_seconds(settings)),
+        ),
         utc_now,
     )
     scoring = ScoringService(ScoringStore(system, settings.meditation_shards))
     embedding = EmbeddingService(EmbeddingJobs(database, system), embeddings)
     maintenance = MaintenanceService(
-        KeyRotation(system, await _kms(settings, stack)), ReindexStore(database)
+        KeyRotation(system, await _kms(settings, stack)),
+        ReindexStore(database),
+        Sweep(
+            system,
+            blobs,
+            utc_now,
+            url_lifetime=url_lifetime,
+            margin=timedelta(seconds=settings.sweep_margin_seconds),
+        ),
+        RetentionStore(system),
+        utc_now,
     )
 
     def register(server: grpc.aio.Server) -> None:
@@ -195,7 +237,17 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(embedding, server)
         maintenance_pb2_grpc.add_MaintenanceServiceServicer_to_server(maintenance, server)
 
-    return Application(register, keys, loops=[keys.run])
+    return Application(
+        register,
+        keys,
+        loops=[keys.run, blobs.keep_versions, feed.run, answers.run, counts.run],
+        announce_drain=feed.drain,
+    )
+
+
+def _watch_seconds(settings: Settings) -> float:
+    """Return how long one may watch: little longer than a token lives, and less than a stream."""
+    return min(settings.stream_seconds * _SESSION_PART, settings.access_token_seconds)
 
 
 async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
@@ -211,7 +263,9 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     )
     nightly = Schedule("meditation.nightly", settings.meditation_schedule, "meditation.plan")
     rewrapping = Schedule("keys.rewrap", settings.rewrap_schedule, REWRAP)
-    planner = Planner(system, [nightly, rewrapping])
+    sweeping = Schedule("attachments.sweep", settings.sweep_schedule, "attachments.sweep")
+    retention = Schedule("memories.sweep", settings.retention_schedule, "memories.sweep")
+    planner = Planner(system, [nightly, rewrapping, sweeping, retention])
     jobs = JobService(JobStore(database))
 
     def register(server: grpc.aio.Server) -> None:

@@ -11,6 +11,7 @@ from server.errors import ConsentMissing
 
 MEMORY_STORE: Final = "memory.store"
 MEMORY_EMBED: Final = "memory.embed"
+MEMORY_SENSITIVE: Final = "memory.sensitive"
 
 
 async def require(connection: Connection, purpose: str) -> None:

@@ -1,4 +1,4 @@
-"""Page tokens: opaque cursors that fit one list only."""
+"""Cursors: opaque tokens that say where to go on, and fit one list or stream only."""
 
 import base64
 import binascii
@@ -30,7 +30,7 @@ def encode(last: UUID, *list_identity: object) -> str:
         last: Id of the last row of this page.
         list_identity: What makes this list different from others: name, user, filters.
     """
-    return base64.urlsafe_b64encode(last.bytes + _tag(list_identity)).decode().rstrip("=")
+    return seal(last.bytes, *list_identity)
 
 
 def decode(token: str, *list_identity: object) -> UUID | None:
@@ -41,13 +41,25 @@ def decode(token: str, *list_identity: object) -> UUID | None:
     """
     if not token:
         return None
+    data = unseal(token, *list_identity)
+    if data is None:
+        raise PageTokenInvalid
+    return UUID(bytes=data)
+
+
+def seal(place: bytes, *identity: object) -> str:
+    """Return a place in a list or stream as a token that fits no other."""
+    return base64.urlsafe_b64encode(place + _tag(identity)).decode().rstrip("=")
+
+
+def unseal(token: str, *identity: object) -> bytes | None:
+    """Return the place that a token was made of; None for a damaged one, or another's."""
     try:
         data = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise PageTokenInvalid from error
-    if len(data) != 16 + _TAG_BYTES or data[16:] != _tag(list_identity):
-        raise PageTokenInvalid
-    return UUID(bytes=data[:16])
+    except (binascii.Error, ValueError):
+        return None
+    place, tag = data[:-_TAG_BYTES], data[-_TAG_BYTES:]
+    return place if tag == _tag(identity) else None
 
 
 def _tag(list_identity: tuple[object, ...]) -> bytes:

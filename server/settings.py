@@ -1,14 +1,27 @@
 """What a process is told by its environment."""
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "KIMBERLY_"
 
 Seconds = Annotated[float, Field(gt=0)]
+
+_NOWHERE: Final = Path()
+NEEDED_BY: Final = {
+    "master_key_file": "local",
+    "vault_address": "vault",
+    "vault_token_file": "vault",
+}
+"""Settings that must be given with one kind of key manager."""
+_VAULT_ADDRESS: Final = re.compile(
+    r"https://[^/?#@\s]+/?|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?/?"
+)
 
 
 class Settings(BaseSettings):
@@ -32,8 +45,20 @@ class Settings(BaseSettings):
     """Unix socket to serve on; its directory must be 0700: only the sidecar may reach it."""
     outbound_socket: Path
     """Unix socket of the sidecar's outbound listener."""
-    master_key_file: Path
-    """32 random bytes in base64: wraps the private signing keys."""
+    kms: Literal["local", "vault"] = "local"
+    """Who wraps the private signing keys and the users' data keys."""
+    master_key_file: Path = Field(default=_NOWHERE, validate_default=True)
+    """With the local kms: 32 random bytes in base64 a line, the newest last. Mode 0600."""
+    vault_address: str = Field(default="", validate_default=True)
+    """With the vault kms: https://host:port of HashiCorp Vault."""
+    vault_token_file: Path = Field(default=_NOWHERE, validate_default=True)
+    """Mode 0600; read anew for every call."""
+    vault_key: str = Field(default="kimberly", pattern=r"^[\w.-]+$")
+    """A key of the transit engine, made with type=aes256-gcm96 and derived=true."""
+    vault_mount: str = Field(default="transit", pattern=r"^[\w.-]+(/[\w.-]+)*$")
+    vault_namespace: str = ""
+    vault_ca_file: Path | None = None
+    """Certificate authorities in PEM; unset: those that the system trusts."""
     token_issuer: str
     token_audience: str = "kimberly"  # noqa: S105 - the name of an audience
     trust_domain: str
@@ -51,15 +76,40 @@ class Settings(BaseSettings):
     """The same for calls that stream."""
     short_term_seconds: int = Field(default=86_400, ge=1)
     upload_url_seconds: int = Field(default=900, ge=1, le=86_400)
+    sweep_margin_seconds: int = Field(default=3600, ge=60)
+    """What is younger may still be written: the sweep of the object store leaves it alone."""
+    retention_schedule: str = "47 * * * *"
+    """When memories are archived and deleted whose time has come: a cron expression in UTC."""
+    sweep_schedule: str = "17 * * * *"
+    """When the object store is swept: a cron expression in UTC."""
     lease_seconds: Seconds = 15.0
     audit_seal_seconds: Seconds = 1.0
+    audit_checkpoint_seconds: Seconds = 300.0
+    """How long a change of the whole audit log by the database's owner may go unnoticed."""
     meditation_schedule: str = "0 2 * * *"
     """When the nightly meditation starts: a cron expression in UTC."""
+    rewrap_schedule: str = "30 3 * * 0"
+    """When data keys are wrapped by the newest master key, if an older one still does."""
     meditation_shards: int = Field(default=8, ge=1, le=1024)
     drain_seconds: Seconds = 5.0
     health_interval_seconds: Seconds = 1.0
     """How long peers may take to see that this process is about to stop."""
     log_level: str = "info"
+
+    @field_validator("master_key_file", "vault_address", "vault_token_file")
+    @classmethod
+    def _is_given(cls, value: Path | str, info: ValidationInfo) -> Path | str:
+        kms = info.data.get("kms")
+        if NEEDED_BY.get(str(info.field_name)) == kms and value in ("", _NOWHERE):
+            raise PydanticCustomError("missing", f"Field required with {PREFIX}KMS={kms}")
+        return value
+
+    @field_validator("vault_address")
+    @classmethod
+    def _is_encrypted(cls, value: str) -> str:
+        if value and not _VAULT_ADDRESS.fullmatch(value):
+            raise PydanticCustomError("url", "must be https://host:port; http is for loopback only")
+        return value
 
 
 class MigrationSettings(BaseSettings):

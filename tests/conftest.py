@@ -26,6 +26,7 @@ from server.errors import Unauthenticated
 from server.migrate import migrate, read_migrations
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
+from tests.kms.key_files import key_file
 
 DATABASE = "test"
 WORKER_ID = spiffe_id("kimberly.local", "test", WORKER)
@@ -137,6 +138,12 @@ def blobs(stores: Stores) -> Blobs:
         secure=False,
         bucket=BUCKET,
     )
+
+
+@pytest.fixture
+def master_key(tmp_path: Path) -> Path:
+    """The file of the master key."""
+    return key_file(tmp_path / "master.key", bytes(range(32)))
 
 
 class FakeClock:

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,13 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.telemetry import configure
+from workers.embedding import EMBED, Embedding
+from workers.embedding_models import Embedder, ModelUnusable, load_embedders
+from workers.housekeeping import SWEEP_ATTACHMENTS, SWEEP_MEMORIES, Housekeeping
 from workers.meditation import PLAN, SHARD, Meditation
-from workers.stream import Worker
+from workers.reindexing import REINDEX, Reindexing
+from workers.rewrapping import REWRAP, Rewrapping
+from workers.stream import Handler, Worker
 
 log = structlog.get_logger()
 
@@ -36,6 +42,8 @@ class Settings(BaseSettings):
     """How many jobs are done at once."""
     drain_seconds: Annotated[float, Field(ge=0)] = 5.0
     """How long work goes on after SIGTERM before it is handed back."""
+    embedding_models_directory: Path | None = None
+    """Holds a folder for each embedding model, under its name; None: this worker has none."""
 
 
 def main() -> int:
@@ -46,7 +54,12 @@ def main() -> int:
         sys.stderr.write(explain(error))
         return EXIT_SETTINGS
     configure("worker", settings.log_level)
-    asyncio.run(work(settings))
+    try:
+        embedders = _embedders(settings.embedding_models_directory)
+    except ModelUnusable as error:
+        sys.stderr.write(f"{PREFIX}EMBEDDING_MODELS_DIRECTORY: {error}\n")
+        return EXIT_SETTINGS
+    asyncio.run(work(settings, embedders))
     return 0
 
 
@@ -59,21 +72,41 @@ def explain(error: ValidationError) -> str:
     return "\n".join(["The environment is not complete:", *lines, ""])
 
 
-async def work(settings: Settings) -> None:
+async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
     """Work until SIGTERM or SIGINT."""
     async with open_channel(settings.outbound_socket) as channel:
         meditation = Meditation(channel)
+        housekeeping = Housekeeping(channel)
         worker = Worker(
             channel,
-            {PLAN: meditation.plan, SHARD: meditation.score_shard},
+            {
+                PLAN: meditation.plan,
+                SHARD: meditation.score_shard,
+                REINDEX: Reindexing(channel).reindex,
+                REWRAP: Rewrapping(channel).rewrap,
+                SWEEP_ATTACHMENTS: housekeeping.sweep_attachments,
+                SWEEP_MEMORIES: housekeeping.sweep_memories,
+                **_embedding(channel, embedders),
+            },
             concurrency=settings.concurrency,
             drain_seconds=settings.drain_seconds,
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, worker.drain)
-        log.info("working", concurrency=settings.concurrency)
+        log.info("working", concurrency=settings.concurrency, models=sorted(embedders))
         await worker.run()
     log.info("drained")
+
+
+def _embedders(directory: Path | None) -> Mapping[str, Embedder]:
+    return load_embedders(directory) if directory else {}
+
+
+def _embedding(
+    channel: grpc.aio.Channel, embedders: Mapping[str, Embedder]
+) -> Mapping[str, Handler]:
+    """Return the handler of embedding jobs; a worker without models takes none of them."""
+    return {EMBED: Embedding(channel, embedders).embed} if embedders else {}
 
 
 def open_channel(outbound_socket: Path) -> grpc.aio.Channel:

@@ -13,7 +13,7 @@ from server.auth.key_store import KeyStore
 from server.auth.signing_keys import PUBLISHED_BEFORE, SigningKey, State, states
 from server.clock import Clock, utc_now
 from server.errors import StoreUnavailable
-from server.kms import LocalKms
+from server.kms import Kms
 from server.tokens import ALGORITHM, LEEWAY_SECONDS, PublicKeys
 
 log = structlog.get_logger()
@@ -32,7 +32,7 @@ class Keyring:
     def __init__(
         self,
         store: KeyStore,
-        kms: LocalKms,
+        kms: Kms,
         *,
         access_token_seconds: int,
         clock: Clock = utc_now,
@@ -69,8 +69,8 @@ class Keyring:
         """Make the first key unless there is one, and load what there is.
 
         Raises:
-            StoreUnavailable: PostgreSQL does not answer.
-            UnwrapFailed: The master key is not the one that wrapped the signing keys.
+            StoreUnavailable: PostgreSQL or the key manager does not answer.
+            UnwrapFailed: No master key that is left wrapped the signing keys.
         """
         if not await self._store.list_keys():
             now = self._clock()

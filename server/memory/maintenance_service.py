@@ -8,8 +8,12 @@ from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
 
 from server import ids, paging
 from server.caller import Caller
+from server.clock import Clock
 from server.memory.key_rotation import KeyRotation
 from server.memory.reindex_store import ReindexStore
+from server.memory.retention_store import RetentionStore
+from server.memory.sweep_handlers import SweepHandlers
+from server.memory.sweeping import Sweep
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -17,12 +21,32 @@ _KEY_LIST: Final = "data keys"
 _REINDEX_LIST: Final = "memories to reindex"
 
 
-class MaintenanceService(rpc.MaintenanceServiceServicer):
+class MaintenanceService(SweepHandlers, rpc.MaintenanceServiceServicer):
     """Serves workers that keep house."""
 
-    def __init__(self, rotation: KeyRotation, reindexing: ReindexStore) -> None:
+    def __init__(
+        self,
+        rotation: KeyRotation,
+        reindexing: ReindexStore,
+        sweep: Sweep,
+        retention: RetentionStore,
+        clock: Clock,
+    ) -> None:
         self._rotation = rotation
         self._reindexing = reindexing
+        self._sweep = sweep
+        self._retention = retention
+        self._clock = clock
+
+    async def SweepMemories(
+        self, request: pb.SweepMemoriesRequest, context: Context
+    ) -> pb.SweepMemoriesResponse:
+        size = paging.page_size(request.page_size)
+        now = self._clock()
+        return pb.SweepMemoriesResponse(
+            archived=await self._retention.archive_unseen(now, size),
+            deleted=await self._retention.delete_due(now, size),
+        )
 
     async def RewrapDataKeys(
         self, request: pb.RewrapDataKeysRequest, context: Context

@@ -21,7 +21,7 @@ from local.postgres import SYSTEM
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.database import SystemDatabase, open_pool
-from server.kms import LocalKms
+from server.kms.local import LocalKms
 from tests.abuse.doors import Doors
 from tests.abuse.forgery import Forger
 from tests.abuse.wire import Wire
@@ -62,7 +62,7 @@ async def doors(mesh: Mesh) -> AsyncIterator[Doors]:
 async def forger(mesh: Mesh, bob: User) -> Forger:
     """Bob, with the key that signs access tokens: what he forges fails for one reason only."""
     pool = await open_pool(mesh.stores.dsn(SYSTEM), size=1, name="forger")
-    master_key = LocalKms.from_file(mesh.stores.secrets.path(MASTER_KEY))
+    master_key = LocalKms(mesh.stores.secrets.path(MASTER_KEY))
     keyring = Keyring(KeyStore(SystemDatabase(pool)), master_key, access_token_seconds=600)
     signer = await keyring.signer()
     await pool.close()

@@ -40,5 +40,13 @@ def test_wrong_settings_are_named_without_their_values() -> None:
 def test_help_lists_the_commands() -> None:
     ended = run("--help")
     assert ended.returncode == 0
-    for command in ("auth", "memory", "jobs", "migrate", "rotate-signing-key", "settings"):
+    for command in (
+        "auth",
+        "memory",
+        "jobs",
+        "migrate",
+        "rotate-signing-key",
+        "rotate-data-keys",
+        "settings",
+    ):
         assert command in ended.stdout

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import argon2
@@ -20,9 +21,10 @@ from server.auth.passwords import Passwords
 from server.auth.service import AuthService
 from server.auth.store import AccountStore
 from server.database import SystemDatabase
-from server.kms import LocalKms
+from server.kms.local import LocalKms
 from server.tokens import TokenVerifier
 from tests.conftest import FakeClock, Serve
+from tests.kms.key_files import key_file
 
 Auth: TypeAlias = "rpc.AuthServiceAsyncStub"
 """The generated type of the stub; it exists for type checkers only."""
@@ -59,8 +61,8 @@ def hashing(hasher: CountingHasher) -> Iterator[Passwords]:
 
 
 @pytest.fixture
-def kms() -> LocalKms:
-    return LocalKms(bytes(range(32)))
+def kms(tmp_path: Path) -> LocalKms:
+    return LocalKms(key_file(tmp_path / "master.key", bytes(range(32))))
 
 
 @pytest.fixture

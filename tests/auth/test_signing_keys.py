@@ -17,7 +17,8 @@ from server.auth.keyring import Keyring
 from server.auth.service import AuthService
 from server.caller import Caller
 from server.errors import Unauthenticated
-from server.kms import LocalKms, UnwrapFailed
+from server.kms import UnwrapFailed
+from server.kms.local import LocalKms
 from server.tokens import PublicKeys, RemoteKeys, TokenVerifier
 from tests.auth.conftest import (
     ACCESS_TOKEN_SECONDS,
@@ -27,6 +28,7 @@ from tests.auth.conftest import (
     sign_up,
 )
 from tests.conftest import FakeClock, Serve
+from tests.kms.key_files import key_file
 
 CALLER = Caller(tenant_id=ids.new_id(), user_id=ids.new_id())
 JWKS_CACHE_SECONDS = 30
@@ -67,10 +69,11 @@ async def test_the_private_key_is_stored_wrapped_only(
 
 
 async def test_another_master_key_stops_the_start(
-    keyring: Keyring, key_store: KeyStore, clock: FakeClock
+    keyring: Keyring, key_store: KeyStore, clock: FakeClock, tmp_path: Path
 ) -> None:
     await keyring.ensure_signing_key()
-    stranger = Keyring(key_store, LocalKms(bytes(32)), access_token_seconds=600, clock=clock)
+    other = LocalKms(key_file(tmp_path / "other.key", bytes(32)))
+    stranger = Keyring(key_store, other, access_token_seconds=600, clock=clock)
     with pytest.raises(UnwrapFailed, match="another master key"):
         await stranger.ensure_signing_key()
 

@@ -24,31 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)kimberly/maintenance/v1/maintenance.proto\x12\x17kimberly.maintenance.v1\")\n\x14SweepMemoriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\"6\n\x15SweepMemoriesResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x05\x12\x0c\n\x04more\x18\x02 \x01(\x08\"t\n\x17SweepAttachmentsRequest\x12\x32\n\x05stage\x18\x01 \x01(\x0e\x32#.kimberly.maintenance.v1.SweepStage\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"D\n\x18SweepAttachmentsResponse\x12\x0f\n\x07removed\x18\x01 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\">\n\x15RewrapDataKeysRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x16RewrapDataKeysResponse\x12\x11\n\trewrapped\x18\x01 \x01(\x05\x12\x12\n\nunreadable\x18\x02 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"}\n\x16ReindexMemoriesRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x18\n\x10settings_version\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"E\n\x17ReindexMemoriesResponse\x12\x11\n\treindexed\x18\x01 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x8c\x01\n\nSweepStage\x12\x1b\n\x17SWEEP_STAGE_UNSPECIFIED\x10\x00\x12\x17\n\x13SWEEP_STAGE_EXPIRED\x10\x01\x12\x16\n\x12SWEEP_STAGE_DOOMED\x10\x02\x12\x17\n\x13SWEEP_STAGE_ORPHANS\x10\x03\x12\x17\n\x13SWEEP_STAGE_UPLOADS\x10\x04\x32\xe6\x03\n\x12MaintenanceService\x12n\n\rSweepMemories\x12-.kimberly.maintenance.v1.SweepMemoriesRequest\x1a..kimberly.maintenance.v1.SweepMemoriesResponse\x12q\n\x0eRewrapDataKeys\x12..kimberly.maintenance.v1.RewrapDataKeysRequest\x1a/.kimberly.maintenance.v1.RewrapDataKeysResponse\x12t\n\x0fReindexMemories\x12/.kimberly.maintenance.v1.ReindexMemoriesRequest\x1a\x30.kimberly.maintenance.v1.ReindexMemoriesResponse\x12w\n\x10SweepAttachments\x12\x30.kimberly.maintenance.v1.SweepAttachmentsRequest\x1a\x31.kimberly.maintenance.v1.SweepAttachmentsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)kimberly/maintenance/v1/maintenance.proto\x12\x17kimberly.maintenance.v1\")\n\x14SweepMemoriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\":\n\x15SweepMemoriesResponse\x12\x10\n\x08\x61rchived\x18\x01 \x01(\x05\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x05\"t\n\x17SweepAttachmentsRequest\x12\x32\n\x05stage\x18\x01 \x01(\x0e\x32#.kimberly.maintenance.v1.SweepStage\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"D\n\x18SweepAttachmentsResponse\x12\x0f\n\x07removed\x18\x01 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\">\n\x15RewrapDataKeysRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x16RewrapDataKeysResponse\x12\x11\n\trewrapped\x18\x01 \x01(\x05\x12\x12\n\nunreadable\x18\x02 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"}\n\x16ReindexMemoriesRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x18\n\x10settings_version\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"E\n\x17ReindexMemoriesResponse\x12\x11\n\treindexed\x18\x01 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\x17PromoteShortTermRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"g\n\x18PromoteShortTermResponse\x12\x10\n\x08promoted\x18\x01 \x01(\x05\x12\r\n\x05users\x18\x02 \x01(\x05\x12\x11\n\twithdrawn\x18\x03 \x01(\x05\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t*\x8c\x01\n\nSweepStage\x12\x1b\n\x17SWEEP_STAGE_UNSPECIFIED\x10\x00\x12\x17\n\x13SWEEP_STAGE_EXPIRED\x10\x01\x12\x16\n\x12SWEEP_STAGE_DOOMED\x10\x02\x12\x17\n\x13SWEEP_STAGE_ORPHANS\x10\x03\x12\x17\n\x13SWEEP_STAGE_UPLOADS\x10\x04\x32\xdf\x04\n\x12MaintenanceService\x12n\n\rSweepMemories\x12-.kimberly.maintenance.v1.SweepMemoriesRequest\x1a..kimberly.maintenance.v1.SweepMemoriesResponse\x12q\n\x0eRewrapDataKeys\x12..kimberly.maintenance.v1.RewrapDataKeysRequest\x1a/.kimberly.maintenance.v1.RewrapDataKeysResponse\x12t\n\x0fReindexMemories\x12/.kimberly.maintenance.v1.ReindexMemoriesRequest\x1a\x30.kimberly.maintenance.v1.ReindexMemoriesResponse\x12w\n\x10PromoteShortTerm\x12\x30.kimberly.maintenance.v1.PromoteShortTermRequest\x1a\x31.kimberly.maintenance.v1.PromoteShortTermResponse\x12w\n\x10SweepAttachments\x12\x30.kimberly.maintenance.v1.SweepAttachmentsRequest\x1a\x31.kimberly.maintenance.v1.SweepAttachmentsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kimberly.maintenance.v1.maintenance_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SWEEPSTAGE']._serialized_start=710
-  _globals['_SWEEPSTAGE']._serialized_end=850
+  _globals['_SWEEPSTAGE']._serialized_start=885
+  _globals['_SWEEPSTAGE']._serialized_end=1025
   _globals['_SWEEPMEMORIESREQUEST']._serialized_start=70
   _globals['_SWEEPMEMORIESREQUEST']._serialized_end=111
   _globals['_SWEEPMEMORIESRESPONSE']._serialized_start=113
-  _globals['_SWEEPMEMORIESRESPONSE']._serialized_end=167
-  _globals['_SWEEPATTACHMENTSREQUEST']._serialized_start=169
-  _globals['_SWEEPATTACHMENTSREQUEST']._serialized_end=285
-  _globals['_SWEEPATTACHMENTSRESPONSE']._serialized_start=287
-  _globals['_SWEEPATTACHMENTSRESPONSE']._serialized_end=355
-  _globals['_REWRAPDATAKEYSREQUEST']._serialized_start=357
-  _globals['_REWRAPDATAKEYSREQUEST']._serialized_end=419
-  _globals['_REWRAPDATAKEYSRESPONSE']._serialized_start=421
-  _globals['_REWRAPDATAKEYSRESPONSE']._serialized_end=509
-  _globals['_REINDEXMEMORIESREQUEST']._serialized_start=511
-  _globals['_REINDEXMEMORIESREQUEST']._serialized_end=636
-  _globals['_REINDEXMEMORIESRESPONSE']._serialized_start=638
-  _globals['_REINDEXMEMORIESRESPONSE']._serialized_end=707
-  _globals['_MAINTENANCESERVICE']._serialized_start=853
-  _globals['_MAINTENANCESERVICE']._serialized_end=1339
+  _globals['_SWEEPMEMORIESRESPONSE']._serialized_end=171
+  _globals['_SWEEPATTACHMENTSREQUEST']._serialized_start=173
+  _globals['_SWEEPATTACHMENTSREQUEST']._serialized_end=289
+  _globals['_SWEEPATTACHMENTSRESPONSE']._serialized_start=291
+  _globals['_SWEEPATTACHMENTSRESPONSE']._serialized_end=359
+  _globals['_REWRAPDATAKEYSREQUEST']._serialized_start=361
+  _globals['_REWRAPDATAKEYSREQUEST']._serialized_end=423
+  _globals['_REWRAPDATAKEYSRESPONSE']._serialized_start=425
+  _globals['_REWRAPDATAKEYSRESPONSE']._serialized_end=513
+  _globals['_REINDEXMEMORIESREQUEST']._serialized_start=515
+  _globals['_REINDEXMEMORIESREQUEST']._serialized_end=640
+  _globals['_REINDEXMEMORIESRESPONSE']._serialized_start=642
+  _globals['_REINDEXMEMORIESRESPONSE']._serialized_end=711
+  _globals['_PROMOTESHORTTERMREQUEST']._serialized_start=713
+  _globals['_PROMOTESHORTTERMREQUEST']._serialized_end=777
+  _globals['_PROMOTESHORTTERMRESPONSE']._serialized_start=779
+  _globals['_PROMOTESHORTTERMRESPONSE']._serialized_end=882
+  _globals['_MAINTENANCESERVICE']._serialized_start=1028
+  _globals['_MAINTENANCESERVICE']._serialized_end=1635
 # @@protoc_insertion_point(module_scope)

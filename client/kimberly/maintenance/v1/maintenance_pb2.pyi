@@ -51,13 +51,13 @@ Global___SweepStage: _TypeAlias = SweepStage  # noqa: Y015
 
 @_typing.final
 class SweepMemoriesRequest(_message.Message):
-    """Asks to delete what is due."""
+    """Asks to archive and delete what is due."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """How many memories at most: 1 to 1000."""
+    """How many memories at most to archive, and to delete: 1 to 1000; 0 means 100."""
     def __init__(
         self,
         *,
@@ -73,25 +73,25 @@ Global___SweepMemoriesRequest: _TypeAlias = SweepMemoriesRequest  # noqa: Y015
 
 @_typing.final
 class SweepMemoriesResponse(_message.Message):
-    """What was deleted."""
+    """What was archived and deleted. As long as something was, more may be due: call again."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ARCHIVED_FIELD_NUMBER: _builtins.int
     DELETED_FIELD_NUMBER: _builtins.int
-    MORE_FIELD_NUMBER: _builtins.int
+    archived: _builtins.int
+    """How many memories were archived."""
     deleted: _builtins.int
-    """How many memories."""
-    more: _builtins.bool
-    """Whether more are due: call again."""
+    """How many memories were deleted."""
     def __init__(
         self,
         *,
+        archived: _builtins.int = ...,
         deleted: _builtins.int = ...,
-        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "more", b"more"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archived", b"archived", "deleted", b"deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -276,3 +276,63 @@ class ReindexMemoriesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReindexMemoriesResponse: _TypeAlias = ReindexMemoriesResponse  # noqa: Y015
+
+@_typing.final
+class PromoteShortTermRequest(_message.Message):
+    """Asks to promote what has earned it, of some users."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """How many entries of the short-term store to look at, more or less: 1 to 1000; 0 means 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteShortTermRequest: _TypeAlias = PromoteShortTermRequest  # noqa: Y015
+
+@_typing.final
+class PromoteShortTermResponse(_message.Message):
+    """What was promoted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMOTED_FIELD_NUMBER: _builtins.int
+    USERS_FIELD_NUMBER: _builtins.int
+    WITHDRAWN_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    promoted: _builtins.int
+    """How many memories."""
+    users: _builtins.int
+    """How many users had short-term memories. One may be counted on two pages."""
+    withdrawn: _builtins.int
+    """How many of them were passed over because they withdrew consent."""
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last page."""
+    def __init__(
+        self,
+        *,
+        promoted: _builtins.int = ...,
+        users: _builtins.int = ...,
+        withdrawn: _builtins.int = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "promoted", b"promoted", "users", b"users", "withdrawn", b"withdrawn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteShortTermResponse: _TypeAlias = PromoteShortTermResponse  # noqa: Y015

@@ -51,6 +51,11 @@ class MaintenanceServiceStub:
                 request_serializer=kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.ReindexMemoriesRequest.SerializeToString,
                 response_deserializer=kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.ReindexMemoriesResponse.FromString,
                 _registered_method=True)
+        self.PromoteShortTerm = channel.unary_unary(
+                '/kimberly.maintenance.v1.MaintenanceService/PromoteShortTerm',
+                request_serializer=kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.PromoteShortTermRequest.SerializeToString,
+                response_deserializer=kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.PromoteShortTermResponse.FromString,
+                _registered_method=True)
         self.SweepAttachments = channel.unary_unary(
                 '/kimberly.maintenance.v1.MaintenanceService/SweepAttachments',
                 request_serializer=kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.SweepAttachmentsRequest.SerializeToString,
@@ -64,8 +69,9 @@ class MaintenanceServiceServicer:
     """
 
     def SweepMemories(self, request, context):
-        """Deletes for good what was archived or deleted longer ago than its grace period: rows, versions,
-        vectors, and the objects of attachments.
+        """Archives what was not seen for as long as its user chose, and deletes for good what was
+        archived or deleted longer ago than its grace period: rows, versions, vectors, and the
+        objects of attachments.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,6 +88,14 @@ class MaintenanceServiceServicer:
     def ReindexMemories(self, request, context):
         """Makes the terms that a user's memories are found by anew, in the language that their settings
         say at that moment. Queries and writes go on meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteShortTerm(self, request, context):
+        """Moves short-term memories that have earned it to the long term, as EndSession does. The others
+        stay until they expire. Users who withdrew consent to memory.store are passed over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +125,11 @@ def add_MaintenanceServiceServicer_to_server(servicer, server):
                     servicer.ReindexMemories,
                     request_deserializer=kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.ReindexMemoriesRequest.FromString,
                     response_serializer=kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.ReindexMemoriesResponse.SerializeToString,
+            ),
+            'PromoteShortTerm': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteShortTerm,
+                    request_deserializer=kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.PromoteShortTermRequest.FromString,
+                    response_serializer=kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.PromoteShortTermResponse.SerializeToString,
             ),
             'SweepAttachments': grpc.unary_unary_rpc_method_handler(
                     servicer.SweepAttachments,
@@ -201,6 +220,33 @@ class MaintenanceService:
             '/kimberly.maintenance.v1.MaintenanceService/ReindexMemories',
             kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.ReindexMemoriesRequest.SerializeToString,
             kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.ReindexMemoriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteShortTerm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.maintenance.v1.MaintenanceService/PromoteShortTerm',
+            kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.PromoteShortTermRequest.SerializeToString,
+            kimberly_dot_maintenance_dot_v1_dot_maintenance__pb2.PromoteShortTermResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,8 +36,9 @@ class MaintenanceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MaintenanceServiceAsyncStub: ...
     SweepMemories: _grpc.UnaryUnaryMultiCallable[_maintenance_pb2.SweepMemoriesRequest, _maintenance_pb2.SweepMemoriesResponse]
-    """Deletes for good what was archived or deleted longer ago than its grace period: rows, versions,
-    vectors, and the objects of attachments.
+    """Archives what was not seen for as long as its user chose, and deletes for good what was
+    archived or deleted longer ago than its grace period: rows, versions, vectors, and the
+    objects of attachments.
     """
     RewrapDataKeys: _grpc.UnaryUnaryMultiCallable[_maintenance_pb2.RewrapDataKeysRequest, _maintenance_pb2.RewrapDataKeysResponse]
     """Wraps users' data keys by the newest master key, where an older one still does: after that
@@ -46,6 +47,10 @@ class MaintenanceServiceStub:
     ReindexMemories: _grpc.UnaryUnaryMultiCallable[_maintenance_pb2.ReindexMemoriesRequest, _maintenance_pb2.ReindexMemoriesResponse]
     """Makes the terms that a user's memories are found by anew, in the language that their settings
     say at that moment. Queries and writes go on meanwhile.
+    """
+    PromoteShortTerm: _grpc.UnaryUnaryMultiCallable[_maintenance_pb2.PromoteShortTermRequest, _maintenance_pb2.PromoteShortTermResponse]
+    """Moves short-term memories that have earned it to the long term, as EndSession does. The others
+    stay until they expire. Users who withdrew consent to memory.store are passed over.
     """
     SweepAttachments: _grpc.UnaryUnaryMultiCallable[_maintenance_pb2.SweepAttachmentsRequest, _maintenance_pb2.SweepAttachmentsResponse]
     """Removes what uploads and deletions left behind in the object store."""
@@ -58,8 +63,9 @@ class MaintenanceServiceAsyncStub(MaintenanceServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     SweepMemories: _aio.UnaryUnaryMultiCallable[_maintenance_pb2.SweepMemoriesRequest, _maintenance_pb2.SweepMemoriesResponse]  # type: ignore[assignment]
-    """Deletes for good what was archived or deleted longer ago than its grace period: rows, versions,
-    vectors, and the objects of attachments.
+    """Archives what was not seen for as long as its user chose, and deletes for good what was
+    archived or deleted longer ago than its grace period: rows, versions, vectors, and the
+    objects of attachments.
     """
     RewrapDataKeys: _aio.UnaryUnaryMultiCallable[_maintenance_pb2.RewrapDataKeysRequest, _maintenance_pb2.RewrapDataKeysResponse]  # type: ignore[assignment]
     """Wraps users' data keys by the newest master key, where an older one still does: after that
@@ -68,6 +74,10 @@ class MaintenanceServiceAsyncStub(MaintenanceServiceStub):
     ReindexMemories: _aio.UnaryUnaryMultiCallable[_maintenance_pb2.ReindexMemoriesRequest, _maintenance_pb2.ReindexMemoriesResponse]  # type: ignore[assignment]
     """Makes the terms that a user's memories are found by anew, in the language that their settings
     say at that moment. Queries and writes go on meanwhile.
+    """
+    PromoteShortTerm: _aio.UnaryUnaryMultiCallable[_maintenance_pb2.PromoteShortTermRequest, _maintenance_pb2.PromoteShortTermResponse]  # type: ignore[assignment]
+    """Moves short-term memories that have earned it to the long term, as EndSession does. The others
+    stay until they expire. Users who withdrew consent to memory.store are passed over.
     """
     SweepAttachments: _aio.UnaryUnaryMultiCallable[_maintenance_pb2.SweepAttachmentsRequest, _maintenance_pb2.SweepAttachmentsResponse]  # type: ignore[assignment]
     """Removes what uploads and deletions left behind in the object store."""
@@ -83,8 +93,9 @@ class MaintenanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _maintenance_pb2.SweepMemoriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_maintenance_pb2.SweepMemoriesResponse, _abc.Awaitable[_maintenance_pb2.SweepMemoriesResponse]]:
-        """Deletes for good what was archived or deleted longer ago than its grace period: rows, versions,
-        vectors, and the objects of attachments.
+        """Archives what was not seen for as long as its user chose, and deletes for good what was
+        archived or deleted longer ago than its grace period: rows, versions, vectors, and the
+        objects of attachments.
         """
 
     @_abc_1.abstractmethod
@@ -105,6 +116,16 @@ class MaintenanceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_maintenance_pb2.ReindexMemoriesResponse, _abc.Awaitable[_maintenance_pb2.ReindexMemoriesResponse]]:
         """Makes the terms that a user's memories are found by anew, in the language that their settings
         say at that moment. Queries and writes go on meanwhile.
+        """
+
+    @_abc_1.abstractmethod
+    def PromoteShortTerm(
+        self,
+        request: _maintenance_pb2.PromoteShortTermRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_maintenance_pb2.PromoteShortTermResponse, _abc.Awaitable[_maintenance_pb2.PromoteShortTermResponse]]:
+        """Moves short-term memories that have earned it to the long term, as EndSession does. The others
+        stay until they expire. Users who withdrew consent to memory.store are passed over.
         """
 
     @_abc_1.abstractmethod

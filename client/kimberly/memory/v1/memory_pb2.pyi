@@ -31,7 +31,10 @@ class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType],
     TIER_UNSPECIFIED: _Tier.ValueType  # 0
     """In a request: long-term for a create, all tiers for a filter. Never returned."""
     TIER_SHORT_TERM: _Tier.ValueType  # 1
-    """Kept in Redis for 24 hours. A crash of Redis may lose the newest second."""
+    """Kept in Redis for as long as the settings say, usually 24 hours, or until its conversation ends.
+    Redis may lose it: a crash the newest second, a lost disk everything. Updating the tier moves
+    it to another one, under the same id; every night what has earned it moves to the long term.
+    """
     TIER_LONG_TERM: _Tier.ValueType  # 2
     """Kept in PostgreSQL."""
     TIER_PERMANENT: _Tier.ValueType  # 3
@@ -43,7 +46,10 @@ class Tier(_Tier, metaclass=_TierEnumTypeWrapper):
 TIER_UNSPECIFIED: Tier.ValueType  # 0
 """In a request: long-term for a create, all tiers for a filter. Never returned."""
 TIER_SHORT_TERM: Tier.ValueType  # 1
-"""Kept in Redis for 24 hours. A crash of Redis may lose the newest second."""
+"""Kept in Redis for as long as the settings say, usually 24 hours, or until its conversation ends.
+Redis may lose it: a crash the newest second, a lost disk everything. Updating the tier moves
+it to another one, under the same id; every night what has earned it moves to the long term.
+"""
 TIER_LONG_TERM: Tier.ValueType  # 2
 """Kept in PostgreSQL."""
 TIER_PERMANENT: Tier.ValueType  # 3
@@ -278,6 +284,40 @@ ATTACHMENT_STATE_COMPLETE: AttachmentState.ValueType  # 2
 """Uploaded and checked."""
 Global___AttachmentState: _TypeAlias = AttachmentState  # noqa: Y015
 
+class _SessionKeep:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SessionKeepEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionKeep.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SESSION_KEEP_UNSPECIFIED: _SessionKeep.ValueType  # 0
+    """The same as earned."""
+    SESSION_KEEP_EARNED: _SessionKeep.ValueType  # 1
+    """Those whose score is 0.55 or more by the weights of the settings, age left out. By the usual
+    weights that is what got a thumb up, or a rating of 4 or 5, or helped an answer, or was given
+    ten times. Protected ones too.
+    """
+    SESSION_KEEP_ALL: _SessionKeep.ValueType  # 2
+    """All."""
+    SESSION_KEEP_NONE: _SessionKeep.ValueType  # 3
+    """None."""
+
+class SessionKeep(_SessionKeep, metaclass=_SessionKeepEnumTypeWrapper):
+    """Which turns outlive their conversation."""
+
+SESSION_KEEP_UNSPECIFIED: SessionKeep.ValueType  # 0
+"""The same as earned."""
+SESSION_KEEP_EARNED: SessionKeep.ValueType  # 1
+"""Those whose score is 0.55 or more by the weights of the settings, age left out. By the usual
+weights that is what got a thumb up, or a rating of 4 or 5, or helped an answer, or was given
+ten times. Protected ones too.
+"""
+SESSION_KEEP_ALL: SessionKeep.ValueType  # 2
+"""All."""
+SESSION_KEEP_NONE: SessionKeep.ValueType  # 3
+"""None."""
+Global___SessionKeep: _TypeAlias = SessionKeep  # noqa: Y015
+
 class _MeditationState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -336,6 +376,7 @@ class Memory(_message.Message):
     FEEDBACK_FIELD_NUMBER: _builtins.int
     ARCHIVE_TIME_FIELD_NUMBER: _builtins.int
     DELETE_TIME_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`mem_…`. Set by the server."""
     tier: Global___Tier.ValueType
@@ -374,6 +415,8 @@ class Memory(_message.Message):
     """Version of the consent to memory.store that it was written under. Set by the server."""
     feedback: _builtins.float
     """What the user said it is worth, 0 to 1; absent if nothing. Set by GiveFeedback."""
+    user_id: _builtins.str
+    """Whose memory it is, `usr_…`; empty for the caller's own. Set by the server."""
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Labels: at most 32, of 1 to 64 characters each; a set, kept sorted."""
@@ -447,10 +490,11 @@ class Memory(_message.Message):
         feedback: _builtins.float | None = ...,
         archive_time: _timestamp_pb2.Timestamp | None = ...,
         delete_time: _timestamp_pb2.Timestamp | None = ...,
+        user_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_feedback", b"_feedback", "_session_position", b"_session_position", "archive_time", b"archive_time", "create_time", b"create_time", "delete_time", b"delete_time", "expire_time", b"expire_time", "feedback", b"feedback", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "score", b"score", "session_position", b"session_position", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_feedback", b"_feedback", "_session_position", b"_session_position", "archive_time", b"archive_time", "author", b"author", "channels", b"channels", "consent_version", b"consent_version", "content", b"content", "content_hash", b"content_hash", "create_time", b"create_time", "delete_time", b"delete_time", "etag", b"etag", "expire_time", b"expire_time", "feedback", b"feedback", "id", b"id", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "protected", b"protected", "scope", b"scope", "score", b"score", "session_id", b"session_id", "session_position", b"session_position", "size_bytes", b"size_bytes", "source", b"source", "speaker", b"speaker", "state", b"state", "tags", b"tags", "tier", b"tier", "update_time", b"update_time", "use_count", b"use_count", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_feedback", b"_feedback", "_session_position", b"_session_position", "archive_time", b"archive_time", "author", b"author", "channels", b"channels", "consent_version", b"consent_version", "content", b"content", "content_hash", b"content_hash", "create_time", b"create_time", "delete_time", b"delete_time", "etag", b"etag", "expire_time", b"expire_time", "feedback", b"feedback", "id", b"id", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "protected", b"protected", "scope", b"scope", "score", b"score", "session_id", b"session_id", "session_position", b"session_position", "size_bytes", b"size_bytes", "source", b"source", "speaker", b"speaker", "state", b"state", "tags", b"tags", "tier", b"tier", "update_time", b"update_time", "use_count", b"use_count", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__feedback: _TypeAlias = _typing.Literal["feedback"]  # noqa: Y015
     _WhichOneofArgType__feedback: _TypeAlias = _typing.Literal["_feedback", b"_feedback"]  # noqa: Y015
@@ -629,6 +673,7 @@ class ListMemoriesRequest(_message.Message):
     OCCURRED_AFTER_FIELD_NUMBER: _builtins.int
     OCCURRED_BEFORE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most: 1 to 1000; 0 means 100."""
     page_token: _builtins.str
@@ -641,6 +686,10 @@ class ListMemoriesRequest(_message.Message):
     """Only turns of this conversation."""
     state: Global___MemoryState.ValueType
     """Only memories in this state; active ones when not given."""
+    shared: _builtins.bool
+    """Memories that others of the tenant share, instead of the caller's own. They are shown without
+    score, feedback and counts, which are their user's.
+    """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only memories with all of these tags."""
@@ -664,10 +713,11 @@ class ListMemoriesRequest(_message.Message):
         occurred_after: _timestamp_pb2.Timestamp | None = ...,
         occurred_before: _timestamp_pb2.Timestamp | None = ...,
         state: Global___MemoryState.ValueType = ...,
+        shared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["occurred_after", b"occurred_after", "occurred_before", b"occurred_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["occurred_after", b"occurred_after", "occurred_before", b"occurred_before", "page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id", "state", b"state", "tags", b"tags", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["occurred_after", b"occurred_after", "occurred_before", b"occurred_before", "page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id", "shared", b"shared", "state", b"state", "tags", b"tags", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1087,7 +1137,7 @@ class GiveFeedbackRequest(_message.Message):
     RATING_FIELD_NUMBER: _builtins.int
     USEFUL_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """`mem_…`; not a short-term one."""
+    """`mem_…`."""
     thumbs_up: _builtins.bool
     """Good: 0.8."""
     thumbs_down: _builtins.bool
@@ -1246,6 +1296,7 @@ class QueryMemoriesRequest(_message.Message):
     OCCURRED_BEFORE_FIELD_NUMBER: _builtins.int
     AS_OF_TIME_FIELD_NUMBER: _builtins.int
     MAX_PER_SESSION_FIELD_NUMBER: _builtins.int
+    INCLUDE_SHARED_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     """The question, or any words; up to 64 KiB."""
     top_k: _builtins.int
@@ -1264,6 +1315,8 @@ class QueryMemoriesRequest(_message.Message):
     """How many turns of one conversation at most: 1 to 100; absent for no bound. Memories that are
     no turns are not bounded.
     """
+    include_shared: _builtins.bool
+    """Memories that others of the tenant share, too: found by their words."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedScalarFieldContainer[Global___Tier.ValueType]:
         """Only these tiers; empty means all."""
@@ -1303,10 +1356,11 @@ class QueryMemoriesRequest(_message.Message):
         occurred_before: _timestamp_pb2.Timestamp | None = ...,
         as_of_time: _timestamp_pb2.Timestamp | None = ...,
         max_per_session: _builtins.int | None = ...,
+        include_shared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_per_session", b"_max_per_session", "_max_tokens", b"_max_tokens", "as_of_time", b"as_of_time", "embedding", b"embedding", "max_per_session", b"max_per_session", "max_tokens", b"max_tokens", "occurred_after", b"occurred_after", "occurred_before", b"occurred_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_per_session", b"_max_per_session", "_max_tokens", b"_max_tokens", "as_of_time", b"as_of_time", "embedding", b"embedding", "max_per_session", b"max_per_session", "max_tokens", b"max_tokens", "min_score", b"min_score", "occurred_after", b"occurred_after", "occurred_before", b"occurred_before", "query", b"query", "session_id", b"session_id", "tags", b"tags", "tiers", b"tiers", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_per_session", b"_max_per_session", "_max_tokens", b"_max_tokens", "as_of_time", b"as_of_time", "embedding", b"embedding", "include_shared", b"include_shared", "max_per_session", b"max_per_session", "max_tokens", b"max_tokens", "min_score", b"min_score", "occurred_after", b"occurred_after", "occurred_before", b"occurred_before", "query", b"query", "session_id", b"session_id", "tags", b"tags", "tiers", b"tiers", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_per_session: _TypeAlias = _typing.Literal["max_per_session"]  # noqa: Y015
     _WhichOneofArgType__max_per_session: _TypeAlias = _typing.Literal["_max_per_session", b"_max_per_session"]  # noqa: Y015
@@ -1702,22 +1756,28 @@ class ImportRefusal(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Its place in the import."""
     field: _builtins.str
     """The field at fault."""
     message: _builtins.str
     """What is wrong with it."""
+    reason: _builtins.str
+    """A name of kimberly.errors.v1.ErrorReason without its prefix: FIELD_INVALID, or QUOTA_EXCEEDED
+    for one that had no room.
+    """
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         field: _builtins.str = ...,
         message: _builtins.str = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "index", b"index", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "index", b"index", "message", b"message", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2453,6 +2513,176 @@ class Transcript(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Transcript: _TypeAlias = Transcript  # noqa: Y015
+
+@_typing.final
+class SessionTurn(_message.Message):
+    """Something that was said."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_FIELD_NUMBER: _builtins.int
+    SPEAKER_FIELD_NUMBER: _builtins.int
+    OCCUR_TIME_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    CHANNELS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    content: _builtins.str
+    """The text: 1 byte to 64 KiB of UTF-8, not only white space."""
+    speaker: _builtins.str
+    """Who said it, up to 128 characters; empty if that does not matter."""
+    source: Global___Source.ValueType
+    """Where it came from."""
+    scope: Global___Scope.ValueType
+    """Who may read it once it is promoted."""
+    @_builtins.property
+    def occur_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was said; the time of the call when not given."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Labels: at most 32, of 1 to 64 characters each."""
+
+    @_builtins.property
+    def channels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where it was said: at most 16, of 1 to 64 characters each."""
+
+    def __init__(
+        self,
+        *,
+        content: _builtins.str = ...,
+        speaker: _builtins.str = ...,
+        occur_time: _timestamp_pb2.Timestamp | None = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        channels: _abc.Iterable[_builtins.str] | None = ...,
+        source: Global___Source.ValueType = ...,
+        scope: Global___Scope.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["occur_time", b"occur_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channels", b"channels", "content", b"content", "occur_time", b"occur_time", "scope", b"scope", "source", b"source", "speaker", b"speaker", "tags", b"tags"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionTurn: _TypeAlias = SessionTurn  # noqa: Y015
+
+@_typing.final
+class AppendToSessionRequest(_message.Message):
+    """Asks to keep turns of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    TURNS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The conversation: 1 to 128 characters. Its first turn begins it."""
+    request_id: _builtins.str
+    """Chosen by the client, up to 64 characters: sending the same request again under the same id
+    is safe and returns those of the turns that are still there. Empty: no protection.
+    """
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionTurn]:
+        """1 to 100 turns, in order."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        turns: _abc.Iterable[Global___SessionTurn] | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "session_id", b"session_id", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppendToSessionRequest: _TypeAlias = AppendToSessionRequest  # noqa: Y015
+
+@_typing.final
+class AppendToSessionResponse(_message.Message):
+    """The turns as kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def memories(self) -> _containers.RepeatedCompositeFieldContainer[Global___Memory]:
+        """Short-term memories, in order, with their positions."""
+
+    def __init__(
+        self,
+        *,
+        memories: _abc.Iterable[Global___Memory] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memories", b"memories"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppendToSessionResponse: _TypeAlias = AppendToSessionResponse  # noqa: Y015
+
+@_typing.final
+class EndSessionRequest(_message.Message):
+    """Asks to end a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The conversation: 1 to 128 characters."""
+    keep: Global___SessionKeep.ValueType
+    """Which turns to move to the long term."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        keep: Global___SessionKeep.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndSessionRequest: _TypeAlias = EndSessionRequest  # noqa: Y015
+
+@_typing.final
+class EndSessionResponse(_message.Message):
+    """What became of the turns of a conversation, over all its ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMOTED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    promoted: _builtins.int
+    """How many moved to the long term. One whose text is there already, at the same position,
+    counts too.
+    """
+    dropped: _builtins.int
+    """How many were dropped."""
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When the conversation ended last."""
+
+    def __init__(
+        self,
+        *,
+        promoted: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "end_time", b"end_time", "promoted", b"promoted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndSessionResponse: _TypeAlias = EndSessionResponse  # noqa: Y015
 
 @_typing.final
 class GetTranscriptRequest(_message.Message):

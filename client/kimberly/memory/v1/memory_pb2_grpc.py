@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class MemoryServiceStub:
     """Keeps a user's memories in three tiers and finds them again. Every call acts on the memories
-    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does.
+    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does. What others
+    of the tenant share can be read: GetMemory, ListMemories and QueryMemories say where.
     """
 
     def __init__(self, channel):
@@ -156,6 +157,16 @@ class MemoryServiceStub:
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentRequest.SerializeToString,
                 response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentResponse.FromString,
                 _registered_method=True)
+        self.AppendToSession = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/AppendToSession',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.AppendToSessionRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.AppendToSessionResponse.FromString,
+                _registered_method=True)
+        self.EndSession = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/EndSession',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.EndSessionRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.EndSessionResponse.FromString,
+                _registered_method=True)
         self.GetTranscript = channel.unary_unary(
                 '/kimberly.memory.v1.MemoryService/GetTranscript',
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetTranscriptRequest.SerializeToString,
@@ -180,7 +191,8 @@ class MemoryServiceStub:
 
 class MemoryServiceServicer:
     """Keeps a user's memories in three tiers and finds them again. Every call acts on the memories
-    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does.
+    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does. What others
+    of the tenant share can be read: GetMemory, ListMemories and QueryMemories say where.
     """
 
     def CreateMemory(self, request, context):
@@ -192,7 +204,7 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetMemory(self, request, context):
-        """Returns one memory.
+        """Returns one memory: the user's own, or one that somebody else of the tenant shares.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -375,6 +387,23 @@ class MemoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AppendToSession(self, request, context):
+        """Keeps turns of a conversation as short-term memories, at its next positions, all or none. Two
+        calls at once never share a position. Positions go on after the highest one that is known.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndSession(self, request, context):
+        """Ends a conversation: moves what is worth keeping of its short-term turns to the long term, under
+        the same ids, and drops the rest. May be repeated: it goes on from what is left. A
+        conversation that ended can be taken up again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTranscript(self, request, context):
         """Returns the transcript of a conversation that has ended, with a URL to GET it from.
         """
@@ -526,6 +555,16 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentRequest.FromString,
                     response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentResponse.SerializeToString,
             ),
+            'AppendToSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.AppendToSession,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.AppendToSessionRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.AppendToSessionResponse.SerializeToString,
+            ),
+            'EndSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndSession,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.EndSessionRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.EndSessionResponse.SerializeToString,
+            ),
             'GetTranscript': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTranscript,
                     request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetTranscriptRequest.FromString,
@@ -556,7 +595,8 @@ def add_MemoryServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class MemoryService:
     """Keeps a user's memories in three tiers and finds them again. Every call acts on the memories
-    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does.
+    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does. What others
+    of the tenant share can be read: GetMemory, ListMemories and QueryMemories say where.
     """
 
     @staticmethod
@@ -1197,6 +1237,60 @@ class MemoryService:
             '/kimberly.memory.v1.MemoryService/DeleteAttachment',
             kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentRequest.SerializeToString,
             kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteAttachmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AppendToSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/AppendToSession',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.AppendToSessionRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.AppendToSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/EndSession',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.EndSessionRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.EndSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class MemoryServiceStub:
     """Keeps a user's memories in three tiers and finds them again. Every call acts on the memories
-    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does.
+    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does. What others
+    of the tenant share can be read: GetMemory, ListMemories and QueryMemories say where.
     """
 
     @_typing.overload
@@ -40,7 +41,7 @@ class MemoryServiceStub:
     is not stored twice: the memory that is there is returned, counted as seen.
     """
     GetMemory: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GetMemoryRequest, _memory_pb2.GetMemoryResponse]
-    """Returns one memory."""
+    """Returns one memory: the user's own, or one that somebody else of the tenant shares."""
     ListMemories: _grpc.UnaryUnaryMultiCallable[_memory_pb2.ListMemoriesRequest, _memory_pb2.ListMemoriesResponse]
     """Lists memories, newest first, page by page. Memories written meanwhile do not disturb the
     pages that follow.
@@ -121,6 +122,15 @@ class MemoryServiceStub:
     """Lists the attachments of a memory, newest first, page by page."""
     DeleteAttachment: _grpc.UnaryUnaryMultiCallable[_memory_pb2.DeleteAttachmentRequest, _memory_pb2.DeleteAttachmentResponse]
     """Deletes an attachment with its bytes, in whatever state it is, for good."""
+    AppendToSession: _grpc.UnaryUnaryMultiCallable[_memory_pb2.AppendToSessionRequest, _memory_pb2.AppendToSessionResponse]
+    """Keeps turns of a conversation as short-term memories, at its next positions, all or none. Two
+    calls at once never share a position. Positions go on after the highest one that is known.
+    """
+    EndSession: _grpc.UnaryUnaryMultiCallable[_memory_pb2.EndSessionRequest, _memory_pb2.EndSessionResponse]
+    """Ends a conversation: moves what is worth keeping of its short-term turns to the long term, under
+    the same ids, and drops the rest. May be repeated: it goes on from what is left. A
+    conversation that ended can be taken up again.
+    """
     GetTranscript: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GetTranscriptRequest, _memory_pb2.GetTranscriptResponse]
     """Returns the transcript of a conversation that has ended, with a URL to GET it from."""
     DeleteTranscript: _grpc.UnaryUnaryMultiCallable[_memory_pb2.DeleteTranscriptRequest, _memory_pb2.DeleteTranscriptResponse]
@@ -133,7 +143,8 @@ class MemoryServiceStub:
 @_typing.type_check_only
 class MemoryServiceAsyncStub(MemoryServiceStub):
     """Keeps a user's memories in three tiers and finds them again. Every call acts on the memories
-    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does.
+    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does. What others
+    of the tenant share can be read: GetMemory, ListMemories and QueryMemories say where.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -142,7 +153,7 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     is not stored twice: the memory that is there is returned, counted as seen.
     """
     GetMemory: _aio.UnaryUnaryMultiCallable[_memory_pb2.GetMemoryRequest, _memory_pb2.GetMemoryResponse]  # type: ignore[assignment]
-    """Returns one memory."""
+    """Returns one memory: the user's own, or one that somebody else of the tenant shares."""
     ListMemories: _aio.UnaryUnaryMultiCallable[_memory_pb2.ListMemoriesRequest, _memory_pb2.ListMemoriesResponse]  # type: ignore[assignment]
     """Lists memories, newest first, page by page. Memories written meanwhile do not disturb the
     pages that follow.
@@ -223,6 +234,15 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """Lists the attachments of a memory, newest first, page by page."""
     DeleteAttachment: _aio.UnaryUnaryMultiCallable[_memory_pb2.DeleteAttachmentRequest, _memory_pb2.DeleteAttachmentResponse]  # type: ignore[assignment]
     """Deletes an attachment with its bytes, in whatever state it is, for good."""
+    AppendToSession: _aio.UnaryUnaryMultiCallable[_memory_pb2.AppendToSessionRequest, _memory_pb2.AppendToSessionResponse]  # type: ignore[assignment]
+    """Keeps turns of a conversation as short-term memories, at its next positions, all or none. Two
+    calls at once never share a position. Positions go on after the highest one that is known.
+    """
+    EndSession: _aio.UnaryUnaryMultiCallable[_memory_pb2.EndSessionRequest, _memory_pb2.EndSessionResponse]  # type: ignore[assignment]
+    """Ends a conversation: moves what is worth keeping of its short-term turns to the long term, under
+    the same ids, and drops the rest. May be repeated: it goes on from what is left. A
+    conversation that ended can be taken up again.
+    """
     GetTranscript: _aio.UnaryUnaryMultiCallable[_memory_pb2.GetTranscriptRequest, _memory_pb2.GetTranscriptResponse]  # type: ignore[assignment]
     """Returns the transcript of a conversation that has ended, with a URL to GET it from."""
     DeleteTranscript: _aio.UnaryUnaryMultiCallable[_memory_pb2.DeleteTranscriptRequest, _memory_pb2.DeleteTranscriptResponse]  # type: ignore[assignment]
@@ -234,7 +254,8 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps a user's memories in three tiers and finds them again. Every call acts on the memories
-    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does.
+    of the signed-in user; someone else's id answers NOT_FOUND, as a missing one does. What others
+    of the tenant share can be read: GetMemory, ListMemories and QueryMemories say where.
     """
 
     @_abc_1.abstractmethod
@@ -253,7 +274,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_pb2.GetMemoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.GetMemoryResponse, _abc.Awaitable[_memory_pb2.GetMemoryResponse]]:
-        """Returns one memory."""
+        """Returns one memory: the user's own, or one that somebody else of the tenant shares."""
 
     @_abc_1.abstractmethod
     def ListMemories(
@@ -466,6 +487,27 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.DeleteAttachmentResponse, _abc.Awaitable[_memory_pb2.DeleteAttachmentResponse]]:
         """Deletes an attachment with its bytes, in whatever state it is, for good."""
+
+    @_abc_1.abstractmethod
+    def AppendToSession(
+        self,
+        request: _memory_pb2.AppendToSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.AppendToSessionResponse, _abc.Awaitable[_memory_pb2.AppendToSessionResponse]]:
+        """Keeps turns of a conversation as short-term memories, at its next positions, all or none. Two
+        calls at once never share a position. Positions go on after the highest one that is known.
+        """
+
+    @_abc_1.abstractmethod
+    def EndSession(
+        self,
+        request: _memory_pb2.EndSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.EndSessionResponse, _abc.Awaitable[_memory_pb2.EndSessionResponse]]:
+        """Ends a conversation: moves what is worth keeping of its short-term turns to the long term, under
+        the same ids, and drops the rest. May be repeated: it goes on from what is left. A
+        conversation that ended can be taken up again.
+        """
 
     @_abc_1.abstractmethod
     def GetTranscript(

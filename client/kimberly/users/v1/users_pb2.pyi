@@ -289,6 +289,92 @@ class RetrievalWeights(_message.Message):
 Global___RetrievalWeights: _TypeAlias = RetrievalWeights  # noqa: Y015
 
 @_typing.final
+class Quotas(_message.Message):
+    """How many bytes of contents and tags a user may keep in each tier. What is absent is the plan's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHORT_TERM_BYTES_FIELD_NUMBER: _builtins.int
+    LONG_TERM_BYTES_FIELD_NUMBER: _builtins.int
+    PERMANENT_BYTES_FIELD_NUMBER: _builtins.int
+    short_term_bytes: _builtins.int
+    """In the short term: 0 to what the plan gives."""
+    long_term_bytes: _builtins.int
+    """In the long term: 0 to what the plan gives."""
+    permanent_bytes: _builtins.int
+    """Permanently: 0 to what the plan gives."""
+    def __init__(
+        self,
+        *,
+        short_term_bytes: _builtins.int | None = ...,
+        long_term_bytes: _builtins.int | None = ...,
+        permanent_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_long_term_bytes", b"_long_term_bytes", "_permanent_bytes", b"_permanent_bytes", "_short_term_bytes", b"_short_term_bytes", "long_term_bytes", b"long_term_bytes", "permanent_bytes", b"permanent_bytes", "short_term_bytes", b"short_term_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_long_term_bytes", b"_long_term_bytes", "_permanent_bytes", b"_permanent_bytes", "_short_term_bytes", b"_short_term_bytes", "long_term_bytes", b"long_term_bytes", "permanent_bytes", b"permanent_bytes", "short_term_bytes", b"short_term_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__long_term_bytes: _TypeAlias = _typing.Literal["long_term_bytes"]  # noqa: Y015
+    _WhichOneofArgType__long_term_bytes: _TypeAlias = _typing.Literal["_long_term_bytes", b"_long_term_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__permanent_bytes: _TypeAlias = _typing.Literal["permanent_bytes"]  # noqa: Y015
+    _WhichOneofArgType__permanent_bytes: _TypeAlias = _typing.Literal["_permanent_bytes", b"_permanent_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__short_term_bytes: _TypeAlias = _typing.Literal["short_term_bytes"]  # noqa: Y015
+    _WhichOneofArgType__short_term_bytes: _TypeAlias = _typing.Literal["_short_term_bytes", b"_short_term_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__long_term_bytes) -> _WhichOneofReturnType__long_term_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__permanent_bytes) -> _WhichOneofReturnType__permanent_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__short_term_bytes) -> _WhichOneofReturnType__short_term_bytes | None: ...
+
+Global___Quotas: _TypeAlias = Quotas  # noqa: Y015
+
+@_typing.final
+class Retention(_message.Message):
+    """How long memories stay."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHORT_TERM_HOURS_FIELD_NUMBER: _builtins.int
+    LONG_TERM_DAYS_FIELD_NUMBER: _builtins.int
+    ARCHIVE_GRACE_DAYS_FIELD_NUMBER: _builtins.int
+    short_term_hours: _builtins.int
+    """How long short-term memories live that are written from now on: 1 to 168 hours. Absent: as
+    long as the mesh says, usually 24.
+    """
+    long_term_days: _builtins.int
+    """After how many days without being seen long-term memories are archived: 1 to 36500. Absent:
+    never for that reason.
+    """
+    archive_grace_days: _builtins.int
+    """How long what is archived can be restored: 1 to 365 days. Absent: 30."""
+    def __init__(
+        self,
+        *,
+        short_term_hours: _builtins.int | None = ...,
+        long_term_days: _builtins.int | None = ...,
+        archive_grace_days: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_archive_grace_days", b"_archive_grace_days", "_long_term_days", b"_long_term_days", "_short_term_hours", b"_short_term_hours", "archive_grace_days", b"archive_grace_days", "long_term_days", b"long_term_days", "short_term_hours", b"short_term_hours"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_archive_grace_days", b"_archive_grace_days", "_long_term_days", b"_long_term_days", "_short_term_hours", b"_short_term_hours", "archive_grace_days", b"archive_grace_days", "long_term_days", b"long_term_days", "short_term_hours", b"short_term_hours"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__archive_grace_days: _TypeAlias = _typing.Literal["archive_grace_days"]  # noqa: Y015
+    _WhichOneofArgType__archive_grace_days: _TypeAlias = _typing.Literal["_archive_grace_days", b"_archive_grace_days"]  # noqa: Y015
+    _WhichOneofReturnType__long_term_days: _TypeAlias = _typing.Literal["long_term_days"]  # noqa: Y015
+    _WhichOneofArgType__long_term_days: _TypeAlias = _typing.Literal["_long_term_days", b"_long_term_days"]  # noqa: Y015
+    _WhichOneofReturnType__short_term_hours: _TypeAlias = _typing.Literal["short_term_hours"]  # noqa: Y015
+    _WhichOneofArgType__short_term_hours: _TypeAlias = _typing.Literal["_short_term_hours", b"_short_term_hours"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__archive_grace_days) -> _WhichOneofReturnType__archive_grace_days | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__long_term_days) -> _WhichOneofReturnType__long_term_days | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__short_term_hours) -> _WhichOneofReturnType__short_term_hours | None: ...
+
+Global___Retention: _TypeAlias = Retention  # noqa: Y015
+
+@_typing.final
 class Settings(_message.Message):
     """How a user wants memories to be read, scored and found."""
 
@@ -300,6 +386,8 @@ class Settings(_message.Message):
     RETRIEVAL_WEIGHTS_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     EMBEDDING_MODEL_FIELD_NUMBER: _builtins.int
+    QUOTAS_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
     language: Global___Language.ValueType
     """The language of the user's memories and queries: which words say nothing, and which have one
     stem. A text in another language is found by its words as they are written, more or less.
@@ -325,6 +413,14 @@ class Settings(_message.Message):
     def retrieval_weights(self) -> Global___RetrievalWeights:
         """The weights that queries rank with."""
 
+    @_builtins.property
+    def quotas(self) -> Global___Quotas:
+        """Quotas below those of the plan. A larger plan raises those that are absent."""
+
+    @_builtins.property
+    def retention(self) -> Global___Retention:
+        """How long memories stay."""
+
     def __init__(
         self,
         *,
@@ -334,10 +430,12 @@ class Settings(_message.Message):
         retrieval_weights: Global___RetrievalWeights | None = ...,
         etag: _builtins.str = ...,
         embedding_model: _builtins.str = ...,
+        quotas: Global___Quotas | None = ...,
+        retention: Global___Retention | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["retrieval_weights", b"retrieval_weights", "scoring_weights", b"scoring_weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quotas", b"quotas", "retention", b"retention", "retrieval_weights", b"retrieval_weights", "scoring_weights", b"scoring_weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_model", b"embedding_model", "etag", b"etag", "language", b"language", "retrieval_weights", b"retrieval_weights", "scoring_preset", b"scoring_preset", "scoring_weights", b"scoring_weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_model", b"embedding_model", "etag", b"etag", "language", b"language", "quotas", b"quotas", "retention", b"retention", "retrieval_weights", b"retrieval_weights", "scoring_preset", b"scoring_preset", "scoring_weights", b"scoring_weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,8 +576,9 @@ class UpdateSettingsRequest(_message.Message):
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """Which fields to change: "language", "scoring_preset", "scoring_weights", "embedding_model",
-        "retrieval_weights", or one of the latter, such as "retrieval_weights.speaker". A field that
-        is named and not given goes back to its default. A preset sets the scoring weights; scoring
+        "retrieval_weights", "quotas", "retention", or one field of the last three, such as
+        "retrieval_weights.speaker" or "quotas.long_term_bytes". A field that is named and not given
+        goes back to its default. A preset sets the scoring weights; scoring
         weights make the preset custom. Both can be named when they say the same.
         """
 
