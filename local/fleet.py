@@ -97,7 +97,8 @@ class Fleet:
         async def is_ready() -> bool:
             return await self._is_listening_for_work(name)
 
-        return self._python(name, self.commands.worker, self._mesh_settings(name), is_ready)
+        told = self._mesh_settings(name) | _models()
+        return self._python(name, self.commands.worker, told, is_ready)
 
     def sidecar(self, process: str) -> Program:
         """Return the program of a sidecar."""
@@ -182,6 +183,8 @@ class Fleet:
             "KIMBERLY_S3_ACCESS_KEY": stores.s3.access_key,
             "KIMBERLY_S3_SECRET_KEY": stores.s3.secret_key,
             "KIMBERLY_S3_BUCKET": BUCKET,
+            # So that whoever tries the mesh sees a checkpoint of what they just did.
+            "KIMBERLY_AUDIT_CHECKPOINT_SECONDS": "5",
             "KIMBERLY_MASTER_KEY_FILE": str(stores.secrets.path(MASTER_KEY)),
             "KIMBERLY_TOKEN_ISSUER": self.tokens.issuer,
             "KIMBERLY_TOKEN_AUDIENCE": self.tokens.audience,
@@ -259,6 +262,13 @@ def _inherited() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "client")]),
         "KIMBERLY_LOG_LEVEL": "info",
     } | passed
+
+
+def _models() -> dict[str, str]:
+    """Return where the models are that whoever starts the mesh lends its workers, if any."""
+    name = "KIMBERLY_EMBEDDING_MODELS_DIRECTORY"
+    directory = os.environ.get(name)
+    return {name: str(Path(directory).resolve())} if directory else {}
 
 
 async def _never() -> bool:

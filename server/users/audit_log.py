@@ -1,6 +1,7 @@
 """Seals the audit log into hash chains, and verifies them."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn
 from uuid import UUID
@@ -10,12 +11,14 @@ import structlog
 from server.errors import StoreUnavailable
 from server.users import chain
 from server.users.audit_store import AuditStore, End
-from server.users.chain import Break, Head, Walk
+from server.users.chain import Break, Head, StoredLink, Walk
+from server.users.checkpoint_archive import CheckpointArchive, Testimony
 
 log = structlog.get_logger()
 
 _BATCH: Final = 1000
 """Hashing this many holds the event loop for a few milliseconds."""
+_FOR_EVER: Final = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Verification:
     """Hash of the last link; None for an empty log."""
     broken: Break | None
     """The first broken place; None when the log is intact."""
+    testimony: Testimony
+    """The signed checkpoints that it was compared with."""
 
 
 class AuditLog:
@@ -37,8 +42,16 @@ class AuditLog:
     links what can no longer get a predecessor.
     """
 
-    def __init__(self, store: AuditStore, *, seal_seconds: float, page: int = _BATCH) -> None:
+    def __init__(
+        self,
+        store: AuditStore,
+        archive: CheckpointArchive,
+        *,
+        seal_seconds: float,
+        page: int = _BATCH,
+    ) -> None:
         self._store = store
+        self._archive = archive
         self._seal_seconds = seal_seconds
         self._page = page
 
@@ -57,23 +70,41 @@ class AuditLog:
             pass
 
     async def verify(self, tenant_id: UUID) -> Verification:
-        """Seal, then compute a tenant's chain anew from the stored events and compare.
+        """Seal, compute a tenant's chain anew from the stored events, and compare.
 
-        Finds whatever Postgres alone can tell. Who rewrites events, links and head together and
-        consistently goes unnoticed here.
+        What is compared with is stored beside the events, and the checkpoints in S3: only they
+        tell of somebody who rewrote events, links and head together and consistently.
         """
+        # Ahead of the end of the log, which thereby is never before what they vouch for.
+        testimony = await self._archive.testimony(tenant_id)
         await self.seal()
         end = await self._store.end(tenant_id)
+        reached, by_itself = await self._examine(tenant_id, end)
+        by_checkpoints = await self._archive.compare(
+            tenant_id, testimony, reached=reached.position, is_whole=by_itself is None
+        )
+        broken = chain.first(by_itself, by_checkpoints)
+        return Verification(
+            verified_events=broken.position - 1 if broken else reached.position,
+            head_hash=end.recorded.hash if end.recorded.position else None,
+            broken=broken,
+            testimony=testimony,
+        )
+
+    async def links(self, tenant_id: UUID, *, after: int, limit: int) -> Sequence[StoredLink]:
+        """Return links behind a place with their events, for somebody who verifies themselves."""
+        return await self._store.links(
+            tenant_id, after=min(after, _FOR_EVER), until=_FOR_EVER, limit=limit
+        )
+
+    async def _examine(self, tenant_id: UUID, end: End) -> tuple[Head, Break | None]:
+        """Compare the log with what PostgreSQL itself says of it."""
         reached, broken = await self._walk(tenant_id, end)
         if broken is None:
             broken = chain.compare_end(reached, end.recorded, end.last_position)
         if broken is None and (place := await self._store.find_inserted(tenant_id)) is not None:
             broken = Break(place, chain.EVENT_INSERTED)
-        return Verification(
-            verified_events=broken.position - 1 if broken else reached.position,
-            head_hash=end.recorded.hash if end.recorded.position else None,
-            broken=broken,
-        )
+        return reached, broken
 
     async def _walk(self, tenant_id: UUID, end: End) -> tuple[Head, Break | None]:
         """Walk to the recorded end, a page at a time."""

@@ -175,6 +175,12 @@ def _is_after(event: Event | None, following: Event | None) -> bool:
     return event is not None and following is not None and event.order > following.order
 
 
+def first(one: Break | None, other: Break | None) -> Break | None:
+    """Return the break that comes first; of two at one place, the one given first."""
+    breaks = [each for each in (one, other) if each is not None]
+    return min(breaks, key=lambda each: each.position, default=None)
+
+
 def compare_end(walked: Head, recorded: Head, last_position: int) -> Break | None:
     """Compare where a chain ends with where it was recorded to end.
 

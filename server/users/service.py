@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from typing import Any, Final
+from uuid import UUID
 
 import grpc
 from google.protobuf import timestamp_pb2
@@ -9,9 +10,13 @@ from kimberly.users.v1 import users_pb2 as pb
 from kimberly.users.v1 import users_pb2_grpc as rpc
 
 from server import consent, ids, paging
-from server.caller import current_caller
+from server.caller import Caller, current_caller
 from server.errors import InvalidArgument
+from server.users.audit_keys import public_jwk
 from server.users.audit_log import AuditLog, Verification
+from server.users.chain import StoredLink
+from server.users.checkpoint_archive import Comparison, Testimony
+from server.users.checkpoints import Checkpoint
 from server.users.settings_messages import change_from, settings_to
 from server.users.store import AuditEvent, Consent, User, UserStore
 
@@ -20,9 +25,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _PURPOSES: Final = {
     pb.CONSENT_PURPOSE_MEMORY_STORE: consent.MEMORY_STORE,
     pb.CONSENT_PURPOSE_MEMORY_EMBED: consent.MEMORY_EMBED,
+    pb.CONSENT_PURPOSE_MEMORY_SENSITIVE: consent.MEMORY_SENSITIVE,
 }
 _ENUM_VALUES: Final = {purpose: value for value, purpose in _PURPOSES.items()}
 _EVENT_LIST: Final = "audit events"
+_LINK_LIST: Final = "audit links"
+_COMPARISONS: Final = {
+    Comparison.NONE: pb.CHECKPOINT_COMPARISON_NONE,
+    Comparison.COMPARED: pb.CHECKPOINT_COMPARISON_COMPARED,
+    Comparison.UNREACHABLE: pb.CHECKPOINT_COMPARISON_UNREACHABLE,
+}
 
 
 class UserService(rpc.UserServiceServicer):
@@ -87,6 +99,24 @@ class UserService(rpc.UserServiceServicer):
             ),
         )
 
+    async def ListAuditLinks(
+        self, request: pb.ListAuditLinksRequest, context: Context
+    ) -> pb.ListAuditLinksResponse:
+        """Return a page of the tenant's hash chain."""
+        caller = current_caller()
+        size = paging.page_size(request.page_size)
+        after = paging.decode(request.page_token, _LINK_LIST, caller.user_id)
+        links = await self._audit_log.links(
+            caller.tenant_id, after=after.int if after else 0, limit=size + 1
+        )
+        page = links[:size]
+        # The token holds a place where others hold an id: both have their order.
+        last = UUID(int=page[-1].position) if len(links) > size else None
+        return pb.ListAuditLinksResponse(
+            links=(_audit_link(link, caller) for link in page),
+            next_page_token=paging.encode(last, _LINK_LIST, caller.user_id) if last else "",
+        )
+
     async def VerifyAuditLog(
         self, request: pb.VerifyAuditLogRequest, context: Context
     ) -> pb.VerifyAuditLogResponse:
@@ -124,13 +154,70 @@ def _audit_event(event: AuditEvent) -> pb.AuditEvent:
     )
 
 
+def _audit_link(link: StoredLink, reader: Caller) -> pb.AuditLink:
+    shown = pb.AuditLink(position=link.position, hash=link.hash.hex())
+    event = link.event
+    # An event that was moved to another tenant is not withheld from this one: it is gone.
+    if event is None or event.tenant_id != reader.tenant_id:
+        return shown
+    if event.user_id != reader.user_id:
+        shown.withheld = True
+        return shown
+    shown.event.CopyFrom(
+        _audit_event(
+            AuditEvent(
+                id=event.id,
+                event_time=event.event_time,
+                actor=event.actor,
+                action=event.action,
+                resource=event.resource,
+                chain_position=link.position,
+            )
+        )
+    )
+    shown.user_id = ids.show(ids.USER, event.user_id)
+    shown.transaction = event.xid
+    return shown
+
+
 def _verification(found: Verification) -> pb.VerifyAuditLogResponse:
+    testimony = found.testimony
     return pb.VerifyAuditLogResponse(
         intact=found.broken is None,
         verified_events=found.verified_events,
         head_hash=found.head_hash.hex() if found.head_hash else "",
         first_broken_position=found.broken.position if found.broken else None,
         problem=found.broken.problem if found.broken else "",
+        checkpoint_comparison=_COMPARISONS[testimony.comparison],
+        newest_checkpoint=_newest_checkpoint(testimony),
+        checkpoints=map(_checkpoint, testimony.checkpoints),
+        keys=(
+            pb.AuditKey(key_id=key_id, public_jwk=public_jwk(key))
+            for key_id, key in testimony.keys.items()
+        ),
+    )
+
+
+def _newest_checkpoint(testimony: Testimony) -> pb.AuditCheckpoint | None:
+    if testimony.checkpoints:
+        return _checkpoint(testimony.checkpoints[-1])
+    recorded = testimony.recorded
+    if recorded is None:
+        return None
+    return pb.AuditCheckpoint(
+        position=recorded.position,
+        key_id=recorded.key_id,
+        sign_time=_timestamp(recorded.signed_at),
+    )
+
+
+def _checkpoint(checkpoint: Checkpoint) -> pb.AuditCheckpoint:
+    return pb.AuditCheckpoint(
+        position=checkpoint.position,
+        hash=checkpoint.hash.hex(),
+        sign_time=_timestamp(checkpoint.signed_at),
+        key_id=checkpoint.key_id,
+        signed=checkpoint.token,
     )
 
 

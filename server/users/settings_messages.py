@@ -1,6 +1,6 @@
 """Between the contract's Settings and a user's preferences."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from kimberly.users.v1 import users_pb2 as pb
@@ -11,6 +11,8 @@ from server.preferences import (
     PRESETS,
     Language,
     Preferences,
+    Quotas,
+    Retention,
     RetrievalWeights,
     ScoringPreset,
     ScoringWeights,
@@ -37,13 +39,26 @@ _LANGUAGES_TO_PROTO = {language: pb.Language.ValueType(n) for n, language in _LA
 _PRESETS_TO_PROTO = {preset: pb.ScoringPreset.ValueType(n) for n, preset in _PRESETS.items()}
 
 _RETRIEVAL: Final = tuple(RetrievalWeights.__slots__)
+_QUOTAS: Final = tuple(Quotas.__slots__)
+_LONGEST: Final[Mapping[str, int]] = {
+    "short_term_hours": 168,
+    "long_term_days": 36_500,
+    "archive_grace_days": 365,
+}
+"""The most that each time of the retention may be; the least is 1."""
 _CHANGEABLE: Final = (
     "language",
     "scoring_preset",
     "scoring_weights",
+    "embedding_model",
     "retrieval_weights",
     *(f"retrieval_weights.{name}" for name in _RETRIEVAL),
+    "quotas",
+    *(f"quotas.{name}" for name in _QUOTAS),
+    "retention",
+    *(f"retention.{name}" for name in _LONGEST),
 )
+_MODEL_CHARACTERS: Final = 64
 _TOLERANCE: Final = 0.001 + 1e-9
 """How far from 1 scoring weights may add up to, and a little for the rounding of four numbers."""
 
@@ -63,6 +78,11 @@ def change_from(request: pb.UpdateSettingsRequest) -> SettingsChange:
         language=_language_from(settings.language) if "language" in paths else None,
         scoring=_scoring_from(settings, paths),
         retrieval=_retrieval_from(settings.retrieval_weights, paths),
+        embedding_model=_model_from(settings.embedding_model)
+        if "embedding_model" in paths
+        else None,
+        quotas=_quotas_from(settings.quotas, paths),
+        retention=_retention_from(settings.retention, paths),
         expected_version=etags.parse(settings.etag),
     )
 
@@ -80,6 +100,17 @@ def settings_to(preferences: Preferences) -> pb.Settings:
             memory_score=retrieval.memory_score,
             freshness=retrieval.freshness,
         ),
+        embedding_model=preferences.embedding_model,
+        quotas=pb.Quotas(
+            short_term_bytes=preferences.quotas.short_term_bytes,
+            long_term_bytes=preferences.quotas.long_term_bytes,
+            permanent_bytes=preferences.quotas.permanent_bytes,
+        ),
+        retention=pb.Retention(
+            short_term_hours=preferences.retention.short_term_hours,
+            long_term_days=preferences.retention.long_term_days,
+            archive_grace_days=preferences.retention.archive_grace_days,
+        ),
         etag=etags.show(preferences.version),
     )
 
@@ -90,6 +121,15 @@ def _language_from(number: int) -> Language:
     if number not in _LANGUAGES:
         raise InvalidArgument("settings.language", f"there is no language {number}")
     return _LANGUAGES[number]
+
+
+def _model_from(name: str) -> str:
+    if len(name) > _MODEL_CHARACTERS or not name.isprintable():
+        raise InvalidArgument(
+            "settings.embedding_model",
+            f"must have at most {_MODEL_CHARACTERS} printable characters, or none for no model",
+        )
+    return name
 
 
 def _scoring_from(settings: pb.Settings, paths: set[str]) -> Scoring | None:
@@ -140,6 +180,33 @@ def _retrieval_from(message: pb.RetrievalWeights, paths: set[str]) -> dict[str, 
         if message.HasField(name)  # type: ignore[arg-type]
         else None
         for name in named
+    }
+
+
+def _quotas_from(message: pb.Quotas, paths: set[str]) -> dict[str, int | None]:
+    chosen = _given(message, "quotas", _QUOTAS, paths)
+    for name, quota in chosen.items():
+        if quota is not None and quota < 0:
+            raise InvalidArgument(f"settings.quotas.{name}", "must not be negative")
+    return chosen
+
+
+def _retention_from(message: pb.Retention, paths: set[str]) -> dict[str, int | None]:
+    chosen = _given(message, "retention", _LONGEST, paths)
+    for name, time in chosen.items():
+        if time is not None and not 1 <= time <= _LONGEST[name]:
+            raise InvalidArgument(f"settings.retention.{name}", f"must be 1 to {_LONGEST[name]}")
+    return chosen
+
+
+def _given(
+    message: pb.Quotas | pb.Retention, path: str, names: Iterable[str], paths: set[str]
+) -> dict[str, int | None]:
+    """Return the fields that the mask names; None for one that is not given."""
+    return {
+        name: getattr(message, name) if message.HasField(name) else None  # type: ignore[arg-type]
+        for name in names
+        if paths & {path, f"{path}.{name}"}
     }
 
 

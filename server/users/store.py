@@ -1,15 +1,25 @@
 """A user's own rows in Postgres: profile, settings, consents, audit events."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Final
 from uuid import UUID
+
+import asyncpg
 
 from server import audit, ids
 from server.caller import Caller
 from server.database import Connection, Database
-from server.errors import EtagMismatch, NotFound
+from server.embedding_requests import ask_for_embedding, wait_for_writes
+from server.enqueue import enqueue
+from server.errors import EtagMismatch, InvalidArgument, NotFound, StoreUnavailable
 from server.preferences import Language, Preferences, ScoringPreset, ScoringWeights, preferences
+
+REINDEX: Final = "memories.reindex"
+"""Kind of the job that reads a user's memories anew."""
+
+_REINDEX_ATTEMPTS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +49,13 @@ class SettingsChange:
     scoring: Scoring | None
     retrieval: Mapping[str, float | None]
     """New retrieval weights, by name; None goes back to the default."""
+    embedding_model: str | None
     expected_version: int | None
     """Change nothing unless the settings are at this version; None for any."""
+    quotas: Mapping[str, int | None] = field(default_factory=dict)
+    """New quotas, by name; None goes back to the plan's."""
+    retention: Mapping[str, int | None] = field(default_factory=dict)
+    """New times to keep memories, by name; None goes back to the default."""
 
     def applied_to(self, current: Preferences) -> Preferences:
         """Return the next version of the settings.
@@ -56,7 +71,10 @@ class SettingsChange:
             scoring.preset,
             scoring.weights,
             replace(current.retrieval_weights, **self.retrieval),
+            current.embedding_model if self.embedding_model is None else self.embedding_model,
             current.version + 1,
+            replace(current.quotas, **self.quotas),
+            replace(current.retention, **self.retention),
         )
 
 
@@ -118,6 +136,7 @@ class UserStore:
 
         Raises:
             EtagMismatch: They are no longer at the expected version.
+            InvalidArgument: A quota is above the plan's.
         """
         async with self._database.transaction(caller) as connection:
             # Two first changes have no row yet to wait for each other at.
@@ -125,21 +144,33 @@ class UserStore:
                 "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))",
                 f"settings/{caller.user_id}",
             )
-            changed = change.applied_to(await preferences(connection, caller))
+            current = await preferences(connection, caller)
+            changed = change.applied_to(current)
+            await _check_quotas(connection, caller, change.quotas)
+            if changed.language is not current.language:
+                await _wait_for_writers(connection)
+            if change.embedding_model is not None:
+                await wait_for_writes(connection, caller)
             await _keep_settings(connection, caller, changed)
+            if changed.language is not current.language:
+                await _ask_for_reindexing(connection, caller, changed.version)
             await audit.record(
                 connection, caller, "settings.update", ids.show(ids.USER, caller.user_id)
             )
+            if change.embedding_model is not None:
+                await ask_for_embedding(connection, caller)
         return changed
 
     async def record_consent(self, caller: Caller, purpose: str, *, granted: bool) -> Consent:
         """Add a decision to the history, and to the audit log."""
         action = "consent.grant" if granted else "consent.withdraw"
         async with self._database.transaction(caller) as connection:
+            await wait_for_writes(connection, caller)
             consent = None
             while consent is None:
                 consent = await _insert_next(connection, caller, purpose, granted=granted)
             await audit.record(connection, caller, action, purpose)
+            await ask_for_embedding(connection, caller)
         return consent
 
     async def list_consents(self, caller: Caller) -> Sequence[Consent]:
@@ -205,6 +236,66 @@ async def _insert_next(
     return Consent(**row) if row else None
 
 
+async def _check_quotas(
+    connection: Connection, caller: Caller, quotas: Mapping[str, int | None]
+) -> None:
+    """Refuse quotas above those of the caller's plan."""
+    chosen = {name: quota for name, quota in quotas.items() if quota is not None}
+    if not chosen:
+        return
+    plan = await connection.fetchrow(
+        """
+        SELECT short_term_bytes, long_term_bytes, permanent_bytes
+          FROM plans
+         WHERE name = coalesce((SELECT plan
+                                  FROM subscriptions
+                                 WHERE tenant_id = $1 AND user_id = $2), 'free')
+        """,
+        caller.tenant_id,
+        caller.user_id,
+    )
+    for name, quota in chosen.items():
+        if quota > plan[name]:
+            raise InvalidArgument(
+                f"settings.quotas.{name}", f"must be 0 to {plan[name]}, which the plan gives"
+            )
+
+
+async def _wait_for_writers(connection: Connection) -> None:
+    """Wait until nobody writes memories in the language of before; others wait for the commit."""
+    try:
+        await connection.execute("SELECT pg_advisory_xact_lock(language_lock())")
+    except asyncpg.LockNotAvailableError as error:
+        raise StoreUnavailable("a writer of memories") from error
+
+
+async def _ask_for_reindexing(connection: Connection, caller: Caller, version: int) -> None:
+    """Enqueue the job that reads all memories anew in the language that this version brought.
+
+    Each change has a job of its own: one of an earlier change may be past its last page, and is
+    nothing but a look at the settings now.
+    """
+    await connection.execute(
+        "UPDATE settings SET language_version = $3 WHERE tenant_id = $1 AND user_id = $2",
+        caller.tenant_id,
+        caller.user_id,
+        version,
+    )
+    user_id = ids.show(ids.USER, caller.user_id)
+    await enqueue(
+        connection,
+        kind=REINDEX,
+        payload={
+            "tenant_id": ids.show(ids.TENANT, caller.tenant_id),
+            "user_id": user_id,
+            "settings_version": version,
+        },
+        caller=caller,
+        unique_key=f"{REINDEX}/{user_id}/{version}",
+        max_attempts=_REINDEX_ATTEMPTS,
+    )
+
+
 async def _keep_settings(connection: Connection, caller: Caller, changed: Preferences) -> None:
     retrieval = changed.retrieval_weights
     await connection.execute(
@@ -212,8 +303,11 @@ async def _keep_settings(connection: Connection, caller: Caller, changed: Prefer
         INSERT INTO settings
                (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
                 emotional_weight, predictive_value, recency_frequency, semantic, speaker,
-                memory_score, freshness, version)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+                memory_score, freshness, embedding_model, version, short_term_bytes,
+                long_term_bytes, permanent_bytes, short_term_hours, long_term_days,
+                archive_grace_days)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18,
+                $19, $20)
             ON CONFLICT (user_id, tenant_id) DO UPDATE
            SET language = excluded.language, scoring_preset = excluded.scoring_preset,
                relevance_to_goals = excluded.relevance_to_goals,
@@ -222,7 +316,13 @@ async def _keep_settings(connection: Connection, caller: Caller, changed: Prefer
                recency_frequency = excluded.recency_frequency,
                semantic = excluded.semantic, speaker = excluded.speaker,
                memory_score = excluded.memory_score, freshness = excluded.freshness,
-               version = excluded.version
+               embedding_model = excluded.embedding_model, version = excluded.version,
+               short_term_bytes = excluded.short_term_bytes,
+               long_term_bytes = excluded.long_term_bytes,
+               permanent_bytes = excluded.permanent_bytes,
+               short_term_hours = excluded.short_term_hours,
+               long_term_days = excluded.long_term_days,
+               archive_grace_days = excluded.archive_grace_days
         """,
         caller.tenant_id,
         caller.user_id,
@@ -233,5 +333,12 @@ async def _keep_settings(connection: Connection, caller: Caller, changed: Prefer
         retrieval.speaker,
         retrieval.memory_score,
         retrieval.freshness,
+        changed.embedding_model,
         changed.version,
+        changed.quotas.short_term_bytes,
+        changed.quotas.long_term_bytes,
+        changed.quotas.permanent_bytes,
+        changed.retention.short_term_hours,
+        changed.retention.long_term_days,
+        changed.retention.archive_grace_days,
     )

@@ -92,6 +92,17 @@ async def test_concurrent_decisions_get_one_version_each_and_are_all_audited(
     assert dict(actions) == {"consent.grant": 10, "consent.withdraw": 10}
 
 
+@pytest.mark.parametrize("purpose", pb.ConsentPurpose.values()[1:])
+async def test_every_named_purpose_can_be_decided_on(
+    users: Users, database: Database, purpose: "pb.ConsentPurpose.ValueType"
+) -> None:
+    mine = bearer(await new_caller(database, consenting=False))
+    request = pb.RecordConsentRequest(purpose=purpose, granted=True)
+    await users.RecordConsent(request, metadata=mine)
+    listed = await users.ListConsents(pb.ListConsentsRequest(), metadata=mine)
+    assert [(one.purpose, one.granted) for one in listed.consents] == [(purpose, True)]
+
+
 @pytest.mark.parametrize("purpose", [0, 99])
 async def test_an_unknown_purpose_is_refused(users: Users, caller: Caller, purpose: int) -> None:
     request = pb.RecordConsentRequest(granted=True)

@@ -182,6 +182,15 @@ async def test_one_retrieval_weight_changes_alone_and_goes_back_to_the_default(
     assert (await get(users, caller)).retrieval_weights == expected
 
 
+@pytest.mark.parametrize("model", ["m", "wordllama-256", "名前 1", "m" * 64])
+async def test_a_local_model_is_chosen_by_name(users: Users, caller: Caller, model: str) -> None:
+    assert (await update(users, caller, "embedding_model", embedding_model=model)) == await get(
+        users, caller
+    )
+    other = await update(users, caller, "language", language=pb.LANGUAGE_GERMAN)
+    assert other.embedding_model == model
+
+
 async def test_what_is_named_and_not_given_goes_back_to_its_default(
     users: Users, caller: Caller
 ) -> None:
@@ -189,6 +198,7 @@ async def test_what_is_named_and_not_given_goes_back_to_its_default(
         "language": pb.LANGUAGE_FRENCH,
         "scoring_weights": OWN,
         "retrieval_weights": pb.RetrievalWeights(semantic=0.5),
+        "embedding_model": "local",
     }
     await update(users, caller, *fields, **fields)
     changed = await update(users, caller, *fields)
@@ -328,6 +338,8 @@ async def test_a_mask_that_names_no_settings_is_refused(
             "scoring_weights.recency_frequency",
             {"scoring_weights": weighing(1, 0, 0, float("inf"))},
         ),
+        ("embedding_model", {"embedding_model": "m" * 65}),
+        ("embedding_model", {"embedding_model": "a\nb"}),
         *(
             (
                 f"retrieval_weights.{name}",
@@ -356,6 +368,7 @@ async def test_a_value_that_no_setting_can_have_is_refused_by_field(
         "emotional_weight = 'NaN'",
         "emotional_weight = emotional_weight + 0.002",
         "speaker = -0.1",
+        "embedding_model = repeat('m', 65)",
         "version = 0",
     ],
 )
@@ -379,6 +392,7 @@ async def test_preferences_are_what_the_settings_say(
         "language": pb.LANGUAGE_PORTUGUESE,
         "scoring_weights": OWN,
         "retrieval_weights": pb.RetrievalWeights(freshness=0.5),
+        "embedding_model": "local",
     }
     await update(users, caller, *fields, **fields)
     chosen = Preferences(
@@ -386,6 +400,7 @@ async def test_preferences_are_what_the_settings_say(
         ScoringPreset.CUSTOM,
         ScoringWeights(0.1, 0.2, 0.3, 0.4),
         RetrievalWeights(freshness=0.5),
+        embedding_model="local",
         version=1,
     )
     async with database.transaction(caller) as connection:

@@ -1,0 +1,17 @@
+"""The `kimberly` command: one module a group of commands."""
+
+import typer
+
+from kimberly.cli import audit
+
+app = typer.Typer(
+    help=(
+        "Speaks to a memory mesh as one user.\n\n"
+        "Every command needs the address of the mesh and an access token; see the options of "
+        "each. Exit status: 0 what was asked for is so, 1 it is not, 2 it could not be told."
+    ),
+    no_args_is_help=True,
+    # Tracebacks show values, and values are tokens.
+    pretty_exceptions_enable=False,
+)
+app.add_typer(audit.app, name="audit")
