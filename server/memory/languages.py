@@ -89,6 +89,7 @@ _PORTUGUESE: Final = """
 
 _FRENCH_ELISIONS: Final = "c d j jusqu l lorsqu m n puisqu qu quoiqu s t"
 _ITALIAN_ELISIONS: Final = "all c coll com d dall dell dov gl l m n nell quell quest s sull t un v"
+_PORTUGUESE_ELISIONS: Final = "d"
 
 
 def _vocabulary(stemmer: str, stop_words: str, elisions: str = "") -> Vocabulary:
@@ -102,6 +103,6 @@ VOCABULARIES: Final[Mapping[Language, Vocabulary]] = {
     Language.FRENCH: _vocabulary("french", _FRENCH, _FRENCH_ELISIONS),
     Language.SPANISH: _vocabulary("spanish", _SPANISH),
     Language.ITALIAN: _vocabulary("italian", _ITALIAN, _ITALIAN_ELISIONS),
-    Language.PORTUGUESE: _vocabulary("portuguese", _PORTUGUESE),
+    Language.PORTUGUESE: _vocabulary("portuguese", _PORTUGUESE, _PORTUGUESE_ELISIONS),
 }
 """The vocabulary of every language that a user can choose."""

@@ -14,8 +14,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import nlargest
+from operator import itemgetter
 
-from server.memory.words import term_counts
+from server.memory import words
 from server.preferences import Language
 
 K1 = 0.9
@@ -46,14 +48,23 @@ def weights(
             beyond the neighbourhood do not count.
         language: What all of them are written in.
     """
-    counts: Counter[int] = Counter()
-    for distance, said in ((0, text), *neighbours):
+    return blend(
+        (distance, words.terms(said, language)) for distance, said in ((0, text), *neighbours)
+    )
+
+
+def blend(said: Iterable[tuple[int, Iterable[int]]]) -> dict[int, float]:
+    """Return `weights` of texts whose terms are known: how many places away, and the terms."""
+    counts: dict[int, float] = {}
+    for distance, named in said:
         if distance < len(NEIGHBOURHOOD):
-            for term, count in term_counts(said, language).items():
-                counts[term] += NEIGHBOURHOOD[distance] * count  # type: ignore[assignment]
-    norm = K1 * (1 - B + B * counts.total() / USUAL_LENGTH)
-    heaviest = counts.most_common(MOST_TERMS)
-    return {term: count * (K1 + 1) / (count + norm) for term, count in heaviest}
+            each = NEIGHBOURHOOD[distance]
+            for term in named:
+                counts[term] = counts.get(term, 0.0) + each
+    norm = K1 * (1 - B + B * sum(counts.values()) / USUAL_LENGTH)
+    if len(counts) > MOST_TERMS:
+        counts = dict(nlargest(MOST_TERMS, counts.items(), key=itemgetter(1)))
+    return {term: count * (K1 + 1) / (count + norm) for term, count in counts.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +92,7 @@ class Lexicon:
 
 def query_weights(text: str, lexicon: Lexicon, language: Language) -> dict[int, float]:
     """Return idf(t) for every term of a query, times how often the query names it."""
-    heaviest = term_counts(text, language).most_common(MOST_TERMS)
+    heaviest = words.term_counts(text, language).most_common(MOST_TERMS)
     return {term: count * lexicon.idf(term) for term, count in heaviest}
 
 

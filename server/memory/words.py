@@ -13,6 +13,8 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
+from functools import lru_cache, partial
+from itertools import chain
 from typing import Final
 
 import Stemmer
@@ -24,6 +26,8 @@ DIMENSIONS = 1_000_000_000
 """Size of the space that stems are hashed into: the largest that pgvector's sparsevec has."""
 
 _LONGEST_WORD = 64
+_REMEMBERED = 1 << 15
+"""Words of each language whose terms are remembered: some megabytes."""
 
 _HAN: Final = r"\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 _KANA: Final = r"\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
@@ -38,6 +42,8 @@ _MARKS: Final = "".join(
 )
 _LETTERS: Final = rf"[^\W_{_UNSPACED}]+(?:[{_MARKS}]+[^\W_{_UNSPACED}]*)*"
 _WORD = re.compile(rf"{_LETTERS}(?:['’]{_LETTERS})*|[{_UNSPACED}]+|[{_EMOJI}]")
+# The same for ASCII alone, in a third of the time.
+_PLAIN_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*")
 _RUN = re.compile(rf"[{_UNSPACED}]+")
 _ONE_HAN = re.compile(f"[{_HAN}]")
 
@@ -86,14 +92,35 @@ def term_id(stem: str) -> int:
     return zlib.crc32(stem.encode()) % DIMENSIONS
 
 
+def terms(text: str, language: Language) -> list[int]:
+    """Return the terms of a text, in order: the dimensions of its stems."""
+    return list(chain.from_iterable(map(_TERMS_OF[language], _as_written(text))))
+
+
 def term_counts(text: str, language: Language) -> Counter[int]:
     """Return how often each term occurs in a text."""
-    return Counter(map(term_id, stems(text, language)))
+    return Counter(terms(text, language))
+
+
+def _terms_of(language: Language, written: str) -> tuple[int, ...]:
+    """Return the terms of one word or run as it stands in a text, in lower case."""
+    return tuple(map(term_id, stems(written, language)))
+
+
+# Most of what people write are words that were written before.
+_TERMS_OF: Final = {
+    language: lru_cache(_REMEMBERED)(partial(_terms_of, language)) for language in Language
+}
+
+
+def _as_written(text: str) -> list[str]:
+    """Return words and runs as they are written, in lower case."""
+    return (_PLAIN_WORD if text.isascii() else _WORD).findall(text.lower())
 
 
 def _written(text: str) -> list[str]:
-    """Return words and runs as they are written, in lower case and without 's."""
-    found = _WORD.findall(text.lower())
+    """Return words and runs in lower case, of one form and without 's."""
+    found = _as_written(text)
     if not text.isascii():
         found = [unicodedata.normalize("NFKC", word.replace("’", "'")) for word in found]
     return [word.removesuffix("'s") for word in found]

@@ -13,8 +13,9 @@ from kimberly.memory.v1 import memory_pb2_grpc as rpc
 from server.caller import Caller
 from server.memory import ranking
 from server.memory.conversation import REACH
+from server.preferences import Language
 from tests.conftest import bearer
-from tests.memory.test_import_and_attachments import in_chunks
+from tests.memory.test_import import in_chunks
 
 WORDS = ["boat", "harbour", "cello", "recital", "garden", "hazelnut", "letter", "winter", "rope"]
 
@@ -115,16 +116,18 @@ async def test_terms_are_those_of_the_turns_that_stand_there_now(
     await assert_terms_are_right(owner)
 
 
-async def assert_terms_are_right(owner: asyncpg.Connection) -> None:
+async def assert_terms_are_right(
+    owner: asyncpg.Connection, language: Language = Language.ENGLISH, *, at_least: int = 11
+) -> None:
     rows = await owner.fetch("SELECT content, session_position, terms::text FROM memories")
-    assert len(rows) > 10
+    assert len(rows) >= at_least
     for row in rows:
         sides = [
             (abs(other["session_position"] - row["session_position"]), other["content"])
             for other in rows
             if 0 < abs(other["session_position"] - row["session_position"]) <= REACH
         ]
-        expected = ranking.weights(row["content"], sides)
+        expected = ranking.weights(row["content"], sides, language)
         body = row["terms"][1 : row["terms"].index("}")]
         pairs = (pair.split(":") for pair in body.split(","))
         found = {int(index) - 1: float(weight) for index, weight in pairs}
