@@ -1,10 +1,14 @@
 """The audit log: every change says who did what to whose data, in the change's transaction."""
 
+from typing import Final
 from uuid import UUID
 
 from server import ids
 from server.caller import Caller
 from server.database import Connection
+
+SYSTEM: Final = "system"
+"""Who acts when the mesh does something of its own accord."""
 
 
 async def record(connection: Connection, caller: Caller, action: str, resource: str) -> None:
@@ -20,9 +24,22 @@ async def record(connection: Connection, caller: Caller, action: str, resource: 
 
 
 async def record_all(
-    connection: Connection, caller: Caller, action: str, resources: list[str]
+    connection: Connection,
+    caller: Caller,
+    action: str,
+    resources: list[str],
+    *,
+    actor: str | None = None,
 ) -> None:
-    """Append one event for each resource, in one statement."""
+    """Append one event for each resource, in one statement.
+
+    Args:
+        connection: The transaction of the changes.
+        caller: Whose data is touched.
+        action: What is done.
+        resources: Ids of what it is done to.
+        actor: Who acts; None: the caller.
+    """
     events: list[UUID] = [ids.new_id() for _ in resources]
     await connection.execute(
         """
@@ -34,6 +51,6 @@ async def record_all(
         resources,
         caller.tenant_id,
         caller.user_id,
-        ids.show(ids.USER, caller.user_id),
+        actor or ids.show(ids.USER, caller.user_id),
         action,
     )

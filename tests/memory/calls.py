@@ -1,0 +1,37 @@
+"""Calls that many tests make."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from google.protobuf.field_mask_pb2 import FieldMask
+from kimberly.memory.v1 import memory_pb2 as pb
+from kimberly.memory.v1 import memory_pb2_grpc as rpc
+
+from server.caller import Caller
+from tests.conftest import bearer
+
+Stub: TypeAlias = "rpc.MemoryServiceAsyncStub"
+
+
+async def create(memories: Stub, caller: Caller, content: str, **fields: Any) -> pb.Memory:
+    request = pb.CreateMemoryRequest(memory=pb.Memory(content=content, **fields))
+    return (await memories.CreateMemory(request, metadata=bearer(caller))).memory
+
+
+async def archive(memories: Stub, caller: Caller, memory: pb.Memory, etag: str = "") -> pb.Memory:
+    request = pb.ArchiveMemoryRequest(id=memory.id, etag=etag)
+    return (await memories.ArchiveMemory(request, metadata=bearer(caller))).memory
+
+
+async def restore(memories: Stub, caller: Caller, memory: pb.Memory, etag: str = "") -> pb.Memory:
+    request = pb.RestoreMemoryRequest(id=memory.id, etag=etag)
+    return (await memories.RestoreMemory(request, metadata=bearer(caller))).memory
+
+
+async def change(memories: Stub, caller: Caller, memory: pb.Memory, **fields: object) -> pb.Memory:
+    request = pb.UpdateMemoryRequest(
+        memory=pb.Memory(id=memory.id, **fields),  # type: ignore[arg-type]
+        update_mask=FieldMask(paths=list(fields)),
+    )
+    return (await memories.UpdateMemory(request, metadata=bearer(caller))).memory
