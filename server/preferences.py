@@ -69,6 +69,27 @@ class RetrievalWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class Quotas:
+    """How much a user may keep in each tier, in bytes; None: as much as the plan gives."""
+
+    short_term_bytes: int | None = None
+    long_term_bytes: int | None = None
+    permanent_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long memories stay."""
+
+    short_term_hours: int | None = None
+    """None: as long as the mesh says."""
+    long_term_days: int | None = None
+    """How long they may be unseen; None: for ever."""
+    archive_grace_days: int | None = None
+    """How long archived ones can be restored; None: as usual."""
+
+
+@dataclass(frozen=True, slots=True)
 class Preferences:
     """What a user chose. Without arguments: the defaults."""
 
@@ -76,8 +97,12 @@ class Preferences:
     scoring_preset: ScoringPreset = ScoringPreset.BALANCED
     scoring_weights: ScoringWeights = USUAL_WEIGHTS
     retrieval_weights: RetrievalWeights = field(default_factory=RetrievalWeights)
+    embedding_model: str = ""
+    """The local model that makes vectors of the user's memories; empty: none does."""
     version: int = 0
     """How often the user changed something."""
+    quotas: Quotas = field(default_factory=Quotas)
+    retention: Retention = field(default_factory=Retention)
 
 
 async def preferences(connection: Connection, caller: Caller) -> Preferences:
@@ -85,7 +110,9 @@ async def preferences(connection: Connection, caller: Caller) -> Preferences:
     row = await connection.fetchrow(
         """
         SELECT language, scoring_preset, relevance_to_goals, emotional_weight, predictive_value,
-               recency_frequency, semantic, speaker, memory_score, freshness, version
+               recency_frequency, semantic, speaker, memory_score, freshness, embedding_model,
+               version, short_term_bytes, long_term_bytes, permanent_bytes, short_term_hours,
+               long_term_days, archive_grace_days
           FROM settings
          WHERE tenant_id = $1 AND user_id = $2
         """,
@@ -104,7 +131,10 @@ def preferences_of(row: Mapping[str, Any] | None) -> Preferences:
         ScoringPreset(row["scoring_preset"]),
         ScoringWeights(*(row[name] for name in ScoringWeights._fields)),
         RetrievalWeights(*(row[name] for name in RetrievalWeights.__slots__)),
+        row["embedding_model"],
         row["version"],
+        Quotas(*(row[name] for name in Quotas.__slots__)),
+        Retention(*(row[name] for name in Retention.__slots__)),
     )
 
 

@@ -17,6 +17,7 @@ from workers.embedding import EMBED, Embedding
 from workers.embedding_models import Embedder, ModelUnusable, load_embedders
 from workers.housekeeping import SWEEP_ATTACHMENTS, SWEEP_MEMORIES, Housekeeping
 from workers.meditation import PLAN, SHARD, Meditation
+from workers.promotion import PROMOTE, Promoting
 from workers.reindexing import REINDEX, Reindexing
 from workers.rewrapping import REWRAP, Rewrapping
 from workers.stream import Handler, Worker
@@ -86,6 +87,7 @@ async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
                 REWRAP: Rewrapping(channel).rewrap,
                 SWEEP_ATTACHMENTS: housekeeping.sweep_attachments,
                 SWEEP_MEMORIES: housekeeping.sweep_memories,
+                PROMOTE: Promoting(channel).promote,
                 **_embedding(channel, embedders),
             },
             concurrency=settings.concurrency,

@@ -1,5 +1,7 @@
 """Finding memories in Postgres by what they mean."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
@@ -8,12 +10,13 @@ from pgvector import HalfVector
 
 from server import consent
 from server.caller import Caller
-from server.database import Connection, Database
+from server.database import Database
+from server.errors import ConsentMissing
 from server.memory import ranking
 from server.memory.conversation import REACH
 from server.memory.embeddings import Embedding, check_dimension
-from server.memory.model import Filter, Near
-from server.memory.rows import MEMORY_COLUMNS, SCORE_COLUMNS, memory_from
+from server.memory.model import Candidate, Filter
+from server.memory.rows import CANDIDATE_ARRAYS, CANDIDATE_COLUMNS, candidates_from
 
 # A sum over the turn, one over those within one place and one over those within two, so weighted
 # that each turn counts in all as its words do in the lexical leg.
@@ -43,15 +46,20 @@ _VECTORS: Final = """
     CROSS JOIN LATERAL (
         SELECT id, tier, tags, session_id, session_position, occurred_at
           FROM memories
-         WHERE tenant_id = $1 AND user_id = $2 AND id = embedding.memory_id
+         WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+           AND id = embedding.memory_id
            AND content_hash = embedding.content_hash AND archived_at IS NULL
         OFFSET 0
     ) AS memory
 """
-_OF_MODEL: Final = "embedding.tenant_id = $1 AND embedding.user_id = $2 AND embedding.model = $3"
+_OF_MODEL: Final = """
+    embedding.tenant_id = caller.tenant_id AND embedding.user_id = caller.user_id
+    AND embedding.model = $3
+"""
 
+# Materialized: otherwise each of the windows compares the vectors again, and sorts them.
 _SMOOTHED: Final = f"""
-    compared AS (
+    compared AS MATERIALIZED (
         SELECT memory.id, session_id, session_position, -(vector <#> $4) AS similarity,
                {_PASSES} AS passes
           FROM {_VECTORS}
@@ -67,30 +75,56 @@ _SMOOTHED: Final = f"""
                beside AS (talk RANGE BETWEEN 1 PRECEDING AND 1 FOLLOWING),
                around AS (talk RANGE BETWEEN 2 PRECEDING AND 2 FOLLOWING)
     ), nearest AS (
-        SELECT id AS nearest_id, similarity
+        SELECT id AS nearest_id, similarity AS amount
           FROM smoothed
          WHERE passes
          ORDER BY similarity DESC, id
          LIMIT $10
     )
-    SELECT {MEMORY_COLUMNS}, {SCORE_COLUMNS}, similarity, {{reached}} AS reached
+    SELECT {CANDIDATE_ARRAYS}, {{reached}} AS reached
       FROM nearest
       CROSS JOIN LATERAL (
-            SELECT {MEMORY_COLUMNS}
+            SELECT {CANDIDATE_COLUMNS}
               FROM memories
-             WHERE tenant_id = $1 AND user_id = $2 AND id = nearest_id
+             WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id AND id = nearest_id
             OFFSET 0
            ) AS memory
       CROSS JOIN LATERAL (
-            SELECT {SCORE_COLUMNS}
+            SELECT score
               FROM memory_scores
-             WHERE tenant_id = $1 AND user_id = $2 AND memory_id = nearest_id
+             WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+               AND memory_id = nearest_id
             OFFSET 0
            ) AS scores
-     ORDER BY similarity DESC, id
 """  # noqa: S608 - put together from constants
 
-_SCAN: Final = "WITH" + _SMOOTHED.format(condition="true", reached="0")
+# One row: what is known of the model, and beside it the candidates, if a look at every vector is
+# what finds them and the vectors can be compared.
+_SCAN: Final = f"""
+    SELECT known.*, candidate.*
+      FROM (
+           SELECT consented('memory.embed') AS may_embed, data_version, model.dimension,
+                  model.in_graph
+             FROM (SELECT coalesce((SELECT data_version
+                                      FROM memory_usage
+                                     WHERE tenant_id = caller.tenant_id
+                                       AND user_id = caller.user_id), 0) AS data_version) AS usage
+             LEFT JOIN embedding_models AS model
+               ON model.tenant_id = caller.tenant_id AND model.user_id = caller.user_id
+              AND model.model = $3
+           OFFSET 0
+           ) AS known
+      CROSS JOIN LATERAL (
+           WITH {
+    _SMOOTHED.format(
+        condition='''
+            known.may_embed AND known.dimension = $14 AND (NOT known.in_graph OR $15)
+        ''',
+        reached="NULL",
+    )
+}
+           ) AS candidate
+"""  # noqa: S608 - put together from constants
 
 
 @cache
@@ -101,6 +135,8 @@ def _graph_query(dimension: int) -> str:
         reached="(SELECT count(*) FROM in_graph)",
     )
     return f"""
+    SELECT found.*
+      FROM (VALUES ($1::uuid, $2::uuid)) AS caller (tenant_id, user_id), LATERAL (
     WITH in_graph AS MATERIALIZED (
         SELECT memory.id, session_id, session_position
           FROM {_VECTORS}
@@ -121,24 +157,34 @@ def _graph_query(dimension: int) -> str:
         SELECT memory.id
           FROM found
           JOIN memories AS memory
-            ON memory.tenant_id = $1 AND memory.user_id = $2
+            ON memory.tenant_id = caller.tenant_id AND memory.user_id = caller.user_id
            AND memory.session_id <> '' AND memory.session_id = found.session_id
            AND memory.session_position BETWEEN found.session_position - {2 * REACH}
                                            AND found.session_position + {2 * REACH}
     ), {smoothed}
+    ) AS found
     """  # noqa: S608 - put together from constants and an integer
 
 
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """What the meaning of a question brought."""
+
+    candidates: Sequence[Candidate]
+    data_version: int
+    """Of the user's memories, or an older one."""
+
+
 class EmbeddingSearch:
-    """Finds memories of one user at a time by vectors. Every method is one transaction."""
+    """Finds memories of one user at a time by vectors."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def nearest(
         self, caller: Caller, embedding: Embedding, which: Filter, limit: int
-    ) -> list[Near]:
-        """Return the memories that are nearest in meaning, nearest first.
+    ) -> Nearest:
+        """Return the memories that are nearest in meaning, at most `limit`.
 
         A turn counts together with the turns around it: its similarity is the mean of their
         cosines, weighted as their words are. Memories without a vector of the model are left out.
@@ -147,28 +193,48 @@ class EmbeddingSearch:
             ConsentMissing: The user has not consented to memory.embed.
             InvalidArgument: The vector has another dimension than those of its model.
         """
+        arguments = _arguments(embedding, which, limit)
+        scanned = await self._scan(caller, embedding, arguments, despite_graph=False)
+        version = scanned["data_version"]
+        if scanned["dimension"] is None or not which.durable_tiers:
+            return Nearest((), version)
+        check_dimension(embedding, scanned["dimension"], "embedding.values")
+        if not scanned["in_graph"]:
+            return Nearest(candidates_from(scanned), version)
+        found = await self._search_graph(caller, embedding.dimension, arguments)
+        if found["reached"] < limit:
+            # The graph gave up, or there are no more: only a look at every vector can tell.
+            found = await self._scan(caller, embedding, arguments, despite_graph=True)
+        return Nearest(candidates_from(found), version)
+
+    async def _scan(
+        self,
+        caller: Caller,
+        embedding: Embedding,
+        arguments: tuple[object, ...],
+        *,
+        despite_graph: bool,
+    ) -> asyncpg.Record:
+        """Look at every vector, unless some are in a graph or the dimension is not the model's."""
+        (row,) = await self._database.fetch(
+            caller, _SCAN, *arguments, embedding.dimension, despite_graph
+        )
+        if not row["may_embed"]:
+            raise ConsentMissing(consent.MEMORY_EMBED)
+        return row
+
+    async def _search_graph(
+        self, caller: Caller, dimension: int, arguments: tuple[object, ...]
+    ) -> asyncpg.Record:
         async with self._database.transaction(caller) as connection:
-            await consent.require(connection, consent.MEMORY_EMBED)
-            model = await _model(connection, caller, embedding.model)
-            if model is None or not which.durable_tiers:
-                return []
-            check_dimension(embedding, model["dimension"], "embedding.values")
-            arguments = _arguments(caller, embedding, which, limit)
-            rows: list[asyncpg.Record] = []
-            if model["in_graph"]:
-                rows = await _search_graph(connection, embedding.dimension, arguments)
-            if not rows or rows[0]["reached"] < limit:
-                # The graph gave up, or there are no more: only a look at every vector can tell.
-                rows = await connection.fetch(_SCAN, *arguments)
-        return [Near(memory_from(row), row["similarity"]) for row in rows]
+            await connection.execute(_GRAPH_SETTINGS)
+            return await connection.fetchrow(
+                _graph_query(dimension), caller.tenant_id, caller.user_id, *arguments
+            )
 
 
-def _arguments(
-    caller: Caller, embedding: Embedding, which: Filter, limit: int
-) -> tuple[object, ...]:
+def _arguments(embedding: Embedding, which: Filter, limit: int) -> tuple[object, ...]:
     return (
-        caller.tenant_id,
-        caller.user_id,
         embedding.model,
         HalfVector(embedding.values),
         which.durable_tiers,
@@ -181,25 +247,3 @@ def _arguments(
         _BESIDE,
         _AROUND,
     )
-
-
-async def _model(connection: Connection, caller: Caller, model: str) -> asyncpg.Record | None:
-    return await connection.fetchrow(
-        """
-        SELECT dimension, in_graph
-          FROM embedding_models
-         WHERE tenant_id = $1 AND user_id = $2 AND model = $3
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        model,
-    )
-
-
-async def _search_graph(
-    connection: Connection, dimension: int, arguments: tuple[object, ...]
-) -> list[asyncpg.Record]:
-    await connection.execute(_GRAPH_SETTINGS)
-    rows: list[asyncpg.Record] = await connection.fetch(_graph_query(dimension), *arguments)
-    await connection.execute("SET LOCAL enable_sort = on")
-    return rows

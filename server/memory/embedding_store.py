@@ -10,13 +10,14 @@ from pgvector import HalfVector
 from server import audit, consent, ids
 from server.caller import Caller
 from server.database import Connection, Database
+from server.embedding_requests import ask_for_embedding
 from server.errors import QuotaExceeded
+from server.memory.embedding_jobs import EmbeddingJob, hold
 from server.memory.embeddings import Upload, check_dimension
+from server.memory.writing import touch
 
 SCANNED: Final = 5_000
 """How many vectors of a user and model are scanned; those above are in a graph."""
-MOST_VECTORS: Final = 100_000
-"""How many vectors a user may keep, of all models together."""
 GRAPH_DIMENSIONS: Final = frozenset({64, 128, 256, 384, 512, 768, 1024, 1536, 3072})
 """Those that a graph is there for: the ones of migration 0006."""
 
@@ -28,26 +29,33 @@ class EmbeddingStore:
         self._database = database
         self._scanned = scanned
 
-    async def keep(self, caller: Caller, uploads: Sequence[Upload]) -> dict[int, str]:
+    async def keep(
+        self, caller: Caller, uploads: Sequence[Upload], job: EmbeddingJob | None = None
+    ) -> dict[int, str]:
         """Keep vectors, each instead of the one of the same memory and model.
 
         Args:
             caller: Whose memories they belong to.
             uploads: A vector for each memory and model, no two for the same.
+            job: The job that made them, all by one model; None: the caller brings them.
 
         Returns:
             Place of each vector that was not kept → the field at fault: "memory_id" where the
-            caller has no such memory, "content_hash" where its text is another one.
+            caller has no such memory, "content_hash" where its text is another one, "model" where
+            the user no longer wants vectors of a job's model.
 
         Raises:
             ConsentMissing: The user has not consented to memory.store and memory.embed.
             InvalidArgument: A vector has another dimension than those of its model.
             QuotaExceeded: The user would have more vectors than a user may keep.
+            LeaseLost: The lease of the job passed to another worker.
         """
         async with self._database.transaction(caller) as connection:
             await consent.require(connection, consent.MEMORY_STORE)
             await consent.require(connection, consent.MEMORY_EMBED)
             await _take_turns(connection, caller)
+            if job and not await hold(connection, job, uploads[0].embedding.model):
+                return dict.fromkeys(range(len(uploads)), "model")
             await _check_models(connection, caller, uploads)
             in_graph = await self._places(connection, caller, uploads)
             kept = await _insert(connection, caller, uploads, in_graph)
@@ -59,7 +67,44 @@ class EmbeddingStore:
                 "memory.embed",
                 [ids.show(ids.MEMORY, memory_id) for memory_id, _ in kept],
             )
-            return await _explain(connection, caller, uploads, kept)
+            refused = await _explain(connection, caller, uploads, kept)
+            if kept:
+                await touch(connection, caller)
+            return refused
+
+    async def delete(self, caller: Caller, model: str) -> int:
+        """Drop the vectors of a model and return how many there were.
+
+        Those of the user's local model are asked for anew.
+        """
+        async with self._database.transaction(caller) as connection:
+            await _take_turns(connection, caller)
+            dropped: int = await connection.fetchval(
+                """
+                SELECT count(*)
+                  FROM embeddings
+                 WHERE tenant_id = $1 AND user_id = $2 AND model = $3
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                model,
+            )
+            if not dropped:
+                return 0
+            # The vectors go with their model.
+            await connection.execute(
+                """
+                DELETE FROM embedding_models
+                 WHERE tenant_id = $1 AND user_id = $2 AND model = $3
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                model,
+            )
+            await audit.record(connection, caller, "embeddings.delete", model)
+            await touch(connection, caller)
+            await ask_for_embedding(connection, caller)
+            return dropped
 
     async def _places(
         self, connection: Connection, caller: Caller, uploads: Sequence[Upload]
@@ -184,14 +229,23 @@ async def _note_models(
 
 
 async def _check_number(connection: Connection, caller: Caller) -> None:
-    number = await connection.fetchval(
-        "SELECT count(*) FROM embeddings WHERE tenant_id = $1 AND user_id = $2",
+    row = await connection.fetchrow(
+        """
+        SELECT (SELECT count(*)
+                  FROM embeddings
+                 WHERE tenant_id = $1 AND user_id = $2) AS number,
+               (SELECT vectors FROM quotas_of($1, $2)) AS most
+        """,
         caller.tenant_id,
         caller.user_id,
     )
-    if number > MOST_VECTORS:
+    if row["number"] > row["most"]:
         raise QuotaExceeded(
-            "embeddings", number, MOST_VECTORS, "delete memories or use one model", "vectors"
+            "embeddings",
+            row["number"],
+            row["most"],
+            "delete memories or vectors, use one model, or choose a larger plan",
+            "vectors",
         )
 
 

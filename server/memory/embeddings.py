@@ -55,11 +55,18 @@ def read_embedding(model: str, values: Sequence[float], path: str) -> Embedding:
         InvalidArgument: The name is empty, too long or not printable; the vector has too few or
             too many numbers, holds NaN or an infinity, or is zero.
     """
-    if not 1 <= len(model) <= MODEL_CHARACTERS or not model.isprintable():
-        raise InvalidArgument(
-            f"{path}.model", f"must have 1 to {MODEL_CHARACTERS} printable characters"
-        )
+    check_model(model, f"{path}.model")
     return Embedding(model, _normalised(values, f"{path}.values"))
+
+
+def check_model(model: str, field: str) -> None:
+    """Refuse what is no name of a model.
+
+    Raises:
+        InvalidArgument: The name is empty, too long or not printable.
+    """
+    if not 1 <= len(model) <= MODEL_CHARACTERS or not model.isprintable():
+        raise InvalidArgument(field, f"must have 1 to {MODEL_CHARACTERS} printable characters")
 
 
 def check_batch(uploads: Sequence[Upload]) -> None:

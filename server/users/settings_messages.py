@@ -12,7 +12,6 @@ from server.preferences import (
     Language,
     Preferences,
     Quotas,
-    Retention,
     RetrievalWeights,
     ScoringPreset,
     ScoringWeights,

@@ -15,7 +15,6 @@ from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
 from server.caller import Caller
 from server.database import Database
-from server.memory import embedding_store
 from tests.conftest import bearer, new_caller
 from tests.memory.meanings import MODEL, ask, decide, of, texts, upload
 from tests.memory.test_update_and_delete import create
@@ -221,6 +220,7 @@ async def test_vector_that_outlived_its_text_is_never_used(
     assert texts(await ask(memories, caller, "", EAST)) == ["text"]
     # As if an upload had read the old text just before the change and committed just after it.
     await owner.execute("UPDATE embeddings SET content_hash = sha256('another text')")
+    await owner.execute("UPDATE memory_usage SET data_version = data_version + 1")
     assert texts(await ask(memories, caller, "", EAST)) == []
 
 
@@ -269,9 +269,9 @@ async def test_user_keeps_no_more_vectors_than_a_user_may(
     memories: rpc.MemoryServiceAsyncStub,
     caller: Caller,
     owner: asyncpg.Connection,
-    monkeypatch: pytest.MonkeyPatch,
+    plans: None,
 ) -> None:
-    monkeypatch.setattr(embedding_store, "MOST_VECTORS", 2)
+    await owner.execute("UPDATE plans SET vectors = 2 WHERE name = 'free'")
     made = [await create(memories, caller, text) for text in ("one", "two", "three")]
     await upload(memories, caller, of(made[0], EAST), of(made[1], EAST))
     refusal = await refusal_of(upload(memories, caller, of(made[2], EAST)))
@@ -281,3 +281,81 @@ async def test_user_keeps_no_more_vectors_than_a_user_may(
     )
     assert await kept(owner) == {MODEL: 2}
     assert (await upload(memories, caller, of(made[0], WEST), of(made[1], WEST))).stored == 2
+
+
+async def test_the_same_question_sees_what_came_and_went_since_it_was_asked(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller
+) -> None:
+    memory = await create(memories, caller, "harbour")
+    assert texts(await ask(memories, caller, "", EAST)) == []
+    await upload(memories, caller, of(memory, EAST))
+    assert texts(await ask(memories, caller, "", EAST)) == ["harbour"]
+    await drop(memories, caller, MODEL)
+    assert texts(await ask(memories, caller, "", EAST)) == []
+
+
+# --- dropping the vectors of a model
+
+
+async def drop(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, model: str
+) -> pb.DeleteEmbeddingsResponse:
+    request = pb.DeleteEmbeddingsRequest(model=model)
+    return await memories.DeleteEmbeddings(request, metadata=bearer(caller))
+
+
+async def test_vectors_of_one_model_are_dropped_and_all_others_stay(
+    memories: rpc.MemoryServiceAsyncStub,
+    caller: Caller,
+    database: Database,
+    owner: asyncpg.Connection,
+) -> None:
+    other = await new_caller(database)
+    await decide(database, other, "memory.embed", granted=True)
+    theirs = await create(memories, other, "theirs")
+    await upload(memories, other, of(theirs, EAST))
+    for text in ("one", "two"):
+        memory = await create(memories, caller, text)
+        await upload(memories, caller, of(memory, EAST), of(memory, (1, 0, 0), "new"))
+    assert (await drop(memories, caller, MODEL)).deleted == 2
+    assert await kept(owner) == {MODEL: 1, "new": 2}
+    assert texts(await ask(memories, caller, "", EAST)) == []
+    assert texts(await ask(memories, other, "", EAST)) == ["theirs"]
+    events = await owner.fetch(
+        "SELECT user_id, resource FROM audit_events WHERE action = 'embeddings.delete'"
+    )
+    assert [tuple(event) for event in events] == [(caller.user_id, MODEL)]
+
+
+async def test_dropping_may_be_repeated_and_frees_the_name_for_another_dimension(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    memory = await create(memories, caller, "one")
+    await upload(memories, caller, of(memory, EAST))
+    assert [(await drop(memories, caller, MODEL)).deleted for _ in range(2)] == [1, 0]
+    assert (await upload(memories, caller, of(memory, (1, 0, 0)))).stored == 1
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 0
+
+
+async def test_vectors_are_dropped_whether_or_not_their_user_still_consents(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, database: Database
+) -> None:
+    await upload(memories, caller, of(await create(memories, caller, "one"), EAST))
+    for purpose in ("memory.embed", "memory.store"):
+        await decide(database, caller, purpose, granted=False)
+    assert (await drop(memories, caller, MODEL)).deleted == 1
+
+
+@pytest.mark.parametrize("model", ["", "m" * 65, "a\0"])
+async def test_what_is_no_name_of_a_model_is_refused(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, model: str
+) -> None:
+    assert (await refusal_of(drop(memories, caller, model))).fields == ("model",)
+
+
+async def test_nobody_drops_vectors_without_a_token(
+    memories: rpc.MemoryServiceAsyncStub,
+) -> None:
+    request = pb.DeleteEmbeddingsRequest(model=MODEL)
+    refusal = await refusal_of(memories.DeleteEmbeddings(request))
+    assert refusal.code is grpc.StatusCode.UNAUTHENTICATED

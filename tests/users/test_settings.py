@@ -19,6 +19,8 @@ from server.preferences import (
     PRESETS,
     Language,
     Preferences,
+    Quotas,
+    Retention,
     RetrievalWeights,
     ScoringPreset,
     ScoringWeights,
@@ -71,6 +73,8 @@ async def test_a_user_who_never_chose_has_the_defaults_and_reading_writes_nothin
         scoring_preset=pb.SCORING_PRESET_BALANCED,
         scoring_weights=weighing(0.40, 0.30, 0.20, 0.10),
         retrieval_weights=pb.RetrievalWeights(),
+        quotas=pb.Quotas(),
+        retention=pb.Retention(),
         etag="v0",
     )
     assert await owner.fetchval("SELECT count(*) FROM settings") == 0
@@ -210,6 +214,81 @@ async def test_what_is_named_and_not_given_goes_back_to_its_default(
     assert changed.scoring_preset == pb.SCORING_PRESET_BALANCED
 
 
+# --- quotas and retention
+
+
+async def test_one_quota_and_one_time_change_alone(users: Users, caller: Caller) -> None:
+    quotas = pb.Quotas(short_term_bytes=1000, long_term_bytes=0, permanent_bytes=10 * 1024 * 1024)
+    times = pb.Retention(short_term_hours=168, long_term_days=36_500, archive_grace_days=365)
+    changed = await update(users, caller, "quotas", "retention", quotas=quotas, retention=times)
+    assert (changed.quotas, changed.retention) == (quotas, times)
+    assert await get(users, caller) == changed
+    changed = await update(
+        users,
+        caller,
+        "quotas.long_term_bytes",
+        "quotas.permanent_bytes",
+        "retention.short_term_hours",
+        quotas=pb.Quotas(short_term_bytes=1, long_term_bytes=5),
+        retention=pb.Retention(short_term_hours=2, long_term_days=9),
+    )
+    assert changed.quotas == pb.Quotas(short_term_bytes=1000, long_term_bytes=5)
+    assert changed.retention == pb.Retention(
+        short_term_hours=2, long_term_days=36_500, archive_grace_days=365
+    )
+    assert await get(users, caller) == changed
+
+
+async def test_quotas_act_in_the_database(users: Users, caller: Caller, database: Database) -> None:
+    await update(users, caller, "quotas", quotas=pb.Quotas(short_term_bytes=7))
+    async with database.transaction(caller) as connection:
+        quotas = await connection.fetchrow(
+            "SELECT * FROM quotas_of($1, $2)", caller.tenant_id, caller.user_id
+        )
+    assert (quotas["short_term_bytes"], quotas["long_term_bytes"]) == (7, 2 * 1024 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("plan", "limits"),
+    [
+        ("free", (512 * 1024, 2 * 1024**2, 10 * 1024**2)),
+        ("premium", (4 * 1024**2, 64 * 1024**2, 256 * 1024**2)),
+    ],
+)
+async def test_a_quota_above_the_plan_s_is_refused_with_the_plan_s(
+    users: Users,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    plan: str,
+    limits: tuple[int, int, int],
+) -> None:
+    await owner.execute(
+        "INSERT INTO subscriptions VALUES ($1, $2, $3)", caller.tenant_id, caller.user_id, plan
+    )
+    for name, limit in zip(Quotas.__slots__, limits, strict=True):
+        path = f"quotas.{name}"
+        refused = await refusal(users, caller, path, quotas=pb.Quotas(**{name: limit + 1}))
+        assert refused.fields == (f"settings.{path}",)
+        assert f"must be 0 to {limit}" in refused.message
+        changed = await update(users, caller, path, quotas=pb.Quotas(**{name: limit}))
+        assert getattr(changed.quotas, name) == limit
+
+
+async def test_a_smaller_plan_leaves_what_was_chosen_and_only_that_can_be_lowered(
+    users: Users, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    await owner.execute(
+        "INSERT INTO subscriptions VALUES ($1, $2, 'premium')", caller.tenant_id, caller.user_id
+    )
+    chosen = pb.Quotas(short_term_bytes=1024**2)
+    await update(users, caller, "quotas", quotas=chosen)
+    await owner.execute("UPDATE subscriptions SET plan = 'free'")
+    assert (await get(users, caller)).quotas == chosen
+    # What is not named is not compared with the plan.
+    changed = await update(users, caller, "language", language=pb.LANGUAGE_GERMAN)
+    assert changed.quotas == chosen
+
+
 # --- lost updates, audit, other users
 
 
@@ -338,6 +417,20 @@ async def test_a_mask_that_names_no_settings_is_refused(
             "scoring_weights.recency_frequency",
             {"scoring_weights": weighing(1, 0, 0, float("inf"))},
         ),
+        *(
+            (f"quotas.{name}", {"quotas": pb.Quotas(**{name: number})})
+            for name in Quotas.__slots__
+            for number in (-1, 2**62)
+        ),
+        *(
+            (f"retention.{name}", {"retention": pb.Retention(**{name: number})})
+            for name, most in (
+                ("short_term_hours", 168),
+                ("long_term_days", 36_500),
+                ("archive_grace_days", 365),
+            )
+            for number in (-1, 0, most + 1)
+        ),
         ("embedding_model", {"embedding_model": "m" * 65}),
         ("embedding_model", {"embedding_model": "a\nb"}),
         *(
@@ -393,6 +486,8 @@ async def test_preferences_are_what_the_settings_say(
         "scoring_weights": OWN,
         "retrieval_weights": pb.RetrievalWeights(freshness=0.5),
         "embedding_model": "local",
+        "quotas": pb.Quotas(long_term_bytes=5),
+        "retention": pb.Retention(archive_grace_days=6),
     }
     await update(users, caller, *fields, **fields)
     chosen = Preferences(
@@ -402,6 +497,8 @@ async def test_preferences_are_what_the_settings_say(
         RetrievalWeights(freshness=0.5),
         embedding_model="local",
         version=1,
+        quotas=Quotas(long_term_bytes=5),
+        retention=Retention(archive_grace_days=6),
     )
     async with database.transaction(caller) as connection:
         assert await preferences(connection, caller) == chosen

@@ -13,18 +13,23 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from kimberly.embedding.v1 import embedding_pb2_grpc
 from kimberly.jobs.v1 import jobs_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 
-from server.database import SystemDatabase
+from server.database import Database, SystemDatabase
 from server.jobs.doorbell import Doorbell
 from server.jobs.queue import Queue
 from server.jobs.worker_service import WorkerService
+from server.memory.embedding_jobs import EmbeddingJobs
+from server.memory.embedding_service import EmbeddingService
+from server.memory.embedding_store import EmbeddingStore
 from server.memory.scoring_service import ScoringService
 from server.memory.scoring_store import ScoringStore
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
 from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker
+from tests.workers import shipped_models as shipped
 from workers.meditation import Meditation
 from workers.stream import Handler, Worker
 
@@ -38,9 +43,9 @@ async def until(condition: Callable[[], Awaitable[Any]]) -> None:
 
 
 class Mesh:
-    """Worker and scoring service on one Unix socket."""
+    """Worker, scoring and embedding service on one Unix socket."""
 
-    def __init__(self, database: SystemDatabase, urls: Urls, socket: Path) -> None:
+    def __init__(self, database: SystemDatabase, users: Database, urls: Urls, socket: Path) -> None:
         self.database = database
         self.queue = Queue(database, self.lease_seconds)
         self.service = WorkerService(
@@ -50,6 +55,7 @@ class Mesh:
             session_seconds=600,
         )
         self.scoring = ScoringService(ScoringStore(database, shards=3))
+        self.embedding = EmbeddingService(EmbeddingJobs(users, database), EmbeddingStore(users))
         self._socket = socket
         self._server: Server | None = None
 
@@ -60,6 +66,7 @@ class Mesh:
         self._server = Server(self._socket, layers, services=())
         jobs_pb2_grpc.add_WorkerServiceServicer_to_server(self.service, self._server.grpc)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self.scoring, self._server.grpc)
+        embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(self.embedding, self._server.grpc)
         await self._server.start()
 
     async def break_down(self) -> None:
@@ -116,6 +123,12 @@ def meditating(batch_size: int = 100) -> Callable[[grpc.aio.Channel], Mapping[st
     return handlers
 
 
+@pytest.fixture(scope="session")
+def shipped_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of models, as a worker is given one."""
+    return shipped.put(tmp_path_factory.mktemp("models"))
+
+
 @pytest.fixture
 def socket() -> Iterator[Path]:
     directory = Path(mkdtemp(prefix="kimberly-"))
@@ -124,8 +137,10 @@ def socket() -> Iterator[Path]:
 
 
 @pytest_asyncio.fixture
-async def mesh(system_database: SystemDatabase, urls: Urls, socket: Path) -> AsyncIterator[Mesh]:
-    mesh = Mesh(system_database, urls, socket)
+async def mesh(
+    system_database: SystemDatabase, database: Database, urls: Urls, socket: Path
+) -> AsyncIterator[Mesh]:
+    mesh = Mesh(system_database, database, urls, socket)
     running = asyncio.create_task(mesh.service.run())
     await mesh.start()
     yield mesh

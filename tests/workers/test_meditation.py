@@ -16,11 +16,11 @@ from server import ids
 from server.caller import Caller
 from server.database import Database
 from server.enqueue import enqueue
+from server.memory.import_store import Chunk, ImportStore
 from server.memory.meditation_store import Meditation as Run
 from server.memory.meditation_store import MeditationState, MeditationStore
 from server.memory.model import Draft, Source, Tier
 from server.memory.scoring_store import ScoringStore
-from server.memory.store import MemoryStore
 from server.preferences import PRESETS, USUAL_WEIGHTS
 from tests.conftest import FakeClock, as_worker, new_caller
 from tests.workers.conftest import Mesh, meditating, until
@@ -32,7 +32,7 @@ from workers.stream import Task
 
 async def remember(database: Database, caller: Caller, *texts: str) -> None:
     drafts = [Draft(Tier.LONG_TERM, text, (), Source.CHAT, "", None, "", None) for text in texts]
-    await MemoryStore(database).create_all(caller, drafts, FakeClock()())
+    await ImportStore(database).store(caller, Chunk(drafts), FakeClock()())
 
 
 async def chooses(

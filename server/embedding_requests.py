@@ -1,0 +1,45 @@
+"""Asking for vectors: users who chose a local model get a job when memories may lack some.
+
+At most one unfinished job of a user has the key. Nothing that is written falls between two jobs,
+because one lock orders writes and whoever looks at what they leave behind:
+
+- A write takes the lock shared, then looks whether the user chose a model. It keeps the lock
+  until it has committed.
+- A choice of a model, and a consent, take it alone: writes that did not see the choice have
+  committed before the job that follows from it can start.
+- A job takes it alone to look for the last time and to hand its key back: what was written
+  before is seen, and what is written later finds no job of the key and asks for another one.
+"""
+
+from typing import Final
+
+from server.caller import Caller
+from server.database import Connection
+from server.enqueue import enqueue
+
+KIND: Final = "memories.embed"
+
+
+async def ask_for_embedding(connection: Connection, caller: Caller) -> None:
+    """Enqueue the job that gives memories their vectors, if the user wants that.
+
+    Does nothing for users who chose no local model or have not consented. To be called last in
+    the transaction: it waits for nobody who could wait for what the transaction holds.
+
+    Args:
+        connection: A transaction of the caller's that adds memories, changes their texts or
+            brings them back, or changes whether they may have vectors.
+        caller: Whose memories they are.
+    """
+    if await connection.fetchval("SELECT wants_embedding()"):
+        await enqueue(connection, kind=KIND, payload={}, caller=caller, unique_key=_key(caller))
+
+
+async def wait_for_writes(connection: Connection, caller: Caller) -> None:
+    """Wait until no write of the user's is under way, and let none ask until the commit."""
+    await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", _key(caller))
+
+
+def _key(caller: Caller) -> str:
+    """Return the unique key of the user's job; the lock has the same name."""
+    return f"{KIND}/{caller.user_id}"
