@@ -26,6 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from joserfc import jwt
 from joserfc.jwk import ECKey
 from kimberly.auth.v1 import auth_pb2
+from kimberly.memory.v1 import memory_pb2
 
 from local import envoy
 from local.certificates import Authority, KeyPair, Names, make_leaf, make_root
@@ -44,6 +45,8 @@ else:
 LOG_IN = "/kimberly.auth.v1.AuthService/LogIn"
 GET_USER = "/kimberly.users.v1.UserService/GetUser"
 GET_MEMORY = "/kimberly.memory.v1.MemoryService/GetMemory"
+EXPORT = "/kimberly.memory.v1.MemoryService/ExportMemories"
+WATCH = "/kimberly.memory.v1.MemoryService/WatchMemories"
 WORK = "/kimberly.jobs.v1.WorkerService/Work"
 HEALTH = "/grpc.health.v1.Health/Check"
 
@@ -201,11 +204,35 @@ def bearer(value: str) -> dict[str, str]:
     return {"authorization": f"Bearer {value}"}
 
 
+EXPORTED = 200
+WATCHED_SECONDS = 12
+
+
+def export() -> Iterator[bytes]:
+    """Yield more than fits into any buffer on the way."""
+    for _ in range(EXPORTED):
+        memory = memory_pb2.Memory(content="x" * 60_000)
+        yield memory_pb2.ExportMemoriesResponse(memory=memory).SerializeToString()
+    end = memory_pb2.ExportEnd(count=EXPORTED)
+    yield memory_pb2.ExportMemoriesResponse(end=end).SerializeToString()
+
+
+def watch() -> Iterator[bytes]:
+    """Yield for longer than a call may take that does not stream."""
+    for second in range(WATCHED_SECONDS):
+        mark = memory_pb2.WatchMemoriesResponse(caught_up=memory_pb2.CaughtUp(), cursor=f"{second}")
+        yield mark.SerializeToString()
+        time.sleep(1)
+    end = memory_pb2.WatchEnd(reason=memory_pb2.WATCH_END_REASON_AGE)
+    yield memory_pb2.WatchMemoriesResponse(end=end).SerializeToString()
+
+
 class App(Handler):
-    """Answers every call with an empty message, and remembers the metadata of the last one."""
+    """Answers calls with an empty message, or a stream, and remembers the metadata of the last."""
 
     def __init__(self) -> None:
         self.seen: dict[str, dict[str, str | bytes]] = {}
+        self._streams = {EXPORT: export, WATCH: watch}
         self._answers = {
             HEALTH: health_pb2.HealthCheckResponse(status="SERVING").SerializeToString(),
             envoy.JWKS_METHOD: json_format.ParseDict(
@@ -224,7 +251,10 @@ class App(Handler):
         def answer(requests: Iterator[bytes], _: grpc.ServicerContext) -> Iterator[bytes]:
             for _request in requests:
                 pass
-            yield self._answers.get(method, b"")
+            if method in self._streams:
+                yield from self._streams[method]()
+            else:
+                yield self._answers.get(method, b"")
 
         return grpc.stream_stream_rpc_method_handler(answer)
 
@@ -607,6 +637,36 @@ def test_a_rest_body_over_a_mebibyte_is_refused(client: httpx.Client, path: str)
     response = client.post(path, content=body, headers=bearer(token()))
     expect(response, 413)
     assert response.json()["code"] == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+
+
+def test_a_stream_comes_over_rest_as_lines_of_json_however_long_it_is(
+    client: httpx.Client,
+) -> None:
+    with client.stream("GET", "/v1/memories:export", headers=bearer(token())) as response:
+        expect_streamed(response)
+        lines = [json.loads(line) for line in response.iter_lines()]
+    assert len(lines) == EXPORTED + 1
+    assert {len(line["memory"]["content"]) for line in lines[:-1]} == {60_000}
+    assert lines[-1]["end"]["count"] == str(EXPORTED)
+
+
+def test_a_stream_over_rest_outlasts_other_calls_and_is_not_held_back(
+    client: httpx.Client,
+) -> None:
+    assert envoy.EdgeLimits().unary_seconds < WATCHED_SECONDS
+    began = time.monotonic()
+    with client.stream("GET", "/v1/memories:watch", headers=bearer(token())) as response:
+        expect_streamed(response)
+        arrived = [(json.loads(line), time.monotonic() - began) for line in response.iter_lines()]
+    assert [line.get("cursor") for line, _ in arrived[:-1]] == [
+        f"{second}" for second in range(WATCHED_SECONDS)
+    ]
+    assert arrived[0][1] < 1, "the first line does not wait for the others"
+    assert arrived[-1][0]["end"] == {"reason": "WATCH_END_REASON_AGE"}
+
+
+def expect_streamed(response: httpx.Response) -> None:
+    assert response.status_code == httpx.codes.OK, response.read()
 
 
 IDENTITY_HEADERS = (

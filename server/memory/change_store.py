@@ -1,0 +1,151 @@
+"""Changes of memories, as the audit log tells them."""
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Final
+from uuid import UUID
+
+from server import ids
+from server.caller import Caller
+from server.consent import MEMORY_STORE
+from server.database import SystemDatabase
+
+_NO_EVENT: Final = UUID(int=0)
+
+
+class ChangeKind(enum.Enum):
+    """What was done to a memory."""
+
+    CREATED = enum.auto()
+    UPDATED = enum.auto()
+    DELETED = enum.auto()
+    ARCHIVED = enum.auto()
+    RESTORED = enum.auto()
+
+
+KINDS: Final[Mapping[str, ChangeKind]] = {
+    "memory.create": ChangeKind.CREATED,
+    "memory.see": ChangeKind.UPDATED,
+    "memory.update": ChangeKind.UPDATED,
+    "memory.promote": ChangeKind.UPDATED,
+    "memory.protect": ChangeKind.UPDATED,
+    "memory.unprotect": ChangeKind.UPDATED,
+    "memory.feedback": ChangeKind.UPDATED,
+    "memory.archive": ChangeKind.ARCHIVED,
+    "memory.delete_later": ChangeKind.ARCHIVED,
+    "memory.restore": ChangeKind.RESTORED,
+    "memory.delete": ChangeKind.DELETED,
+}
+"""What the audit log calls it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the audit log: behind one of its events, in the order of (xid, event)."""
+
+    xid: int
+    event_id: UUID = _NO_EVENT
+    """No event: before the first one of the transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEvent:
+    """A change of a memory."""
+
+    kind: ChangeKind
+    memory_id: UUID
+    happened_at: datetime
+    cursor: Cursor
+    """Where to go on after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Whose changes are asked for."""
+
+    caller: Caller
+    after: Cursor | None
+    """None: none that are there already."""
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What there is for one who asked."""
+
+    is_allowed: bool
+    """Whether the user consents to memory.store."""
+    events: Sequence[MemoryEvent]
+    """In order; there may be more if they are as many as were asked for."""
+    horizon: Cursor
+    """Every change of the past comes before it, and every change to come after."""
+
+
+class ChangeStore:
+    """Reads the changes of many users at once, as the system role."""
+
+    def __init__(self, database: SystemDatabase) -> None:
+        self._database = database
+
+    async def news(self, asked: Sequence[Asked]) -> list[News]:
+        """Return what there is for each, in the order of the asking.
+
+        A change is told once no transaction can commit one that comes before it: not until all
+        transactions that began earlier have ended.
+        """
+        async with self._database.transaction() as connection:
+            rows = await connection.fetch(
+                """
+                SELECT watch.number, horizon.xid AS horizon, consent.granted,
+                       event.id, event.xid, event.action, event.resource, event.event_time
+                  FROM (SELECT pg_snapshot_xmin(pg_current_snapshot()) AS xid) AS horizon
+                 CROSS JOIN unnest($1::uuid[], $2::uuid[], $3::xid8[], $4::uuid[], $5::integer[])
+                       WITH ORDINALITY AS watch (tenant_id, user_id, xid, event_id, room, number)
+                  LEFT JOIN LATERAL (
+                       SELECT granted
+                         FROM consents
+                        WHERE tenant_id = watch.tenant_id AND user_id = watch.user_id
+                          AND purpose = $6
+                        ORDER BY version DESC
+                        LIMIT 1
+                       ) AS consent ON true
+                  LEFT JOIN LATERAL (
+                       SELECT id, xid, action, resource, event_time
+                         FROM audit_events
+                        WHERE tenant_id = watch.tenant_id AND user_id = watch.user_id
+                          AND (xid, id) > (watch.xid, watch.event_id)
+                          AND xid < horizon.xid
+                          AND action = ANY ($7)
+                        ORDER BY xid, id
+                        LIMIT watch.room
+                       ) AS event ON true
+                 ORDER BY watch.number, event.xid, event.id
+                """,
+                [one.caller.tenant_id for one in asked],
+                [one.caller.user_id for one in asked],
+                [one.after.xid if one.after else None for one in asked],
+                [one.after.event_id if one.after else None for one in asked],
+                [one.limit for one in asked],
+                MEMORY_STORE,
+                list(KINDS),
+            )
+        return [_news(list(group)) for _, group in groupby(rows, itemgetter("number"))]
+
+
+def _news(rows: Sequence[Mapping[str, Any]]) -> News:
+    first = rows[0]
+    told: Iterable[Mapping[str, Any]] = rows if first["id"] else ()
+    return News(bool(first["granted"]), [_event(row) for row in told], Cursor(first["horizon"]))
+
+
+def _event(row: Mapping[str, Any]) -> MemoryEvent:
+    return MemoryEvent(
+        kind=KINDS[row["action"]],
+        memory_id=ids.parse(ids.MEMORY, row["resource"], "resource"),
+        happened_at=row["event_time"],
+        cursor=Cursor(row["xid"], row["id"]),
+    )
