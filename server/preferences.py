@@ -103,6 +103,8 @@ class Preferences:
     """How often the user changed something."""
     quotas: Quotas = field(default_factory=Quotas)
     retention: Retention = field(default_factory=Retention)
+    index_sensitive: bool = False
+    """Whether queries find sensitive memories by their words."""
 
 
 async def preferences(connection: Connection, caller: Caller) -> Preferences:
@@ -112,7 +114,7 @@ async def preferences(connection: Connection, caller: Caller) -> Preferences:
         SELECT language, scoring_preset, relevance_to_goals, emotional_weight, predictive_value,
                recency_frequency, semantic, speaker, memory_score, freshness, embedding_model,
                version, short_term_bytes, long_term_bytes, permanent_bytes, short_term_hours,
-               long_term_days, archive_grace_days
+               long_term_days, archive_grace_days, index_sensitive
           FROM settings
          WHERE tenant_id = $1 AND user_id = $2
         """,
@@ -135,6 +137,7 @@ def preferences_of(row: Mapping[str, Any] | None) -> Preferences:
         row["version"],
         Quotas(*(row[name] for name in Quotas.__slots__)),
         Retention(*(row[name] for name in Retention.__slots__)),
+        row["index_sensitive"],
     )
 
 

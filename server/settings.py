@@ -74,7 +74,8 @@ class Settings(BaseSettings):
     """Longest time a unary call may take, whatever deadline its client set."""
     stream_seconds: Seconds = 900.0
     """The same for calls that stream."""
-    short_term_seconds: int = Field(default=86_400, ge=1)
+    short_term_seconds: int = Field(default=86_400, ge=1, le=7 * 86_400)
+    """How long short-term memories live, unless their user chose otherwise."""
     upload_url_seconds: int = Field(default=900, ge=1, le=86_400)
     sweep_margin_seconds: int = Field(default=3600, ge=60)
     """What is younger may still be written: the sweep of the object store leaves it alone."""
@@ -88,6 +89,8 @@ class Settings(BaseSettings):
     """How long a change of the whole audit log by the database's owner may go unnoticed."""
     meditation_schedule: str = "0 2 * * *"
     """When the nightly meditation starts: a cron expression in UTC."""
+    promotion_schedule: str = "30 * * * *"
+    """When short-term memories that have earned it move to the long term."""
     rewrap_schedule: str = "30 3 * * 0"
     """When data keys are wrapped by the newest master key, if an older one still does."""
     meditation_shards: int = Field(default=8, ge=1, le=1024)

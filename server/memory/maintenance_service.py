@@ -10,6 +10,8 @@ from server import ids, paging
 from server.caller import Caller
 from server.clock import Clock
 from server.memory.key_rotation import KeyRotation
+from server.memory.promotion_handlers import PromotionHandlers
+from server.memory.promotion_rounds import PromotionRounds
 from server.memory.reindex_store import ReindexStore
 from server.memory.retention_store import RetentionStore
 from server.memory.sweep_handlers import SweepHandlers
@@ -21,7 +23,7 @@ _KEY_LIST: Final = "data keys"
 _REINDEX_LIST: Final = "memories to reindex"
 
 
-class MaintenanceService(SweepHandlers, rpc.MaintenanceServiceServicer):
+class MaintenanceService(SweepHandlers, PromotionHandlers, rpc.MaintenanceServiceServicer):
     """Serves workers that keep house."""
 
     def __init__(
@@ -30,12 +32,14 @@ class MaintenanceService(SweepHandlers, rpc.MaintenanceServiceServicer):
         reindexing: ReindexStore,
         sweep: Sweep,
         retention: RetentionStore,
+        promotion: PromotionRounds,
         clock: Clock,
     ) -> None:
         self._rotation = rotation
         self._reindexing = reindexing
         self._sweep = sweep
         self._retention = retention
+        self._promotion = promotion
         self._clock = clock
 
     async def SweepMemories(

@@ -2,72 +2,91 @@
 
 Keys, all under mesh:{tenant}:{user}: and all with a time to live:
 
-* short:<id>       a hash: `body` (JSON of what never changes by itself), `version`, `used`, `seen`
-* text:<place>     the id of the memory with that text, so that the same text is kept once
+* short:<id>       a hash: `body` (JSON of what never changes by itself), `version`, `used`, `seen`,
+                   `feedback`, `useful`, and the `place` that identical content would have
+* past:<id>        a list of the bodies before the present one, each after its size
+* text:<place>     the id of the memory with that text at that place, which is kept once
 * shorts           a sorted set of ids by expiry, to list by
+* short-sizes      a hash: the sizes of memories and of what they were, and the sums of both
+* session:<hash>   the next position in a conversation
+* append:<hash>    the first id that a request to append made
+* shorts-version   another number after every write, for whoever keeps answers
 
-An index entry whose memory has expired is skipped and swept; what Redis loses in a crash is at
-most the newest second (appendfsync everysec).
+What Redis may lose, and what that means. With appendfsync everysec a crash takes at most the
+newest second of writes, FLUSHALL and a lost disk take everything, and one that is full takes
+nothing new: it refuses whole scripts. Only short-term memories go with it. A memory is long-term
+or permanent, and acknowledged as such, once PostgreSQL has committed it; only then does its copy
+here go, and PostgreSQL remembers that it has left (short_term_exits). So a copy that stays, or
+comes back because Redis forgot the deletion, counts no more: reads look there, and remove it.
+Positions of a conversation go on after the highest one that PostgreSQL knows.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 from uuid import UUID
 
-from server import audit, consent, ids, requests
+import structlog
+
+from server import audit, ids, requests
 from server.cache import KEY_PREFIX, Redis, out_of_reach
 from server.caller import Caller
-from server.database import Database
-from server.errors import AlreadyExists, EtagMismatch, NotFound
-from server.memory import ranking
-from server.memory.model import Change, Draft, Filter, Found, Memory, Source, Tier, hash_of, size_of
-from server.memory.store import new_memory
-from server.memory.writing import begin_writing
+from server.database import Connection, Database
+from server.errors import (
+    AlreadyExists,
+    EtagMismatch,
+    InvalidArgument,
+    NotFound,
+    QuotaExceeded,
+    StateConflict,
+    StoreUnavailable,
+)
+from server.memory import ranking, short_term_scripts
+from server.memory.model import Change, Draft, Filter, Found, Memory, Tier
+from server.memory.short_term_bodies import (
+    Kept,
+    body_of,
+    changed,
+    kept_from,
+    milliseconds,
+    open_body_of,
+    past_from,
+    past_of,
+    place_of,
+    session_key,
+)
+from server.memory.short_term_cache import Snapshot, Snapshots
+from server.memory.short_term_exits import (
+    begin_leaving,
+    begin_writing_short_term,
+    leave,
+    left,
+    left_by_now,
+)
+from server.memory.store import fetch_memory, new_memory
+from server.memory.writing import Writing, begin_writing
+from server.preferences import Language
 
-# Each script is one atomic step; the keys of a call all belong to one user. Expiry goes by the
-# clock of Redis, as Redis itself does.
-_CREATE: Final = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local expiry = now + ARGV[4]
-local first = redis.call('GET', KEYS[2])
-if first and redis.call('EXISTS', ARGV[5] .. first) == 1 then
-    redis.call('HINCRBY', ARGV[5] .. first, 'used', 1)
-    redis.call('HSET', ARGV[5] .. first, 'seen', ARGV[3])
-    return first
-end
-redis.call('HSET', KEYS[1], 'body', ARGV[2], 'version', 1, 'used', 0, 'seen', ARGV[3])
-redis.call('PEXPIREAT', KEYS[1], expiry)
-redis.call('SET', KEYS[2], ARGV[1], 'PXAT', expiry)
-redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
-redis.call('ZADD', KEYS[3], expiry, ARGV[1])
-redis.call('PEXPIREAT', KEYS[3], expiry)
-return ARGV[1]
-"""
-_UPDATE: Final = """
-local version = redis.call('HGET', KEYS[1], 'version')
-if not version then return 'missing' end
-if ARGV[2] ~= '' and ARGV[2] ~= version then return 'stale' end
-if KEYS[2] ~= KEYS[3] then
-    local taken = redis.call('GET', KEYS[3])
-    if taken and taken ~= ARGV[1] and redis.call('EXISTS', ARGV[4] .. taken) == 1 then
-        return 'taken'
-    end
-    redis.call('DEL', KEYS[2])
-    redis.call('SET', KEYS[3], ARGV[1], 'PXAT', redis.call('PEXPIRETIME', KEYS[1]))
-end
-redis.call('HSET', KEYS[1], 'body', ARGV[3])
-redis.call('HINCRBY', KEYS[1], 'version', 1)
-return 'changed'
-"""
-_DELETE: Final = """
-redis.call('DEL', KEYS[2])
-redis.call('ZREM', KEYS[3], ARGV[1])
-return redis.call('DEL', KEYS[1])
-"""
+log = structlog.get_logger()
+
+_TRIES: Final = 20
+_SHARES: Final = (80, 100)
+"""Percentages of the quota that the audit log is told of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much a user may keep, and for how long."""
+
+    limit_bytes: int
+    lifetime: timedelta
+
+    @property
+    def milliseconds(self) -> int:
+        """The lifetime as Redis counts it."""
+        return int(self.lifetime.total_seconds() * 1000)
 
 
 class ShortTermStore:
@@ -78,12 +97,19 @@ class ShortTermStore:
     """
 
     def __init__(self, redis: Redis, database: Database, lifetime: timedelta) -> None:
+        """Keep memories for `lifetime`, unless their user chose another one."""
         self._redis = redis
         self._database = database
         self._lifetime = lifetime
-        self._create_script = redis.register_script(_CREATE)
-        self._update_script = redis.register_script(_UPDATE)
-        self._delete_script = redis.register_script(_DELETE)
+        self._snapshots = Snapshots()
+        self._create = redis.register_script(short_term_scripts.CREATE)
+        self._append = redis.register_script(short_term_scripts.APPEND)
+        self._update = redis.register_script(short_term_scripts.UPDATE)
+        self._rate = redis.register_script(short_term_scripts.RATE)
+        self._remove = redis.register_script(short_term_scripts.REMOVE)
+        self._some = redis.register_script(short_term_scripts.SOME)
+        self._all = redis.register_script(short_term_scripts.ALL)
+        self._usage = redis.register_script(short_term_scripts.USAGE)
 
     async def create(
         self, caller: Caller, draft: Draft, request_id: str, now: datetime
@@ -95,50 +121,40 @@ class ShortTermStore:
 
         Raises:
             ConsentMissing: The user has not consented to memory.store.
+            QuotaExceeded: It does not fit.
             RequestIdReused: The request id stands for other contents.
             NotFound: An earlier call under the request id made a memory that has expired.
+            InvalidArgument: It is sensitive.
             StoreUnavailable: Redis does not answer, or is full.
         """
-        keys = _Keys(caller)
-        async with self._database.transaction(caller) as connection:
-            writing = await begin_writing(connection, caller)
+        refuse_sensitive(draft.is_sensitive)
+        async with self.writing(caller) as (connection, writing, room):
             memory = new_memory(ids.new_id(), draft, writing.consent_version, now)
             if request_id:
                 first_id = await requests.claim(
                     connection, caller, "CreateMemory", request_id, repr(draft).encode(), memory.id
                 )
                 if first_id != memory.id:
-                    return await self.get(caller, first_id), False
-            with out_of_reach():
-                kept: bytes = await self._create_script(
-                    keys=[keys.memory(memory.id), keys.text(memory), keys.index],
-                    args=[
-                        memory.id.hex,
-                        _body(memory),
-                        _milliseconds(now),
-                        int(self._lifetime.total_seconds() * 1000),
-                        keys.memories,
-                    ],
-                )
-            kept_id = UUID(kept.decode())
-            created = kept_id == memory.id
+                    return await self._made(connection, caller, first_id), False
+            kept = await self._put(connection, caller, memory, room)
+            created = kept.id == memory.id
             if request_id and not created:
-                await requests.redirect(connection, caller, "CreateMemory", request_id, kept_id)
+                await requests.redirect(connection, caller, "CreateMemory", request_id, kept.id)
             action = "memory.create" if created else "memory.see"
-            await audit.record(connection, caller, action, ids.show(ids.MEMORY, kept_id))
-        return await self.get(caller, kept_id), created
+            await audit.record(connection, caller, action, ids.show(ids.MEMORY, kept.id))
+        return kept, created
 
     async def get(self, caller: Caller, memory_id: UUID) -> Memory:
         """Return a memory.
 
         Raises:
-            NotFound: There is none, it has expired, or it is not the caller's.
+            NotFound: There is none, it has expired or left, or it is not the caller's.
             StoreUnavailable: Redis does not answer.
         """
-        (memory,) = await self._read(caller, [memory_id])
-        if memory is None:
+        there = await self._still_here(caller, await self._read(caller, [memory_id]))
+        if not there:
             raise NotFound("memory")
-        return memory
+        return there[0].memory
 
     async def find(self, caller: Caller, which: Filter, *, before: UUID | None) -> list[Memory]:
         """Return all memories with ids below `before`, highest first.
@@ -146,193 +162,487 @@ class ShortTermStore:
         Raises:
             StoreUnavailable: Redis does not answer.
         """
-        if Tier.SHORT_TERM not in which.tiers:
+        if Tier.SHORT_TERM not in which.tiers or which.archived:
             return []
-        with out_of_reach():
-            members = cast("list[bytes]", await self._redis.zrange(_Keys(caller).index, 0, -1))
-        wanted = sorted((UUID(member.decode()) for member in members), reverse=True)
-        memories = await self._read(caller, [i for i in wanted if before is None or i < before])
-        return [memory for memory in memories if memory and _passes(memory, which)]
+        snapshot = await self._snapshot(caller)
+        found = [
+            memory
+            for memory in _living(snapshot)
+            if _passes(memory, which) and (before is None or memory.id < before)
+        ]
+        gone = await self._gone(caller, [memory.id for memory in found])
+        there = (memory for memory in found if memory.id not in gone)
+        return sorted(there, key=lambda memory: memory.id, reverse=True)
 
     async def update(
         self, caller: Caller, memory_id: UUID, change: Change, now: datetime
     ) -> Memory:
-        """Change some fields of a memory.
+        """Change some fields of a memory, all but its tier; what it was stays readable.
+
+        What memories were has as much room as they have themselves: what is beyond it goes, the
+        oldest first.
 
         Raises:
-            NotFound: There is none, it has expired, or it is not the caller's.
+            NotFound: There is none, it has expired or left, or it is not the caller's.
             EtagMismatch: It is no longer at the expected version.
             AlreadyExists: Another short-term memory has the new text.
+            QuotaExceeded: It does not fit any more.
             ConsentMissing: The user has not consented to memory.store.
-            StoreUnavailable: Redis does not answer.
+            InvalidArgument: It would become sensitive.
+            StoreUnavailable: Redis does not answer, or is full.
         """
-        keys = _Keys(caller)
-        async with self._database.transaction(caller) as connection:
-            await consent.require(connection, consent.MEMORY_STORE)
-            current = await self.get(caller, memory_id)
-            changed = _changed(current, change, now)
-            with out_of_reach():
-                outcome: bytes = await self._update_script(
-                    keys=[keys.memory(memory_id), keys.text(current), keys.text(changed)],
-                    args=[
-                        memory_id.hex,
-                        # Without an etag, the version just read: the body is written whole.
-                        str(change.expected_version or current.version),
-                        _body(changed),
-                        keys.memories,
-                    ],
+        refuse_sensitive(change.is_sensitive)
+        async with self.writing(caller) as (connection, _, room):
+            for _ in range(_TRIES):
+                current = (await self.current(connection, caller, memory_id)).memory
+                if change.expected_version not in (None, current.version):
+                    raise EtagMismatch
+                kept = await self._replace(
+                    connection, caller, current, changed(current, change, now), room
                 )
-            _raise_for(outcome)
+                if kept:
+                    break
+            else:
+                raise EtagMismatch
             await audit.record(connection, caller, "memory.update", ids.show(ids.MEMORY, memory_id))
-        return await self.get(caller, memory_id)
+        return kept
 
-    async def delete(self, caller: Caller, memory_id: UUID) -> None:
-        """Delete a memory.
+    async def rate(
+        self,
+        caller: Caller,
+        memory_id: UUID,
+        opinion: float | None,
+        now: datetime,
+        *,
+        useful: bool,
+    ) -> Memory:
+        """Note what a memory is worth to its user, as LifecycleStore.rate does.
 
         Raises:
-            NotFound: There is none, it has expired, or it is not the caller's.
+            NotFound: There is none, it has expired or left, or it is not the caller's.
+            ConsentMissing: The user has not consented to memory.store.
+            StoreUnavailable: Redis does not answer, or is full.
+        """
+        async with self.writing(caller) as (connection, _, _):
+            await self.current(connection, caller, memory_id)
+            said = "" if opinion is None else str(opinion)
+            entry = await self._run(
+                self._rate, caller, memory_id.hex, said, int(useful), milliseconds(now)
+            )
+            if entry is None:
+                raise NotFound("memory")
+            await audit.record(
+                connection, caller, "memory.feedback", ids.show(ids.MEMORY, memory_id)
+            )
+        return kept_from(entry).memory
+
+    async def versions(
+        self, caller: Caller, memory_id: UUID, *, before: int | None, limit: int
+    ) -> list[Memory]:
+        """Return a memory as it is and as it was, newest version first.
+
+        Args:
+            caller: Whose memory it is.
+            memory_id: Its id.
+            before: Only versions below this one; None for all.
+            limit: How many at most.
+
+        Raises:
+            NotFound: There is none, it has expired or left, or it is not the caller's.
             StoreUnavailable: Redis does not answer.
         """
-        keys = _Keys(caller)
+        newest = await self.get(caller, memory_id)
+        past = (await self.past(caller, [newest]))[memory_id]
+        all_of_them = [newest, *reversed(past)]
+        below = [was for was in all_of_them if before is None or was.version < before]
+        return below[:limit]
+
+    async def delete(self, caller: Caller, memory_id: UUID) -> None:
+        """Delete a memory with what it was.
+
+        Raises:
+            NotFound: There is none, it has expired or left, or it is not the caller's.
+            StoreUnavailable: Redis does not answer.
+        """
         async with self._database.transaction(caller) as connection:
-            current = await self.get(caller, memory_id)
+            await begin_leaving(connection, caller)
+            await self.current(connection, caller, memory_id)
+            await leave(connection, caller, [memory_id])
             await audit.record(connection, caller, "memory.delete", ids.show(ids.MEMORY, memory_id))
-            with out_of_reach():
-                await self._delete_script(
-                    keys=[keys.memory(memory_id), keys.text(current), keys.index],
-                    args=[memory_id.hex],
-                )
+        await self.remove(caller, [memory_id])
+
+    async def refuse(self, caller: Caller, memory_id: UUID, what: str) -> NoReturn:
+        """Say that a short-term memory cannot be treated like a durable one, if there is one.
+
+        Raises:
+            StateConflict: There is one.
+            NotFound: There is none, it has expired or left, or it is not the caller's.
+            StoreUnavailable: Redis does not answer.
+        """
+        await self.get(caller, memory_id)
+        raise StateConflict(
+            f"a short-term memory cannot be {what}; update its tier to long-term first"
+        )
 
     async def query(
-        self, caller: Caller, terms: Mapping[int, float], which: Filter, limit: int
+        self,
+        caller: Caller,
+        terms: Mapping[int, float],
+        which: Filter,
+        limit: int,
+        language: Language = Language.ENGLISH,
     ) -> list[Found]:
         """Return the memories that the weighted terms match best, best first.
 
+        A turn is matched together with the turns around it, as in Postgres.
+
         Raises:
             StoreUnavailable: Redis does not answer.
         """
-        memories = await self.find(caller, which, before=None)
-        scored = (Found(m, ranking.score(terms, ranking.weights(m.content))) for m in memories)
-        matching = [found for found in scored if found.lexical > 0]
-        return sorted(matching, key=lambda found: -found.lexical)[:limit]
-
-    async def _read(self, caller: Caller, memory_ids: list[UUID]) -> list[Memory | None]:
-        """Read memories in one round trip; None for each that is not there."""
-        if not memory_ids:
+        if Tier.SHORT_TERM not in which.tiers or not terms:
             return []
-        keys = _Keys(caller)
+        snapshot = await self._snapshot(caller)
+        terms_of = await snapshot.terms(language)
+        scored = (
+            (ranking.score(terms, terms_of[memory.id]), memory)
+            for memory in _living(snapshot)
+            if _passes(memory, which)
+        )
+        matching = [Found(memory, lexical) for lexical, memory in scored if lexical > 0]
+        matching.sort(key=lambda found: (-found.lexical, found.memory.id))
+        del matching[limit:]
+        gone = await self._gone(caller, [found.memory.id for found in matching])
+        return [found for found in matching if found.memory.id not in gone]
+
+    async def usage(self, caller: Caller) -> tuple[int, int]:
+        """Return how many bytes of memories are kept, and how many memories.
+
+        Raises:
+            StoreUnavailable: Redis does not answer.
+        """
+        used_bytes, count = await self._run(self._usage, caller)
+        return used_bytes, count
+
+    # --- what sessions and promotions are made of
+
+    @asynccontextmanager
+    async def writing(self, caller: Caller) -> AsyncIterator[tuple[Connection, Writing, Room]]:
+        """Open a transaction during which no memory of the user's leaves.
+
+        Raises:
+            ConsentMissing: The user has not consented to memory.store.
+            StoreUnavailable: Others take too long.
+        """
+        async with self._database.transaction(caller) as connection:
+            writing = await begin_writing(connection)
+            await begin_writing_short_term(connection, caller)
+            yield connection, writing, await self._room(connection, caller)
+
+    async def current(self, connection: Connection, caller: Caller, memory_id: UUID) -> Kept:
+        """Return a memory as it stands while the transaction lets none leave.
+
+        Raises:
+            NotFound: There is none, it has expired or left, or it is not the caller's.
+            StoreUnavailable: Redis does not answer.
+        """
+        there = await self.some(connection, caller, [memory_id])
+        if not there:
+            raise NotFound("memory")
+        return there[0]
+
+    async def some(
+        self, connection: Connection, caller: Caller, memory_ids: Sequence[UUID]
+    ) -> list[Kept]:
+        """Return those of the memories that are there and have not left.
+
+        Raises:
+            StoreUnavailable: Redis does not answer.
+        """
+        kept = await self._read(caller, memory_ids)
+        gone = await left(connection, caller, [one.memory.id for one in kept])
+        return [one for one in kept if one.memory.id not in gone]
+
+    async def past(self, caller: Caller, memories: Sequence[Memory]) -> dict[UUID, list[Memory]]:
+        """Return what each of some memories was, oldest version first.
+
+        Raises:
+            StoreUnavailable: Redis does not answer.
+        """
+        prefix = f"{_prefix(caller)}past:"
         with out_of_reach():
             async with self._redis.pipeline(transaction=False) as pipeline:
-                for memory_id in memory_ids:
-                    pipeline.hgetall(keys.memory(memory_id))
-                    pipeline.pexpiretime(keys.memory(memory_id))
+                for memory in memories:
+                    pipeline.lrange(f"{prefix}{memory.id.hex}", 0, -1)
                 answers = await pipeline.execute()
-        pairs = zip(memory_ids, answers[::2], answers[1::2], strict=True)
-        return [_memory(i, fields, expiry) if fields else None for i, fields, expiry in pairs]
+        return {
+            memory.id: [past_from(memory, past) for past in answer]
+            for memory, answer in zip(memories, answers, strict=True)
+        }
+
+    async def append(
+        self,
+        connection: Connection,
+        caller: Caller,
+        turns: Sequence[Memory],
+        room: Room,
+        *,
+        least: int,
+        request: str,
+    ) -> list[Memory]:
+        """Keep turns at the next free places of their conversation, all or none.
+
+        Args:
+            connection: A transaction that lets none of the user's memories leave.
+            caller: Whose conversation it is.
+            turns: At least one, of one conversation, without their places.
+            room: How much the user may keep, and for how long.
+            least: The first place that may be free.
+            request: The same for every try of a request, so that none is kept twice; empty for
+                none.
+
+        Returns:
+            The turns at their places: those of an earlier try, if there was one.
+
+        Raises:
+            QuotaExceeded: They do not fit.
+            InvalidArgument: The conversation has no places left.
+            StoreUnavailable: Redis does not answer, or is full.
+        """
+        fields = [
+            field
+            for turn in turns
+            for field in (
+                turn.id.hex,
+                open_body_of(turn),
+                turn.content_hash.hex(),
+                turn.size_bytes,
+            )
+        ]
+        outcome, used_bytes, *made = await self._run(
+            self._append,
+            caller,
+            milliseconds(turns[0].last_seen_at),
+            room.limit_bytes,
+            room.milliseconds,
+            session_key(turns[0].session_id),
+            least,
+            request,
+            *fields,
+        )
+        match outcome:
+            case b"full":
+                raise over_quota(used_bytes, room)
+            case b"far":
+                raise InvalidArgument("session_id", "has no positions left")
+            case b"repeated":
+                first = UUID(made[0].decode())
+                earlier = await self.some(connection, caller, successors(first, len(turns)))
+                return [kept.memory for kept in earlier]
+        added = sum(turn.size_bytes for turn in turns)
+        await note_usage(connection, caller, used_bytes, added, room)
+        return [kept_from(entry).memory for entry in made[0]]
+
+    async def remove(self, caller: Caller, memory_ids: Sequence[UUID]) -> None:
+        """Remove the copies of memories that have left.
+
+        If Redis does not answer they stay, and the next look at them removes them.
+        """
+        if memory_ids:
+            with suppress(StoreUnavailable):
+                await self._run(self._remove, caller, *(one.hex for one in memory_ids))
+
+    async def owners(self, cursor: int, count: int) -> tuple[int, list[Caller]]:
+        """Return users who have short-term memories, some of them twice.
+
+        Args:
+            cursor: 0 to begin with, then what the call before returned.
+            count: How many keys to look at, more or less.
+
+        Returns:
+            The next cursor, 0 at the end, and the users.
+
+        Raises:
+            StoreUnavailable: Redis does not answer.
+        """
+        with out_of_reach():
+            cursor, keys = await self._redis.scan(cursor, f"{KEY_PREFIX}*:shorts", count)
+        names = [cast("bytes", key).decode().removeprefix(KEY_PREFIX).split(":") for key in keys]
+        return cursor, [Caller(UUID(tenant), UUID(user)) for tenant, user, _ in names]
+
+    # --- one step each
+
+    async def _put(
+        self, connection: Connection, caller: Caller, memory: Memory, room: Room
+    ) -> Memory:
+        """Keep a memory, or count the one with the same text at its place as seen."""
+        position = memory.session_position
+        while True:
+            outcome, used_bytes, *entry = await self._run(
+                self._create,
+                caller,
+                memory.id.hex,
+                body_of(memory),
+                milliseconds(memory.last_seen_at),
+                place_of(memory),
+                memory.size_bytes,
+                room.limit_bytes,
+                room.milliseconds,
+                "" if position is None else session_key(memory.session_id),
+                -1 if position is None else position,
+            )
+            if outcome == b"full":
+                raise over_quota(used_bytes, room)
+            kept = kept_from(*entry).memory
+            if outcome == b"created":
+                await note_usage(connection, caller, used_bytes, kept.size_bytes, room)
+                return kept
+            if not await left(connection, caller, [kept.id]):
+                return kept
+            # Redis was not there when it left, or came back from before that.
+            await self._run(self._remove, caller, kept.id.hex)
+
+    async def _made(self, connection: Connection, caller: Caller, memory_id: UUID) -> Memory:
+        """Return a memory that an earlier call made, wherever it is now."""
+        try:
+            return (await self.current(connection, caller, memory_id)).memory
+        except NotFound:
+            return await fetch_memory(connection, caller, memory_id)
+
+    async def _replace(
+        self, connection: Connection, caller: Caller, current: Memory, new: Memory, room: Room
+    ) -> Memory | None:
+        """Change a memory; None if it has changed since it was read."""
+        outcome, used_bytes, *entry = await self._run(
+            self._update,
+            caller,
+            current.id.hex,
+            str(current.version),
+            body_of(new),
+            place_of(new),
+            new.size_bytes,
+            room.limit_bytes,
+            past_of(current),
+        )
+        match outcome:
+            case b"missing":
+                raise NotFound("memory")
+            case b"stale":
+                return None
+            case b"taken":
+                raise AlreadyExists("another short-term memory has the same content")
+            case b"full":
+                raise over_quota(used_bytes, room)
+        added = new.size_bytes - current.size_bytes
+        await note_usage(connection, caller, used_bytes, added, room)
+        return kept_from(*entry).memory
+
+    async def _room(self, connection: Connection, caller: Caller) -> Room:
+        row = await connection.fetchrow(
+            """
+            SELECT quota.short_term_bytes,
+                   (SELECT short_term_hours
+                      FROM settings
+                     WHERE tenant_id = $1 AND user_id = $2) AS hours
+              FROM quotas_of($1, $2) AS quota
+            """,
+            caller.tenant_id,
+            caller.user_id,
+        )
+        hours = row["hours"]
+        lifetime = self._lifetime if hours is None else timedelta(hours=hours)
+        return Room(row["short_term_bytes"], lifetime)
+
+    async def _read(self, caller: Caller, memory_ids: Sequence[UUID]) -> list[Kept]:
+        if not memory_ids:
+            return []
+        entries = await self._run(self._some, caller, *(one.hex for one in memory_ids))
+        return [kept_from(entry) for entry in entries if entry]
+
+    async def _snapshot(self, caller: Caller) -> Snapshot:
+        before = self._snapshots.find(caller)
+        answer = await self._run(self._all, caller, before.version if before else b"")
+        if answer is None and before:
+            return before
+        version, entries = answer
+        snapshot = Snapshot(version, entries, before)
+        # Without a version nothing was written yet that tells of itself.
+        if version:
+            self._snapshots.keep(caller, snapshot)
+        return snapshot
+
+    async def _still_here(self, caller: Caller, kept: Sequence[Kept]) -> list[Kept]:
+        gone = await self._gone(caller, [one.memory.id for one in kept])
+        return [one for one in kept if one.memory.id not in gone]
+
+    async def _gone(self, caller: Caller, memory_ids: Sequence[UUID]) -> set[UUID]:
+        """Return which of the memories have left, and remove what is still here of them."""
+        gone = await left_by_now(self._database, caller, memory_ids)
+        if gone:
+            log.info("copies of memories that left", count=len(gone))
+            await self.remove(caller, sorted(gone))
+        return gone
+
+    async def _run(self, script: Any, caller: Caller, *arguments: object) -> Any:
+        with out_of_reach():
+            return await script(keys=[_prefix(caller)], args=list(arguments))
 
 
-class _Keys:
-    """The keys of one user."""
+def refuse_sensitive(is_sensitive: bool | None) -> None:  # noqa: FBT001 - what a draft says
+    """Refuse what is to be encrypted: Redis keeps texts as they are.
 
-    __slots__ = ("_user", "index", "memories")
+    Raises:
+        InvalidArgument: It is sensitive.
+    """
+    if is_sensitive:
+        raise InvalidArgument(
+            "memory.sensitive", "cannot be kept in the short term, where nothing is encrypted"
+        )
 
-    def __init__(self, caller: Caller) -> None:
-        self._user = f"{KEY_PREFIX}{caller.tenant_id.hex}:{caller.user_id.hex}:"
-        self.index = f"{self._user}shorts"
-        self.memories = f"{self._user}short:"
 
-    def memory(self, memory_id: UUID) -> str:
-        return f"{self.memories}{memory_id.hex}"
+def successors(first: UUID, count: int) -> list[UUID]:
+    """Return the ids of turns that were made together, in their order.
 
-    def text(self, memory: Memory) -> str:
-        place = f"{memory.content_hash.hex()}|{memory.session_position}|{memory.session_id}"
-        return f"{self._user}text:{hashlib.sha256(place.encode()).hexdigest()}"
+    A retry that knows the first one knows all of them.
+    """
+    return [UUID(int=first.int + place) for place in range(count)]
+
+
+def over_quota(used_bytes: int, room: Room) -> QuotaExceeded:
+    """Return the refusal of what does not fit."""
+    return QuotaExceeded(
+        Tier.SHORT_TERM.value,
+        used_bytes,
+        room.limit_bytes,
+        "delete short-term memories, move them to long-term, or end sessions",
+        room=max(room.limit_bytes - used_bytes, 0),
+    )
+
+
+async def note_usage(
+    connection: Connection, caller: Caller, used_bytes: int, added: int, room: Room
+) -> None:
+    """Tell the audit log when the memories come to a share of their quota."""
+    crossed = [
+        f"usage/{Tier.SHORT_TERM}/{share}"
+        for share in _SHARES
+        if (used_bytes - added) * 100 < room.limit_bytes * share <= used_bytes * 100
+    ]
+    if crossed:
+        await audit.record_all(connection, caller, "quota.threshold", crossed, actor=audit.SYSTEM)
+
+
+def _prefix(caller: Caller) -> str:
+    return f"{KEY_PREFIX}{caller.tenant_id.hex}:{caller.user_id.hex}:"
+
+
+def _living(snapshot: Snapshot) -> list[Memory]:
+    now = datetime.now(UTC)
+    return [one for one in snapshot.memories if one.expires_at is None or now < one.expires_at]
 
 
 def _passes(memory: Memory, which: Filter) -> bool:
     same_session = which.session_id in ("", memory.session_id)
     late_enough = which.occurred_after is None or which.occurred_after <= memory.occurred_at
     early_enough = which.occurred_before is None or memory.occurred_at < which.occurred_before
-    return same_session and late_enough and early_enough and set(which.tags) <= set(memory.tags)
-
-
-def _changed(memory: Memory, change: Change, now: datetime) -> Memory:
-    content = memory.content if change.content is None else change.content
-    tags = memory.tags if change.tags is None else change.tags
-    return Memory(
-        id=memory.id,
-        tier=memory.tier,
-        content=content,
-        tags=tags,
-        source=memory.source,
-        session_id=memory.session_id,
-        session_position=memory.session_position,
-        speaker=memory.speaker if change.speaker is None else change.speaker,
-        occurred_at=change.occurred_at or memory.occurred_at,
-        size_bytes=size_of(content, tags),
-        content_hash=hash_of(content),
-        version=memory.version + 1,
-        created_at=memory.created_at,
-        updated_at=now,
-        last_seen_at=memory.last_seen_at,
-        use_count=memory.use_count,
-        expires_at=memory.expires_at,
-    )
-
-
-def _raise_for(outcome: bytes) -> None:
-    match outcome:
-        case b"missing":
-            raise NotFound("memory")
-        case b"stale":
-            raise EtagMismatch
-        case b"taken":
-            raise AlreadyExists("another short-term memory has the same content")
-
-
-def _body(memory: Memory) -> bytes:
-    return json.dumps(
-        {
-            "content": memory.content,
-            "tags": memory.tags,
-            "source": memory.source,
-            "session_id": memory.session_id,
-            "session_position": memory.session_position,
-            "speaker": memory.speaker,
-            "occurred_at": memory.occurred_at.isoformat(),
-            "created_at": memory.created_at.isoformat(),
-            "updated_at": memory.updated_at.isoformat(),
-        }
-    ).encode()
-
-
-def _memory(memory_id: UUID, fields: Mapping[bytes, bytes], expiry: int) -> Memory:
-    body: dict[str, Any] = json.loads(fields[b"body"])
-    tags = tuple(body["tags"])
-    return Memory(
-        id=memory_id,
-        tier=Tier.SHORT_TERM,
-        content=body["content"],
-        tags=tags,
-        source=Source(body["source"]),
-        session_id=body["session_id"],
-        session_position=body["session_position"],
-        speaker=body["speaker"],
-        occurred_at=datetime.fromisoformat(body["occurred_at"]),
-        size_bytes=size_of(body["content"], tags),
-        content_hash=hash_of(body["content"]),
-        version=int(fields[b"version"]),
-        created_at=datetime.fromisoformat(body["created_at"]),
-        updated_at=datetime.fromisoformat(body["updated_at"]),
-        last_seen_at=_instant(int(fields[b"seen"])),
-        use_count=int(fields[b"used"]),
-        expires_at=_instant(expiry),
-    )
-
-
-def _milliseconds(instant: datetime) -> int:
-    return int(instant.timestamp() * 1000)
-
-
-def _instant(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+    tagged = not which.tags or set(which.tags) <= set(memory.tags)
+    return same_session and late_enough and early_enough and tagged

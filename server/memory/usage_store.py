@@ -33,8 +33,14 @@ class UsageStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def get(self, caller: Caller) -> Usage:
-        """Return what a user keeps. The short-term tier is counted where it is, in Redis."""
+    async def get(self, caller: Caller, short_term_bytes: int, short_term_count: int) -> Usage:
+        """Return what a user keeps.
+
+        Args:
+            caller: The user.
+            short_term_bytes: What the short-term tier holds, as Redis counts it.
+            short_term_count: How many memories that is.
+        """
         (row,) = await self._database.fetch(
             caller,
             """
@@ -59,7 +65,9 @@ class UsageStore:
         return Usage(
             row["plan"],
             {
-                Tier.SHORT_TERM: TierUsage(0, row["short_term_limit"], 0),
+                Tier.SHORT_TERM: TierUsage(
+                    short_term_bytes, row["short_term_limit"], short_term_count
+                ),
                 Tier.LONG_TERM: TierUsage(
                     row["long_term_bytes"], row["long_term_limit"], row["long_term_count"]
                 ),

@@ -50,6 +50,7 @@ _CHANGEABLE: Final = (
     "scoring_preset",
     "scoring_weights",
     "embedding_model",
+    "index_sensitive",
     "retrieval_weights",
     *(f"retrieval_weights.{name}" for name in _RETRIEVAL),
     "quotas",
@@ -82,6 +83,7 @@ def change_from(request: pb.UpdateSettingsRequest) -> SettingsChange:
         else None,
         quotas=_quotas_from(settings.quotas, paths),
         retention=_retention_from(settings.retention, paths),
+        index_sensitive=settings.index_sensitive if "index_sensitive" in paths else None,
         expected_version=etags.parse(settings.etag),
     )
 
@@ -110,6 +112,7 @@ def settings_to(preferences: Preferences) -> pb.Settings:
             long_term_days=preferences.retention.long_term_days,
             archive_grace_days=preferences.retention.archive_grace_days,
         ),
+        index_sensitive=preferences.index_sensitive,
         etag=etags.show(preferences.version),
     )
 

@@ -56,6 +56,7 @@ class SettingsChange:
     """New quotas, by name; None goes back to the plan's."""
     retention: Mapping[str, int | None] = field(default_factory=dict)
     """New times to keep memories, by name; None goes back to the default."""
+    index_sensitive: bool | None = None
 
     def applied_to(self, current: Preferences) -> Preferences:
         """Return the next version of the settings.
@@ -75,6 +76,7 @@ class SettingsChange:
             current.version + 1,
             replace(current.quotas, **self.quotas),
             replace(current.retention, **self.retention),
+            current.index_sensitive if self.index_sensitive is None else self.index_sensitive,
         )
 
 
@@ -147,12 +149,16 @@ class UserStore:
             current = await preferences(connection, caller)
             changed = change.applied_to(current)
             await _check_quotas(connection, caller, change.quotas)
-            if changed.language is not current.language:
+            is_read_anew = (changed.language, changed.index_sensitive) != (
+                current.language,
+                current.index_sensitive,
+            )
+            if is_read_anew:
                 await _wait_for_writers(connection)
             if change.embedding_model is not None:
                 await wait_for_writes(connection, caller)
             await _keep_settings(connection, caller, changed)
-            if changed.language is not current.language:
+            if is_read_anew:
                 await _ask_for_reindexing(connection, caller, changed.version)
             await audit.record(
                 connection, caller, "settings.update", ids.show(ids.USER, caller.user_id)
@@ -262,7 +268,7 @@ async def _check_quotas(
 
 
 async def _wait_for_writers(connection: Connection) -> None:
-    """Wait until nobody writes memories in the language of before; others wait for the commit."""
+    """Wait until nobody writes memories by the choices of before; others wait for the commit."""
     try:
         await connection.execute("SELECT pg_advisory_xact_lock(language_lock())")
     except asyncpg.LockNotAvailableError as error:
@@ -270,7 +276,7 @@ async def _wait_for_writers(connection: Connection) -> None:
 
 
 async def _ask_for_reindexing(connection: Connection, caller: Caller, version: int) -> None:
-    """Enqueue the job that reads all memories anew in the language that this version brought.
+    """Enqueue the job that reads all memories anew by the choices that this version brought.
 
     Each change has a job of its own: one of an earlier change may be past its last page, and is
     nothing but a look at the settings now.
@@ -305,9 +311,9 @@ async def _keep_settings(connection: Connection, caller: Caller, changed: Prefer
                 emotional_weight, predictive_value, recency_frequency, semantic, speaker,
                 memory_score, freshness, embedding_model, version, short_term_bytes,
                 long_term_bytes, permanent_bytes, short_term_hours, long_term_days,
-                archive_grace_days)
+                archive_grace_days, index_sensitive)
         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18,
-                $19, $20)
+                $19, $20, $21)
             ON CONFLICT (user_id, tenant_id) DO UPDATE
            SET language = excluded.language, scoring_preset = excluded.scoring_preset,
                relevance_to_goals = excluded.relevance_to_goals,
@@ -322,7 +328,8 @@ async def _keep_settings(connection: Connection, caller: Caller, changed: Prefer
                permanent_bytes = excluded.permanent_bytes,
                short_term_hours = excluded.short_term_hours,
                long_term_days = excluded.long_term_days,
-               archive_grace_days = excluded.archive_grace_days
+               archive_grace_days = excluded.archive_grace_days,
+               index_sensitive = excluded.index_sensitive
         """,
         caller.tenant_id,
         caller.user_id,
@@ -341,4 +348,5 @@ async def _keep_settings(connection: Connection, caller: Caller, changed: Prefer
         changed.retention.short_term_hours,
         changed.retention.long_term_days,
         changed.retention.archive_grace_days,
+        changed.index_sensitive,
     )

@@ -38,15 +38,24 @@ async def test_settings_are_changed_by_mask_and_etag(call: Transport) -> None:
         language=pb.LANGUAGE_FRENCH,
         scoring_weights=OWN,
         retrieval_weights=pb.RetrievalWeights(memory_score=0, speaker=0.5),
+        quotas=pb.Quotas(short_term_bytes=1000, long_term_bytes=2000),
+        retention=pb.Retention(short_term_hours=48),
         etag=usual.etag,
     )
-    paths = ("scoring_weights", "retrieval_weights.memory_score")
+    paths = (
+        "scoring_weights",
+        "retrieval_weights.memory_score",
+        "quotas.long_term_bytes",
+        "retention",
+    )
     changed = (await call(change(wanted, *paths))).settings
     assert changed == pb.Settings(
         language=pb.LANGUAGE_ENGLISH,
         scoring_preset=pb.SCORING_PRESET_CUSTOM,
         scoring_weights=OWN,
         retrieval_weights=pb.RetrievalWeights(memory_score=0),
+        quotas=pb.Quotas(long_term_bytes=2000),
+        retention=pb.Retention(short_term_hours=48),
         etag="v1",
     )
     assert (await call(pb.GetSettingsRequest())).settings == changed
@@ -66,6 +75,12 @@ async def test_bad_settings_are_refused_with_the_field_at_fault(call: Transport)
             retrieval_weights=pb.RetrievalWeights(freshness=-1)
         ),
         "settings.language": pb.Settings(language=99),  # type: ignore[arg-type]
+        "settings.quotas.permanent_bytes": pb.Settings(
+            quotas=pb.Quotas(permanent_bytes=10 * 1024 * 1024 + 1)
+        ),
+        "settings.retention.short_term_hours": pb.Settings(
+            retention=pb.Retention(short_term_hours=169)
+        ),
     }.items():
         path = field.split(".")[1]
         refused = await refusal_of(call, change(settings, path))
@@ -75,10 +90,14 @@ async def test_bad_settings_are_refused_with_the_field_at_fault(call: Transport)
 
 
 async def test_settings_in_json(user: User) -> None:
-    body = {"scoringPreset": "SCORING_PRESET_RECENT", "language": "LANGUAGE_GERMAN"}
-    answer = await user.rest.raw(
-        "PATCH", "/v1/user/settings", body, {"updateMask": "scoringPreset,language"}
-    )
+    body = {
+        "scoringPreset": "SCORING_PRESET_RECENT",
+        "language": "LANGUAGE_GERMAN",
+        "quotas": {"shortTermBytes": 1000},
+        "retention": {"archiveGraceDays": 7},
+    }
+    mask = "scoringPreset,language,quotas.shortTermBytes,retention"
+    answer = await user.rest.raw("PATCH", "/v1/user/settings", body, {"updateMask": mask})
     assert answer.status_code == httpx.codes.OK, answer.text
     expected = {
         "language": "LANGUAGE_GERMAN",
@@ -90,6 +109,9 @@ async def test_settings_in_json(user: User) -> None:
             "recencyFrequency": 0.4,
         },
         "retrievalWeights": {},
+        "embeddingModel": "",
+        "quotas": {"shortTermBytes": "1000"},
+        "retention": {"archiveGraceDays": 7},
         "etag": "v1",
     }
     assert answer.json() == {"settings": expected}

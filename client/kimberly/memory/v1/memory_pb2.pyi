@@ -377,6 +377,7 @@ class Memory(_message.Message):
     ARCHIVE_TIME_FIELD_NUMBER: _builtins.int
     DELETE_TIME_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
+    SENSITIVE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`mem_…`. Set by the server."""
     tier: Global___Tier.ValueType
@@ -396,7 +397,9 @@ class Memory(_message.Message):
     use_count: _builtins.int
     """How often the user gave the same text again. Set by the server."""
     content_hash: _builtins.str
-    """Lowercase hexadecimal SHA-256 of the content. Set by the server."""
+    """Lowercase hexadecimal SHA-256 of the content; empty for a sensitive memory: what is short is
+    guessed from its hash. Set by the server.
+    """
     version: _builtins.int
     """Counts the changes, from 1. Set by the server."""
     etag: _builtins.str
@@ -417,6 +420,26 @@ class Memory(_message.Message):
     """What the user said it is worth, 0 to 1; absent if nothing. Set by GiveFeedback."""
     user_id: _builtins.str
     """Whose memory it is, `usr_…`; empty for the caller's own. Set by the server."""
+    sensitive: _builtins.bool
+    """Whether the content is kept encrypted, with a key of the user's own. Given in a create or an
+    import; later it changes by an update with "sensitive" in its mask.
+
+    Encrypted are the content and what it was in earlier versions. All else stays readable to who
+    reads the database: tags, channels, speaker, conversation and place in it, size, times and
+    score. Attachments are not encrypted either.
+
+    It must be private and long-term or permanent: a short-term memory is not encrypted. No query
+    finds it, unless the settings say `index_sensitive`; no vector stands for it, no meditation
+    reads it, and no transcript holds it. To write or restore one needs consent to
+    memory.sensitive; who withdraws that goes on reading, unmarking and deleting those that are
+    there. Content whose key is gone, or that was damaged, answers DATA_LOSS, which names the
+    memory, also where it is one of many; deleting it needs no key.
+
+    One that is marked later is encrypted with all its versions, and its vectors go. Backups and
+    transcripts from before keep it as it was: DeleteTranscript. A retry of the request that
+    created it is then refused with REQUEST_ID_REUSED. One that is no longer marked is kept in the
+    clear from then on, its earlier versions are not.
+    """
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Labels: at most 32, of 1 to 64 characters each; a set, kept sorted."""
@@ -491,10 +514,11 @@ class Memory(_message.Message):
         archive_time: _timestamp_pb2.Timestamp | None = ...,
         delete_time: _timestamp_pb2.Timestamp | None = ...,
         user_id: _builtins.str = ...,
+        sensitive: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_feedback", b"_feedback", "_session_position", b"_session_position", "archive_time", b"archive_time", "create_time", b"create_time", "delete_time", b"delete_time", "expire_time", b"expire_time", "feedback", b"feedback", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "score", b"score", "session_position", b"session_position", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_feedback", b"_feedback", "_session_position", b"_session_position", "archive_time", b"archive_time", "author", b"author", "channels", b"channels", "consent_version", b"consent_version", "content", b"content", "content_hash", b"content_hash", "create_time", b"create_time", "delete_time", b"delete_time", "etag", b"etag", "expire_time", b"expire_time", "feedback", b"feedback", "id", b"id", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "protected", b"protected", "scope", b"scope", "score", b"score", "session_id", b"session_id", "session_position", b"session_position", "size_bytes", b"size_bytes", "source", b"source", "speaker", b"speaker", "state", b"state", "tags", b"tags", "tier", b"tier", "update_time", b"update_time", "use_count", b"use_count", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_feedback", b"_feedback", "_session_position", b"_session_position", "archive_time", b"archive_time", "author", b"author", "channels", b"channels", "consent_version", b"consent_version", "content", b"content", "content_hash", b"content_hash", "create_time", b"create_time", "delete_time", b"delete_time", "etag", b"etag", "expire_time", b"expire_time", "feedback", b"feedback", "id", b"id", "last_seen_time", b"last_seen_time", "occur_time", b"occur_time", "protected", b"protected", "scope", b"scope", "score", b"score", "sensitive", b"sensitive", "session_id", b"session_id", "session_position", b"session_position", "size_bytes", b"size_bytes", "source", b"source", "speaker", b"speaker", "state", b"state", "tags", b"tags", "tier", b"tier", "update_time", b"update_time", "use_count", b"use_count", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__feedback: _TypeAlias = _typing.Literal["feedback"]  # noqa: Y015
     _WhichOneofArgType__feedback: _TypeAlias = _typing.Literal["_feedback", b"_feedback"]  # noqa: Y015
@@ -767,7 +791,9 @@ class UpdateMemoryRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to change: "content", "tags", "channels", "speaker", "occur_time", "scope", "tier"."""
+        """Which fields to change: "content", "tags", "channels", "speaker", "occur_time", "scope", "tier",
+        "sensitive".
+        """
 
     def __init__(
         self,
@@ -1940,7 +1966,7 @@ class ExportEnd(_message.Message):
     """How many memories were sent."""
     sha256: _builtins.str
     """Lowercase hexadecimal SHA-256 of what was sent: of a line for each memory, in order, with its
-    `id`, a space and its `content_hash`, ended by a line feed.
+    `id`, a space and its `content_hash`, which a sensitive one has not, ended by a line feed.
     """
     cursor: _builtins.str
     """For WatchMemories: the changes since the export began."""
@@ -2632,19 +2658,27 @@ class EndSessionRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    WRITE_TRANSCRIPT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The conversation: 1 to 128 characters."""
     keep: Global___SessionKeep.ValueType
     """Which turns to move to the long term."""
+    write_transcript: _builtins.bool
+    """Whether to write down, before anything is dropped, all turns that are kept at this moment, in
+    whatever tier, but sensitive ones: GetTranscript returns them then. It takes the place of an earlier transcript;
+    what an earlier end dropped is not in it. Repeating an end that is complete writes nothing.
+    Needs consent to memory.store.
+    """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         keep: Global___SessionKeep.ValueType = ...,
+        write_transcript: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "session_id", b"session_id", "write_transcript", b"write_transcript"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -388,6 +388,7 @@ class Settings(_message.Message):
     EMBEDDING_MODEL_FIELD_NUMBER: _builtins.int
     QUOTAS_FIELD_NUMBER: _builtins.int
     RETENTION_FIELD_NUMBER: _builtins.int
+    INDEX_SENSITIVE_FIELD_NUMBER: _builtins.int
     language: Global___Language.ValueType
     """The language of the user's memories and queries: which words say nothing, and which have one
     stem. A text in another language is found by its words as they are written, more or less.
@@ -404,6 +405,12 @@ class Settings(_message.Message):
     mesh. A query is compared with these vectors when it brings a vector of its own that the same
     model made. Vectors of the model chosen before stay and answer queries that bring theirs,
     until DeleteEmbeddings drops them.
+    """
+    index_sensitive: _builtins.bool
+    """Whether queries find sensitive memories, by their words: these are then kept in the index, in a
+    form that tells who reads the database which words they are. A job carries out a change, within
+    seconds as a rule; until it has, queries find what they found. No vector stands for them either
+    way.
     """
     @_builtins.property
     def scoring_weights(self) -> Global___ScoringWeights:
@@ -432,10 +439,11 @@ class Settings(_message.Message):
         embedding_model: _builtins.str = ...,
         quotas: Global___Quotas | None = ...,
         retention: Global___Retention | None = ...,
+        index_sensitive: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quotas", b"quotas", "retention", b"retention", "retrieval_weights", b"retrieval_weights", "scoring_weights", b"scoring_weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_model", b"embedding_model", "etag", b"etag", "language", b"language", "quotas", b"quotas", "retention", b"retention", "retrieval_weights", b"retrieval_weights", "scoring_preset", b"scoring_preset", "scoring_weights", b"scoring_weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_model", b"embedding_model", "etag", b"etag", "index_sensitive", b"index_sensitive", "language", b"language", "quotas", b"quotas", "retention", b"retention", "retrieval_weights", b"retrieval_weights", "scoring_preset", b"scoring_preset", "scoring_weights", b"scoring_weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -576,8 +584,8 @@ class UpdateSettingsRequest(_message.Message):
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """Which fields to change: "language", "scoring_preset", "scoring_weights", "embedding_model",
-        "retrieval_weights", "quotas", "retention", or one field of the last three, such as
-        "retrieval_weights.speaker" or "quotas.long_term_bytes". A field that is named and not given
+        "index_sensitive", "retrieval_weights", "quotas", "retention", or one field of the last three,
+        such as "retrieval_weights.speaker" or "quotas.long_term_bytes". A field that is named and not given
         goes back to its default. A preset sets the scoring weights; scoring
         weights make the preset custom. Both can be named when they say the same.
         """
