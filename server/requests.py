@@ -1,6 +1,8 @@
 """Idempotency: a request id makes one resource, however often the request is sent."""
 
 import hashlib
+import os
+from collections.abc import Sequence
 from uuid import UUID
 
 from server.caller import Caller
@@ -11,13 +13,15 @@ _LONGEST = 64
 
 
 def check_request_id(request_id: str) -> None:
-    """Refuse a request id that is too long.
+    """Refuse a request id that cannot be kept.
 
     Raises:
-        InvalidArgument: It has more than 64 characters.
+        InvalidArgument: It has more than 64 characters, or holds a NUL.
     """
     if len(request_id) > _LONGEST:
         raise InvalidArgument("request_id", f"must have at most {_LONGEST} characters")
+    if "\0" in request_id:
+        raise InvalidArgument("request_id", "must not hold the character NUL")
 
 
 async def claim(
@@ -95,4 +99,69 @@ async def redirect(
         method,
         request_id,
         resource_id,
+    )
+
+
+async def claim_parts(
+    connection: Connection,
+    caller: Caller,
+    method: str,
+    request_id: str,
+    resource_ids: Sequence[UUID],
+) -> None:
+    """Note what a request that this transaction claimed has made when it is more than one thing."""
+    await connection.execute(
+        """
+        INSERT INTO requests (tenant_id, user_id, method, request_id, fingerprint, resource_id)
+        SELECT $1, $2, $3 || '/' || lpad(place::text, 4, '0'), $4, ''::bytea, id
+          FROM unnest($5::uuid[]) WITH ORDINALITY AS part (id, place)
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        method,
+        request_id,
+        list(resource_ids),
+    )
+
+
+async def parts(
+    connection: Connection, caller: Caller, method: str, request_id: str
+) -> list[UUID]:
+    """Return, in order, the things that an earlier request made."""
+    rows = await connection.fetch(
+        """
+        SELECT resource_id
+          FROM requests
+         WHERE tenant_id = $1 AND user_id = $2 AND request_id = $3
+           AND method BETWEEN $4 || '/' AND $4 || '/9999'
+         ORDER BY method
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        request_id,
+        method,
+    )
+    return [UUID(int=row["resource_id"].int) for row in rows]
+
+
+async def forget(connection: Connection, caller: Caller, resource_ids: Sequence[UUID]) -> None:
+    """Put chance in the place of the fingerprints of the requests that made some things.
+
+    What they said cannot be guessed from these any more. A retry of one of them is refused from
+    now on: nothing tells that it is one.
+    """
+    await connection.execute(
+        """
+        UPDATE requests AS claimed
+           SET fingerprint = $4
+          FROM requests AS made
+         WHERE made.tenant_id = $1 AND made.user_id = $2 AND made.resource_id = ANY ($3)
+           AND claimed.tenant_id = $1 AND claimed.user_id = $2
+           AND claimed.method = split_part(made.method, '/', 1)
+           AND claimed.request_id = made.request_id
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        list(resource_ids),
+        os.urandom(32),
     )
