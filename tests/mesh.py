@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import secrets
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
+from uuid import UUID
 
+import asyncpg
 import grpc
 import httpx
 import pytest
@@ -18,13 +21,20 @@ import pytest_asyncio
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.users.v1 import users_pb2 as users
 
+from local.fleet import Commands
 from local.layout import Layout
 from local.mesh import Mesh, in_background
+from local.postgres import SUPERUSER
 from tests.transports import Grpc, Metadata, Rest, Transport
 
 T = TypeVar("T")
 
 PASSWORD = "correct horse battery staple"
+# The logs say as much as they ever do: one test looks for what they must not say.
+COMMANDS = Commands(
+    service=("env", "KIMBERLY_LOG_LEVEL=debug", sys.executable, "-m", "server"),
+    worker=("env", "KIMBERLY_LOG_LEVEL=debug", sys.executable, "-m", "workers"),
+)
 GRANT = users.RecordConsentRequest(purpose=users.CONSENT_PURPOSE_MEMORY_STORE, granted=True)
 
 _RUNNING = pytest.StashKey[Mesh]()
@@ -39,7 +49,7 @@ def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if _RUNNING not in stash:
         layout = Layout(tmp_path_factory.mktemp("mesh"))
         stack = contextlib.ExitStack()
-        mesh = Mesh(layout, workers=1, durable=False)
+        mesh = Mesh(layout, workers=1, durable=False, commands=COMMANDS)
         stash[_RUNNING] = stack.enter_context(in_background(mesh))
         request.session.addfinalizer(stack.close)
     return stash[_RUNNING]
@@ -99,6 +109,29 @@ async def sign_up(
     if consenting:
         await over_grpc(GRANT)
     return User(answer.user_id, answer.tenant_id, email, answer.tokens, rest, over_grpc)
+
+
+async def join(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, host: User) -> User:
+    """Return a new user of somebody's tenant.
+
+    Nobody can be invited yet: who signed up is moved in the database, and logs in anew.
+    """
+    guest = await sign_up(http, channel, consenting=False)
+    database = await asyncpg.connect(mesh.stores.dsn(SUPERUSER))
+    try:
+        for table, user in (("users", "id"), ("accounts", "user_id"), ("sessions", "user_id")):
+            await database.execute(
+                f"UPDATE {table} SET tenant_id = $1 WHERE {user} = $2",
+                UUID(host.tenant_id.removeprefix("ten_")),
+                UUID(guest.id.removeprefix("usr_")),
+            )
+    finally:
+        await database.close()
+    answer = await Grpc(channel)(auth.LogInRequest(email=guest.email, password=PASSWORD))
+    token = answer.tokens.access_token
+    rest, over_grpc = Rest(http, token), Grpc(channel, bearer(token))
+    await over_grpc(GRANT)
+    return User(guest.id, host.tenant_id, guest.email, answer.tokens, rest, over_grpc)
 
 
 def bearer(token: str) -> Metadata:

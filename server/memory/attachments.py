@@ -160,16 +160,20 @@ class Attachments:
         )
 
     async def _begin_upload(self, caller: Caller, attachment_id: UUID) -> Attachment:
-        """Begin the upload of a large file. One that lost against another request is given up."""
+        """Begin the upload of a large file. One that lost against another request is given up.
+
+        One of which nobody knows whether it was noted stays: the sweep tells.
+        """
         key = object_name(caller, attachment_id).key
         upload_id = await self._blobs.begin_upload(key)
-        attachment = None
         try:
             attachment = await self._store.begin_upload(caller, attachment_id, upload_id)
-            return attachment
-        finally:
-            if attachment is None or attachment.upload_id != upload_id:
-                await self._blobs.abort_upload(key, upload_id)
+        except NotFound:
+            await self._blobs.abort_upload(key, upload_id)
+            raise
+        if attachment.upload_id != upload_id:
+            await self._blobs.abort_upload(key, upload_id)
+        return attachment
 
     def _parts(self, caller: Caller, attachment: Attachment) -> Iterator[UploadPart]:
         key = object_name(caller, attachment.id).key

@@ -67,3 +67,7 @@ class PromotionRounds:
             await connection.execute(
                 "DELETE FROM short_term_exits WHERE left_at < now() - $1::interval", LONGEST_LIFE
             )
+            # By then no turn of theirs is in the short term, and Postgres knows those it keeps.
+            await connection.execute(
+                "DELETE FROM ended_sessions WHERE ended_at < now() - $1::interval", LONGEST_LIFE
+            )

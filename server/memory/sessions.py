@@ -14,12 +14,14 @@ from server.database import Connection, Database
 from server.errors import NotFound
 from server.memory.collection import Collection
 from server.memory.earning import has_earned
+from server.memory.insertion import new_memory
 from server.memory.model import Draft, Filter, Memory, Tier
 from server.memory.promotion import PAGE, Promotion, Worth
 from server.memory.search_store import SearchStore
 from server.memory.short_term import ShortTermStore, successors
+from server.memory.short_term_bodies import request_key
 from server.memory.short_term_exits import begin_leaving, leave
-from server.memory.store import first_of, new_memory
+from server.memory.store import first_of
 from server.memory.transcripts import Transcripts, Turn
 
 MOST_TURNS: Final = 100
@@ -107,7 +109,7 @@ class Sessions:
                     ],
                     room,
                     least=await _next_position(connection, caller, session_id),
-                    request=_fingerprint(request_id, contents),
+                    request=request_key(request_id, contents),
                 )
                 if not turns:
                     raise NotFound("session turn")
@@ -296,9 +298,3 @@ async def _count(
         ended_at,
     )
     return row
-
-
-def _fingerprint(request_id: str, contents: bytes) -> str:
-    if not request_id:
-        return ""
-    return hashlib.sha256(request_id.encode() + b"\0" + contents).hexdigest()

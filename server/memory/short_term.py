@@ -10,6 +10,7 @@ Keys, all under mesh:{tenant}:{user}: and all with a time to live:
 * short-sizes      a hash: the sizes of memories and of what they were, and the sums of both
 * session:<hash>   the next position in a conversation
 * append:<hash>    the first id that a request to append made
+* create:<hash>    what a request to create did: created:<id> or seen:<id>
 * shorts-version   another number after every write, for whoever keeps answers
 
 What Redis may lose, and what that means. With appendfsync everysec a crash takes at most the
@@ -44,6 +45,7 @@ from server.errors import (
     StoreUnavailable,
 )
 from server.memory import ranking, short_term_scripts
+from server.memory.insertion import new_memory
 from server.memory.model import Change, Draft, Filter, Found, Memory, Tier
 from server.memory.short_term_bodies import (
     Kept,
@@ -55,6 +57,7 @@ from server.memory.short_term_bodies import (
     past_from,
     past_of,
     place_of,
+    request_key,
     session_key,
 )
 from server.memory.short_term_cache import Snapshot, Snapshots
@@ -65,7 +68,7 @@ from server.memory.short_term_exits import (
     left,
     left_by_now,
 )
-from server.memory.store import fetch_memory, new_memory
+from server.memory.store import fetch_memory
 from server.memory.writing import Writing, begin_writing
 from server.preferences import Language
 
@@ -130,15 +133,16 @@ class ShortTermStore:
         refuse_sensitive(draft.is_sensitive)
         async with self.writing(caller) as (connection, writing, room):
             memory = new_memory(ids.new_id(), draft, writing.consent_version, now)
+            contents = repr(draft).encode()
             if request_id:
                 first_id = await requests.claim(
-                    connection, caller, "CreateMemory", request_id, repr(draft).encode(), memory.id
+                    connection, caller, "CreateMemory", request_id, contents, memory.id
                 )
                 if first_id != memory.id:
                     return await self._made(connection, caller, first_id), False
-            kept = await self._put(connection, caller, memory, room)
-            created = kept.id == memory.id
-            if request_id and not created:
+            request = request_key(request_id, contents)
+            kept, created = await self._put(connection, caller, memory, room, request)
+            if request_id and kept.id != memory.id:
                 await requests.redirect(connection, caller, "CreateMemory", request_id, kept.id)
             action = "memory.create" if created else "memory.see"
             await audit.record(connection, caller, action, ids.show(ids.MEMORY, kept.id))
@@ -472,9 +476,13 @@ class ShortTermStore:
     # --- one step each
 
     async def _put(
-        self, connection: Connection, caller: Caller, memory: Memory, room: Room
-    ) -> Memory:
-        """Keep a memory, or count the one with the same text at its place as seen."""
+        self, connection: Connection, caller: Caller, memory: Memory, room: Room, request: str
+    ) -> tuple[Memory, bool]:
+        """Keep a memory, or count the one with the same text at its place as seen.
+
+        Returns:
+            The memory, and whether it is new. Both are what an earlier try of the request did.
+        """
         position = memory.session_position
         while True:
             outcome, used_bytes, *entry = await self._run(
@@ -489,15 +497,16 @@ class ShortTermStore:
                 room.milliseconds,
                 "" if position is None else session_key(memory.session_id),
                 -1 if position is None else position,
+                request,
             )
             if outcome == b"full":
                 raise over_quota(used_bytes, room)
             kept = kept_from(*entry).memory
-            if outcome == b"created":
+            is_new = outcome == b"created"
+            if is_new:
                 await note_usage(connection, caller, used_bytes, kept.size_bytes, room)
-                return kept
-            if not await left(connection, caller, [kept.id]):
-                return kept
+            if kept.id == memory.id or not await left(connection, caller, [kept.id]):
+                return kept, is_new
             # Redis was not there when it left, or came back from before that.
             await self._run(self._remove, caller, kept.id.hex)
 

@@ -66,6 +66,13 @@ def place_of(memory: Memory) -> str:
     return f"{memory.content_hash.hex()}|{position}|{session_key(memory.session_id)}"
 
 
+def request_key(request_id: str, contents: bytes) -> str:
+    """Return a request as a part of a key; empty for one that cannot be told from others."""
+    if not request_id:
+        return ""
+    return hashlib.sha256(request_id.encode() + b"\0" + contents).hexdigest()
+
+
 def session_key(session_id: str) -> str:
     """Return a conversation as a part of a key; empty for none."""
     return hashlib.sha256(session_id.encode()).hexdigest() if session_id else ""

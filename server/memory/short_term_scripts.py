@@ -101,16 +101,28 @@ CREATE: Final = (
     + """
 local id, body, seen, place = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local size, limit, lifetime = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local session, position = ARGV[8], tonumber(ARGV[9])
+local session, position, request = ARGV[8], tonumber(ARGV[9]), ARGV[10]
 sweep()
+local function remember(outcome, which)
+    if request == '' then return end
+    redis.call('SET', user .. 'create:' .. request, outcome .. which, 'PX', lifetime)
+end
+local before = request ~= '' and redis.call('GET', user .. 'create:' .. request)
+if before then
+    local outcome, which = string.match(before, '^(%a+):(.+)$')
+    local made = entry(which)
+    if made then return {outcome, total('bytes'), made} end
+end
 local first = holder(place)
 if first then
     redis.call('HINCRBY', user .. 'short:' .. first, 'used', 1)
     redis.call('HSET', user .. 'short:' .. first, 'seen', seen)
+    remember('seen:', first)
     changed()
     return {'seen', total('bytes'), entry(first)}
 end
 if total('bytes') + size > limit then return {'full', total('bytes')} end
+remember('created:', id)
 put(id, body, seen, place, size, now + lifetime)
 if session ~= '' then
     set_next_position(session, next_position(session, position + 1), now + lifetime)
@@ -119,7 +131,10 @@ changed()
 return {'created', total('bytes'), entry(id)}
 """
 )
-"""Keep a memory, or count the one with the same text at the same place as seen again."""
+"""Keep a memory, or count the one with the same text at the same place as seen again.
+
+Not twice for one request: what the first try did is the answer to the next.
+"""
 
 APPEND: Final = (
     _COMMON

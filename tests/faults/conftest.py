@@ -15,9 +15,12 @@ from rich.console import Console
 from local.fleet import Commands
 from local.layout import Layout
 from local.mesh import Mesh, in_background
+from tests.crashes.conftest import reader
 from tests.faults.figures import Figures
 from tests.faults.meditations import SIZE, Library, Scores
 from tests.faults.reach import signed_up
+
+__all__ = ["reader"]
 
 LEASE_SECONDS = 5
 """Shorter than usual: a test that waits for a lease to lapse waits so long."""

@@ -16,11 +16,11 @@ from server.errors import LeaseLost
 from server.jobs.model import Completed
 from server.jobs.queue import Queue
 from server.memory.columns import ScoreColumns
+from server.memory.import_store import Chunk, ImportStore
 from server.memory.meditation_store import MeditationStore
 from server.memory.model import Draft, Source, Tier
 from server.memory.scoring_store import Batch, ScoringStore
-from server.memory.store import MemoryStore
-from tests.conftest import FakeClock
+from tests.conftest import FakeClock, data_keys_of
 from tests.faults.figures import Figures
 
 UNGUARDED, GUARDED = 10, 100
@@ -155,7 +155,7 @@ async def zombie(
         )
         for n in range(SIZE)
     ]
-    await MemoryStore(database).create_all(caller, drafts, clock())
+    await ImportStore(database, data_keys_of(database)).store(caller, Chunk(drafts), clock())
     return Zombie(database, system_database, owner, caller)
 
 
