@@ -94,6 +94,20 @@ class Database:
                 )
         return rows
 
+    async def fetch_alone(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+        """Run one writing statement that is a transaction of its own: it commits as it ends.
+
+        It names the user itself: all that it reads and writes must follow from enter(tenant,
+        user). What runs ahead of that sees no rows, and row-level security lets it write none.
+
+        Raises:
+            StoreUnavailable: PostgreSQL does not answer. Whether it was committed is not known.
+        """
+        with _translated():
+            async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+                rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
+        return rows
+
 
 @functools.cache
 def _entered(query: str) -> str:

@@ -24,6 +24,11 @@ def check_request_id(request_id: str) -> None:
         raise InvalidArgument("request_id", "must not hold the character NUL")
 
 
+def fingerprint_of(contents: bytes) -> bytes:
+    """Return what a request is recognised by."""
+    return hashlib.sha256(contents).digest()
+
+
 async def claim(
     connection: Connection,
     caller: Caller,
@@ -51,7 +56,7 @@ async def claim(
     Raises:
         RequestIdReused: The earlier request had other contents.
     """
-    fingerprint = hashlib.sha256(contents).digest()
+    fingerprint = fingerprint_of(contents)
     claimed = await connection.fetchval(
         """
         INSERT INTO requests (tenant_id, user_id, method, request_id, fingerprint, resource_id)
@@ -124,9 +129,7 @@ async def claim_parts(
     )
 
 
-async def parts(
-    connection: Connection, caller: Caller, method: str, request_id: str
-) -> list[UUID]:
+async def parts(connection: Connection, caller: Caller, method: str, request_id: str) -> list[UUID]:
     """Return, in order, the things that an earlier request made."""
     rows = await connection.fetch(
         """

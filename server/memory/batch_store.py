@@ -66,7 +66,8 @@ class BatchStore:
             kept = [new or seen[place] for place, new in enumerate(created)]
             if request_id:
                 await requests.claim_parts(connection, caller, _METHOD, request_id, kept)
-            await ask_for_embedding(connection, caller)
+            if writing.wants_vectors:
+                await ask_for_embedding(connection, caller)
         return [(memory_id, new is not None) for memory_id, new in zip(kept, created, strict=True)]
 
 

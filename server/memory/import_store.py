@@ -13,6 +13,7 @@ from server import audit, ids
 from server.caller import Caller
 from server.data_keys import DataKeys
 from server.database import Connection, Database
+from server.embedding_requests import ask_for_embedding
 from server.errors import InvalidArgument, NotFound, QuotaExceeded
 from server.memory.conversation import Surroundings, place_of
 from server.memory.model import Draft, Tier
@@ -138,11 +139,13 @@ class ImportStore:
             outcomes = [_outcome(place, skipped, memory_ids) for place in range(len(chunk.drafts))]
             if find_existing:
                 existing = {place: wanted[place] for place, new in memory_ids.items() if not new}
-                memory_ids |= await _find(connection, caller, existing)
+                memory_ids |= await find_same(connection, caller, existing)
             found = [memory_ids.get(place) for place in range(len(chunk.drafts))]
             stored = Stored(outcomes, found, writing.language, without_room)
             if chunk.request_id:
                 await _move_on(connection, caller, chunk, stored)
+            if writing.wants_vectors and stored.count(Outcome.CREATED):
+                await ask_for_embedding(connection, caller)
         return stored
 
     async def progress(self, caller: Caller, request_id: str) -> Progress:
@@ -408,13 +411,13 @@ async def _too_much(
 ) -> list[int]:
     tier = Tier(full.subject)
     candidates = {place: draft for place, draft in wanted.items() if draft.tier is tier}
-    existing = await _find(connection, caller, candidates)
+    existing = await find_same(connection, caller, candidates)
     new = {place: draft for place, draft in candidates.items() if place not in existing}
     # If everything seems to fit, somebody else wrote in between: then nothing is tried again.
     return not_fitting(new, full.room) or list(new)
 
 
-async def _find(
+async def find_same(
     connection: Connection, caller: Caller, drafts: Mapping[int, Draft]
 ) -> dict[int, UUID]:
     """Return the ids of active memories with the same text at the same place."""

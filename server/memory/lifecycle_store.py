@@ -7,15 +7,23 @@ from uuid import UUID
 import asyncpg
 from pgvector import SparseVector
 
-from server import audit, ids
+from server import audit, consent, ids
 from server.caller import Caller
 from server.database import Connection, Database
+from server.embedding_requests import ask_for_embedding
 from server.errors import AlreadyExists
 from server.memory.conversation import Surroundings, Turn
 from server.memory.model import Memory
 from server.memory.rows import MEMORY_COLUMNS, SCORE_COLUMNS, memory_from
 from server.memory.store import fetch_memory
-from server.memory.writing import begin_writing, lock_memory, standing_of, within_quota
+from server.memory.writing import (
+    Standing,
+    begin_writing,
+    lock_memory,
+    standing_of,
+    touch,
+    within_quota,
+)
 
 USUAL_GRACE: Final = timedelta(days=30)
 """How long an archived memory can be restored unless the user chose otherwise."""
@@ -73,23 +81,27 @@ class LifecycleStore:
             NotFound: There is none, or it is not the caller's.
             EtagMismatch: It is no longer at the expected version.
             AlreadyExists: The same text was stored again meanwhile.
-            ConsentMissing: The user has not consented to memory.store.
+            ConsentMissing: The user has not consented to memory.store, or it is sensitive and they
+                have not consented to memory.sensitive.
             QuotaExceeded: There is no room for it any more.
         """
         async with self._database.transaction(caller) as connection:
-            writing = await begin_writing(connection, caller)
+            writing = await begin_writing(connection)
             standing = await standing_of(connection, caller, memory_id)
             around = await Surroundings.of(connection, caller, standing.places, writing.language)
             current = await lock_memory(connection, caller, memory_id, expected_version)
             if current["archived_at"] is not None:
-                if standing.place:
-                    around = around.including(Turn(memory_id, standing.place, current["content"]))
-                await around.refresh(connection, caller, standing.places)
-                terms = around.terms(current["content"], standing.place)
+                terms = None
+                if current["sensitive"]:
+                    await consent.require(connection, consent.MEMORY_SENSITIVE)
+                else:
+                    terms = await _rejoin(connection, caller, memory_id, standing, around, current)
                 await _restore(connection, caller, memory_id, terms, now)
                 await audit.record(
                     connection, caller, "memory.restore", ids.show(ids.MEMORY, memory_id)
                 )
+                if terms is not None and writing.wants_vectors:
+                    await ask_for_embedding(connection, caller)
             return await fetch_memory(connection, caller, memory_id)
 
     async def protect(
@@ -109,7 +121,7 @@ class LifecycleStore:
             ConsentMissing: The user has not consented to memory.store.
         """
         async with self._database.transaction(caller) as connection:
-            await begin_writing(connection, caller)
+            await begin_writing(connection)
             current = await lock_memory(connection, caller, memory_id, expected_version)
             if current["protected"] != protected:
                 await connection.execute(
@@ -151,7 +163,7 @@ class LifecycleStore:
             ConsentMissing: The user has not consented to memory.store.
         """
         async with self._database.transaction(caller) as connection:
-            await begin_writing(connection, caller)
+            await begin_writing(connection)
             await lock_memory(connection, caller, memory_id, None)
             await connection.execute(
                 """
@@ -197,7 +209,8 @@ class LifecycleStore:
                                old.tags, old.channels, memory.source, memory.session_id,
                                memory.session_position, old.speaker, old.occurred_at,
                                old.size_bytes, old.content_hash, old.version, memory.created_at,
-                               old.updated_at, old.scope, old.protected, memory.created_by,
+                               old.updated_at, old.scope, old.protected, old.sensitive,
+                               old.sealed, memory.created_by,
                                memory.consent_version, old.archived_at, NULL AS delete_after,
                                scores.last_seen_at, scores.use_count, scores.feedback,
                                NULL AS score, NULL AS relevance_to_goals,
@@ -224,13 +237,6 @@ class LifecycleStore:
             )
         older = [memory_from(row) for row in rows]
         return [newest, *older][:limit] if before is None else older
-
-
-async def touch(connection: Connection, caller: Caller) -> None:
-    """Note that queries may be answered otherwise once this transaction has committed."""
-    await connection.execute(
-        "SELECT count_usage($1, $2, 0, 0, 0, 0, 0, 0)", caller.tenant_id, caller.user_id
-    )
 
 
 async def _usual_grace(connection: Connection, caller: Caller) -> timedelta:
@@ -260,16 +266,37 @@ async def _archive(
     )
 
 
+async def _rejoin(
+    connection: Connection,
+    caller: Caller,
+    memory_id: UUID,
+    standing: Standing,
+    around: Surroundings,
+    current: asyncpg.Record,
+) -> SparseVector:
+    """Give the turns around a memory its words again, and return its terms."""
+    if standing.place:
+        around = around.including(Turn(memory_id, standing.place, current["content"]))
+    await around.refresh(connection, caller, standing.places)
+    return around.terms(current["content"], standing.place)
+
+
 async def _restore(
-    connection: Connection, caller: Caller, memory_id: UUID, terms: SparseVector, now: datetime
+    connection: Connection,
+    caller: Caller,
+    memory_id: UUID,
+    terms: SparseVector | None,
+    now: datetime,
 ) -> None:
+    """Bring a memory back, with new terms; None: with those it had."""
     try:
         with within_quota():
             await connection.execute(
                 """
                 UPDATE memories
                    SET archived_at = NULL, archived_by = NULL, delete_after = NULL,
-                       restored = true, terms = $4, version = version + 1, updated_at = $5
+                       restored = true, terms = coalesce($4, terms),
+                       version = version + 1, updated_at = $5
                  WHERE tenant_id = $1 AND user_id = $2 AND id = $3
                 """,
                 caller.tenant_id,

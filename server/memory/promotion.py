@@ -77,7 +77,8 @@ class Promotion:
                 raise AlreadyExists("another memory of this tier and place has the same content")
             await leave(connection, caller, [memory_id])
             await _record(connection, caller, [memory_id], None)
-            await ask_for_embedding(connection, caller)
+            if writing.wants_vectors:
+                await ask_for_embedding(connection, caller)
             promoted = await fetch_memory(connection, caller, memory_id)
         await self._short_term.remove(caller, [memory_id])
         return promoted
@@ -132,7 +133,8 @@ class Promotion:
             await _record(connection, caller, moved, actor)
             if also:
                 await also(connection, len(moves))
-            await ask_for_embedding(connection, caller)
+            if writing.wants_vectors:
+                await ask_for_embedding(connection, caller)
         await self._short_term.remove(caller, list(moves))
         return len(moves)
 

@@ -1,25 +1,45 @@
 """Memories in Postgres: the long-term and the permanent tier."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 from uuid import UUID
 
 import asyncpg
+from pgvector import SparseVector
 
 from server import audit, ids, requests
 from server.caller import Caller
+from server.data_keys import DataKeys
 from server.database import Connection, Database
+from server.embedding_requests import ask_for_embedding
 from server.errors import AlreadyExists, EtagMismatch, InvalidArgument, NotFound, StateConflict
-from server.memory.conversation import Surroundings, place_of
-from server.memory.model import Change, Draft, Memory, Tier, hash_of, size_of
+from server.memory.attachment_store import doom_objects
+from server.memory.conversation import Surroundings, Turn, place_of
+from server.memory.embedding_store import hold_vectors
+from server.memory.insertion import AtOnce, Insertion, insert, new_memory
+from server.memory.model import Change, Draft, Memory, Scope, Tier, hash_of, size_of
 from server.memory.rows import MEMORY_COLUMNS, SCORE_COLUMNS, memory_from
+from server.memory.sensitive import Sealing, begin_sealing
 from server.memory.writing import (
+    Standing,
     Writing,
     begin_writing,
     lock_memory,
     standing_of,
+    touch,
     within_quota,
 )
+
+_MADE_TOGETHER: Final = (1 << 7) - 1
+"""Ids that are made together differ there, and nowhere else."""
+
+_VERSIONS_AT_ONCE: Final = 50
+"""How many versions of a memory are sealed in one statement."""
+
+
+class _IsSensitive(Exception):
+    """The memory is, which nobody knew before: its user's key is needed."""
 
 
 class MemoryStore:
@@ -27,10 +47,13 @@ class MemoryStore:
 
     All of them lock in one order, so that none waits for another in a circle: the conversation,
     the memory, the turns around it, then what hangs on the memory, and the user's usage last.
+    What they return of a sensitive memory that was there before is sealed.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, keys: DataKeys) -> None:
         self._database = database
+        self._keys = keys
+        self._at_once = AtOnce(database)
 
     async def create(
         self, caller: Caller, draft: Draft, request_id: str, now: datetime
@@ -41,20 +64,38 @@ class MemoryStore:
             The memory, and whether it was created.
 
         Raises:
-            ConsentMissing: The user has not consented to memory.store.
+            ConsentMissing: The user has not consented to memory.store, or it is sensitive and they
+                have not consented to memory.sensitive.
             QuotaExceeded: It does not fit into its tier.
             RequestIdReused: The request id stands for other contents.
+            ContentUnreadable: It is sensitive, and the user's key cannot be unwrapped.
+            StoreUnavailable: It is sensitive, and the key manager does not answer.
         """
+        new = await self._at_once.create(caller, draft, request_id, now)
+        if new is not None:
+            return new, True
+        return await self._create(caller, draft, request_id, now)
+
+    async def _create(
+        self, caller: Caller, draft: Draft, request_id: str, now: datetime
+    ) -> tuple[Memory, bool]:
         memory_id = ids.new_id()
+        if draft.is_sensitive:
+            await self._keys.prepare(caller)
         async with self._database.transaction(caller) as connection:
-            writing = await begin_writing(connection, caller)
+            writing = await begin_writing(connection)
+            self._at_once.learn(caller, writing.language)
+            sealing, contents = None, repr(draft).encode()
+            if draft.is_sensitive:
+                sealing = await begin_sealing(connection, caller, self._keys, writing.language)
+                draft, contents = sealing.recognised(draft), sealing.hash_of(repr(draft))
             if request_id:
                 first_id = await requests.claim(
-                    connection, caller, "CreateMemory", request_id, repr(draft).encode(), memory_id
+                    connection, caller, "CreateMemory", request_id, contents, memory_id
                 )
                 if first_id != memory_id:
                     return await fetch_memory(connection, caller, first_id), False
-            memory = await _insert(connection, caller, memory_id, draft, writing, now)
+            memory = await _insert(connection, caller, memory_id, draft, writing, now, sealing)
             created = memory is not None
             if memory is None:
                 memory = await _see_again(connection, caller, draft, now)
@@ -64,24 +105,9 @@ class MemoryStore:
                     )
             action = "memory.create" if created else "memory.see"
             await audit.record(connection, caller, action, ids.show(ids.MEMORY, memory.id))
+            if created and not memory.is_sensitive and writing.wants_vectors:
+                await ask_for_embedding(connection, caller)
             return memory, created
-
-    async def create_all(self, caller: Caller, drafts: Sequence[Draft], now: datetime) -> int:
-        """Store many memories in one transaction and return how many were new.
-
-        Text that is there already stays as it is.
-
-        Raises:
-            ConsentMissing: The user has not consented to memory.store.
-            QuotaExceeded: They do not fit into their tiers.
-        """
-        async with self._database.transaction(caller) as connection:
-            writing = await begin_writing(connection, caller)
-            created = await _insert_all(connection, caller, drafts, writing, now)
-            await audit.record_all(
-                connection, caller, "memory.create", [ids.show(ids.MEMORY, new) for new in created]
-            )
-            return len(created)
 
     async def get(self, caller: Caller, memory_id: UUID) -> Memory:
         """Return a memory, archived or not.
@@ -108,25 +134,56 @@ class MemoryStore:
     async def update(
         self, caller: Caller, memory_id: UUID, change: Change, now: datetime
     ) -> Memory:
-        """Change some fields of a memory, its tier among them.
+        """Change some fields of a memory, its tier and whether it is sensitive among them.
+
+        One that is marked as sensitive is sealed with all it was before.
 
         Raises:
             NotFound: There is none, or it is not the caller's.
             EtagMismatch: It is no longer at the expected version.
             StateConflict: It is archived.
             AlreadyExists: Another memory of the same tier and place has the new text.
-            InvalidArgument: It would become a short-term memory.
-            ConsentMissing: The user has not consented to memory.store.
+            InvalidArgument: It would become a short-term memory, or be both sensitive and shared.
+            ConsentMissing: The user has not consented to memory.store, or it stays or becomes
+                sensitive and they have not consented to memory.sensitive.
             QuotaExceeded: It does not fit into its tier any more.
+            ContentUnreadable: It is sensitive and does not open.
+            StoreUnavailable: It is sensitive, and the key manager does not answer.
         """
         if change.tier is Tier.SHORT_TERM:
             raise InvalidArgument(
                 "memory.tier", "a durable memory does not become short-term; archive or delete it"
             )
+        try:
+            return await self._update(
+                caller, memory_id, change, now, with_key=bool(change.is_sensitive)
+            )
+        except _IsSensitive:
+            return await self._update(caller, memory_id, change, now, with_key=True)
+
+    async def _update(
+        self, caller: Caller, memory_id: UUID, change: Change, now: datetime, *, with_key: bool
+    ) -> Memory:
+        if with_key:
+            await self._keys.prepare(caller)
         async with self._database.transaction(caller) as connection:
-            writing = await begin_writing(connection, caller)
-            await _update(connection, caller, memory_id, change, writing, now)
+            writing, sealing = await begin_writing(connection), None
+            if with_key:
+                sealing = await begin_sealing(
+                    connection,
+                    caller,
+                    self._keys,
+                    writing.language,
+                    needs_consent=change.is_sensitive is not False,
+                )
+            if change.is_sensitive:
+                await hold_vectors(connection, caller)
+            lacks_vector = await _update(
+                connection, caller, memory_id, change, writing, now, sealing
+            )
             await audit.record(connection, caller, "memory.update", ids.show(ids.MEMORY, memory_id))
+            if lacks_vector and writing.wants_vectors:
+                await ask_for_embedding(connection, caller)
             return await fetch_memory(connection, caller, memory_id)
 
     async def delete(self, caller: Caller, memory_id: UUID) -> list[UUID]:
@@ -152,6 +209,7 @@ class MemoryStore:
                 caller.user_id,
                 memory_id,
             )
+            await doom_objects(connection, caller, [row["id"] for row in attachments])
             await connection.execute(
                 """
                 DELETE FROM memories
@@ -195,77 +253,38 @@ async def _insert(
     draft: Draft,
     writing: Writing,
     now: datetime,
+    sealing: Sealing | None,
 ) -> Memory | None:
-    """Insert a memory; None if its text is there already."""
+    """Insert a memory; None if its text is there already.
+
+    Args:
+        connection: A transaction.
+        caller: Whose memory it is.
+        memory_id: Its id.
+        draft: The memory.
+        writing: Under which conditions it is written.
+        now: When.
+        sealing: How its content is kept if it is sensitive; None: in the clear.
+    """
     place = place_of(draft)
     places = [place] if place else []
     around = await Surroundings.of(connection, caller, places, writing.language)
     around = around.with_drafts([draft])
     await around.refresh(connection, caller, places)
-    with within_quota():
-        row = await connection.fetchrow(
-            """
-            WITH created AS (
-                INSERT INTO memories (tenant_id, user_id, id, tier, content, tags, source,
-                                      session_id, session_position, speaker, occurred_at,
-                                      size_bytes, content_hash, created_at, updated_at, terms,
-                                      channels, scope, protected, consent_version)
-                VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $14, $15,
-                        $16, $17, $18, $19)
-                ON CONFLICT DO NOTHING
-                RETURNING id
-            )
-            INSERT INTO memory_scores (tenant_id, user_id, memory_id, last_seen_at)
-            SELECT $1, $2, id, $14 FROM created
-            RETURNING memory_id
-            """,
-            caller.tenant_id,
-            caller.user_id,
-            memory_id,
-            draft.tier,
-            draft.content,
-            list(draft.tags),
-            draft.source,
-            draft.session_id,
-            draft.session_position,
-            draft.speaker,
-            draft.occurred_at or now,
-            draft.size_bytes,
-            draft.content_hash,
-            now,
-            around.terms(draft.content, place),
-            list(draft.channels),
-            draft.scope,
-            draft.is_protected,
-            writing.consent_version,
-        )
-    return new_memory(memory_id, draft, writing.consent_version, now) if row else None
+    terms = sealing.terms_of(draft.content) if sealing else around.terms(draft.content, place)
+    sealed = sealing.seal(memory_id, draft.content) if sealing else None
+    insertion = Insertion(memory_id, draft, terms, now, writing.consent_version, sealed)
+    if not await insert(connection, caller, insertion):
+        return None
+    return new_memory(memory_id, draft, writing.consent_version, now)
 
 
-def new_memory(memory_id: UUID, draft: Draft, consent_version: int, now: datetime) -> Memory:
-    """Return the memory that a draft becomes."""
-    return Memory(
-        id=memory_id,
-        tier=draft.tier,
-        content=draft.content,
-        tags=draft.tags,
-        source=draft.source,
-        session_id=draft.session_id,
-        session_position=draft.session_position,
-        speaker=draft.speaker,
-        occurred_at=draft.occurred_at or now,
-        size_bytes=draft.size_bytes,
-        content_hash=draft.content_hash,
-        version=1,
-        created_at=now,
-        updated_at=now,
-        last_seen_at=now,
-        use_count=0,
-        channels=draft.channels,
-        scope=draft.scope,
-        is_protected=draft.is_protected,
-        consent_version=consent_version,
-    )
+def first_of(memory_id: UUID) -> UUID:
+    """Return the first id of those that are made together with one.
+
+    The request that makes several turns is known by it.
+    """
+    return UUID(int=memory_id.int & ~_MADE_TOGETHER)
 
 
 async def _see_again(connection: Connection, caller: Caller, draft: Draft, now: datetime) -> Memory:
@@ -294,69 +313,16 @@ async def _see_again(connection: Connection, caller: Caller, draft: Draft, now: 
     )
     if memory_id is None:  # it was deleted between the two statements
         raise EtagMismatch
+    await touch(connection, caller)
     return await fetch_memory(connection, caller, memory_id)
 
 
-async def _insert_all(
-    connection: Connection,
-    caller: Caller,
-    drafts: Sequence[Draft],
-    writing: Writing,
-    now: datetime,
-) -> list[UUID]:
-    """Insert memories, leave out those whose text is there already, return the new ids."""
-    places = [place for draft in drafts if (place := place_of(draft))]
-    around = await Surroundings.of(connection, caller, places, writing.language)
-    around = around.with_drafts(drafts)
-    await around.refresh(connection, caller, places)
-    with within_quota():
-        rows = await connection.fetch(
-            """
-            WITH created AS (
-                INSERT INTO memories (tenant_id, user_id, id, tier, content, tags, source,
-                                      session_id, session_position, speaker, occurred_at,
-                                      size_bytes, content_hash, created_at, updated_at, terms,
-                                      channels, scope, protected, consent_version)
-                SELECT $1, $2, draft.id, draft.tier, draft.content,
-                       string_to_array(draft.tags, E'\\x1f'), draft.source, draft.session_id,
-                       draft.session_position, draft.speaker, draft.occurred_at,
-                       draft.size_bytes, draft.content_hash, $3, $3, draft.terms,
-                       string_to_array(draft.channels, E'\\x1f'), draft.scope, draft.protected, $4
-                  FROM unnest($5::uuid[], $6::text[], $7::text[], $8::text[], $9::text[],
-                              $10::text[], $11::integer[], $12::text[], $13::timestamptz[],
-                              $14::integer[], $15::bytea[], $16::sparsevec[], $17::text[],
-                              $18::text[], $19::boolean[])
-                    AS draft (id, tier, content, tags, source, session_id, session_position,
-                              speaker, occurred_at, size_bytes, content_hash, terms, channels,
-                              scope, protected)
-                ON CONFLICT DO NOTHING
-                RETURNING id
-            )
-            INSERT INTO memory_scores (tenant_id, user_id, memory_id, last_seen_at)
-            SELECT $1, $2, id, $3 FROM created
-            RETURNING memory_id
-            """,
-            caller.tenant_id,
-            caller.user_id,
-            now,
-            writing.consent_version,
-            [ids.new_id() for _ in drafts],
-            [draft.tier for draft in drafts],
-            [draft.content for draft in drafts],
-            ["\x1f".join(draft.tags) for draft in drafts],
-            [draft.source for draft in drafts],
-            [draft.session_id for draft in drafts],
-            [draft.session_position for draft in drafts],
-            [draft.speaker for draft in drafts],
-            [draft.occurred_at or now for draft in drafts],
-            [draft.size_bytes for draft in drafts],
-            [draft.content_hash for draft in drafts],
-            [around.terms(draft.content, place_of(draft)) for draft in drafts],
-            ["\x1f".join(draft.channels) for draft in drafts],
-            [draft.scope for draft in drafts],
-            [draft.is_protected for draft in drafts],
-        )
-    return [row["memory_id"] for row in rows]
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What a memory says, or is to say."""
+
+    content: str
+    is_sensitive: bool
 
 
 async def _update(
@@ -366,18 +332,101 @@ async def _update(
     change: Change,
     writing: Writing,
     now: datetime,
-) -> None:
+    sealing: Sealing | None,
+) -> bool:
+    """Change a memory, and return whether a model has not seen yet what it says, and may.
+
+    Raises:
+        _IsSensitive: It is, and there is nothing to open it with.
+    """
     standing = await standing_of(connection, caller, memory_id)
     around = await Surroundings.of(connection, caller, standing.places, writing.language)
     current = await lock_memory(connection, caller, memory_id, change.expected_version)
     if current["archived_at"] is not None:
         raise StateConflict("the memory is archived; restore it first")
-    content = current["content"] if change.content is None else change.content
-    tags = tuple(current["tags"]) if change.tags is None else change.tags
-    around = around.with_text(memory_id, content)
-    if content != current["content"]:
+    old = _read(memory_id, current, sealing)
+    new = _changed(old, current, change)
+    around = _retold(around, memory_id, standing, old, new)
+    if new != old:
         await around.refresh(connection, caller, standing.places)
         await _forget_text(connection, caller, memory_id)
+    tags = tuple(current["tags"]) if change.tags is None else change.tags
+    if sealing and new.is_sensitive:
+        body = _sealed_body(memory_id, new.content, tags, sealing)
+    else:
+        body = _plain_body(new.content, tags, around.terms(new.content, standing.place))
+    await _rewrite(connection, caller, memory_id, change, body, writing, now)
+    if sealing and new.is_sensitive and not old.is_sensitive:
+        await _seal_versions(connection, memory_id, sealing)
+        await requests.forget(connection, caller, [memory_id, first_of(memory_id)])
+    return new != old and not new.is_sensitive
+
+
+def _read(memory_id: UUID, current: asyncpg.Record, sealing: Sealing | None) -> _Text:
+    """Return what a memory says."""
+    if current["sealed"] is None:
+        return _Text(current["content"], is_sensitive=False)
+    if sealing is None:
+        raise _IsSensitive
+    return _Text(sealing.open(memory_id, current["sealed"]), is_sensitive=True)
+
+
+def _changed(old: _Text, current: asyncpg.Record, change: Change) -> _Text:
+    """Return what a memory is to say."""
+    is_sensitive = old.is_sensitive if change.is_sensitive is None else change.is_sensitive
+    if is_sensitive and Scope(change.scope or current["scope"]) is not Scope.PRIVATE:
+        raise InvalidArgument("memory.scope", "must be private: the memory is sensitive")
+    return _Text(old.content if change.content is None else change.content, is_sensitive)
+
+
+def _retold(
+    around: Surroundings, memory_id: UUID, standing: Standing, old: _Text, new: _Text
+) -> Surroundings:
+    """Return the surroundings once a memory says something else: sensitive ones stand alone."""
+    if new.is_sensitive:
+        return around.without(memory_id)
+    if old.is_sensitive and standing.place:
+        return around.including(Turn(memory_id, standing.place, new.content))
+    return around.with_text(memory_id, new.content)
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """What a row holds of a text, and of the tags."""
+
+    content: str
+    sealed: bytes | None
+    content_hash: bytes
+    terms: SparseVector
+    tags: tuple[str, ...]
+    size_bytes: int
+
+
+def _plain_body(content: str, tags: tuple[str, ...], terms: SparseVector) -> _Body:
+    return _Body(content, None, hash_of(content), terms, tags, size_of(content, tags))
+
+
+def _sealed_body(memory_id: UUID, content: str, tags: tuple[str, ...], sealing: Sealing) -> _Body:
+    return _Body(
+        "",
+        sealing.seal(memory_id, content),
+        sealing.hash_of(content),
+        sealing.terms_of(content),
+        tags,
+        size_of(content, tags),
+    )
+
+
+async def _rewrite(
+    connection: Connection,
+    caller: Caller,
+    memory_id: UUID,
+    change: Change,
+    body: _Body,
+    writing: Writing,
+    now: datetime,
+) -> None:
+    """Write the next version of a memory."""
     try:
         with within_quota():
             await connection.execute(
@@ -387,27 +436,68 @@ async def _update(
                        occurred_at = coalesce($7, occurred_at), size_bytes = $8,
                        content_hash = $9, terms = $10, version = version + 1, updated_at = $11,
                        channels = coalesce($12, channels), scope = coalesce($13, scope),
-                       tier = coalesce($14, tier), consent_version = $15
+                       tier = coalesce($14, tier), consent_version = $15, sensitive = $16,
+                       sealed = $17
                  WHERE tenant_id = $1 AND user_id = $2 AND id = $3
                 """,
                 caller.tenant_id,
                 caller.user_id,
                 memory_id,
-                content,
-                list(tags),
+                body.content,
+                list(body.tags),
                 change.speaker,
                 change.occurred_at,
-                size_of(content, tags),
-                hash_of(content),
-                around.terms(content, standing.place),
+                body.size_bytes,
+                body.content_hash,
+                body.terms,
                 now,
                 None if change.channels is None else list(change.channels),
                 change.scope,
                 change.tier,
                 writing.consent_version,
+                body.sealed is not None,
+                body.sealed,
             )
     except asyncpg.UniqueViolationError as error:
         raise AlreadyExists("another memory of this tier and place has the same content") from error
+
+
+async def _seal_versions(connection: Connection, memory_id: UUID, sealing: Sealing) -> None:
+    """Seal what a memory was before it was marked as sensitive."""
+    caller, done = sealing.caller, 0
+    while versions := await connection.fetch(
+        """
+        SELECT version, content
+          FROM memory_versions
+         WHERE tenant_id = $1 AND user_id = $2 AND memory_id = $3 AND version > $4
+           AND sealed IS NULL
+         ORDER BY version
+         LIMIT $5
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        memory_id,
+        done,
+        _VERSIONS_AT_ONCE,
+    ):
+        await connection.execute(
+            """
+            UPDATE memory_versions AS old
+               SET content = '', sealed = new.sealed, content_hash = new.content_hash,
+                   sensitive = true
+              FROM unnest($4::bigint[], $5::bytea[], $6::bytea[])
+                   AS new (version, sealed, content_hash)
+             WHERE old.tenant_id = $1 AND old.user_id = $2 AND old.memory_id = $3
+               AND old.version = new.version
+            """,
+            caller.tenant_id,
+            caller.user_id,
+            memory_id,
+            [row["version"] for row in versions],
+            [sealing.seal(memory_id, row["content"]) for row in versions],
+            [sealing.hash_of(row["content"]) for row in versions],
+        )
+        done = versions[-1]["version"]
 
 
 async def _forget_text(connection: Connection, caller: Caller, memory_id: UUID) -> None:

@@ -27,26 +27,26 @@ class Writing:
     consent_version: int
     """Of the consent to memory.store that stands."""
     language: Language
+    wants_vectors: bool
+    """Whether a local model makes vectors of what the user writes."""
 
 
-async def begin_writing(connection: Connection, caller: Caller) -> Writing:
-    """Return the conditions that hold for this transaction, in one statement.
+async def begin_writing(connection: Connection) -> Writing:
+    """Return the conditions that hold until this transaction ends, in one statement.
 
     Raises:
         ConsentMissing: The user has not consented to memory.store.
     """
     row = await connection.fetchrow(
         """
-        SELECT consent_version($3) AS consent_version,
-               (SELECT language FROM settings WHERE tenant_id = $1 AND user_id = $2) AS language
+        SELECT consent_version($1) AS consent_version, language_to_write_in() AS language,
+               wants_embedding() AS wants_vectors
         """,
-        caller.tenant_id,
-        caller.user_id,
         consent.MEMORY_STORE,
     )
     if row["consent_version"] is None:
         raise ConsentMissing(consent.MEMORY_STORE)
-    return Writing(row["consent_version"], Language(row["language"] or Language.ENGLISH))
+    return Writing(row["consent_version"], Language(row["language"]), row["wants_vectors"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ async def standing_of(connection: Connection, caller: Caller, memory_id: UUID) -
     row = await connection.fetchrow(
         """
         SELECT session_id, session_position,
-               (SELECT language FROM settings WHERE tenant_id = $1 AND user_id = $2) AS language
+               language_to_write_in() AS language
           FROM memories
          WHERE tenant_id = $1 AND user_id = $2 AND id = $3
         """,
@@ -84,7 +84,7 @@ async def standing_of(connection: Connection, caller: Caller, memory_id: UUID) -
     position = row["session_position"]
     return Standing(
         None if position is None else Place(row["session_id"], position),
-        Language(row["language"] or Language.ENGLISH),
+        Language(row["language"]),
     )
 
 
@@ -99,7 +99,7 @@ async def lock_memory(
     """
     row = await connection.fetchrow(
         """
-        SELECT content, tags, version, tier, protected, archived_at
+        SELECT content, tags, version, tier, protected, archived_at, scope, sensitive, sealed
           FROM memories
          WHERE tenant_id = $1 AND user_id = $2 AND id = $3
            FOR NO KEY UPDATE
@@ -113,6 +113,13 @@ async def lock_memory(
     if expected_version not in (None, row["version"]):
         raise EtagMismatch
     return row
+
+
+async def touch(connection: Connection, caller: Caller) -> None:
+    """Note that queries may be answered otherwise once this transaction has committed."""
+    await connection.execute(
+        "SELECT count_usage($1, $2, 0, 0, 0, 0, 0, 0)", caller.tenant_id, caller.user_id
+    )
 
 
 @contextmanager
