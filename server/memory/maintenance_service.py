@@ -47,6 +47,7 @@ class MaintenanceService(SweepHandlers, PromotionHandlers, rpc.MaintenanceServic
     ) -> pb.SweepMemoriesResponse:
         size = paging.page_size(request.page_size)
         now = self._clock()
+        await self._retention.forget_requests(now)
         return pb.SweepMemoriesResponse(
             archived=await self._retention.archive_unseen(now, size),
             deleted=await self._retention.delete_due(now, size),

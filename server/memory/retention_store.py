@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Final
 from uuid import UUID
 
 import asyncpg
@@ -13,6 +14,9 @@ from server.memory.conversation import Place, Surroundings
 from server.memory.lifecycle_store import USUAL_GRACE
 from server.memory.objects import Kind, ObjectName, doom
 from server.preferences import Language
+
+REQUESTS_KNOWN: Final = timedelta(days=7)
+"""How long a request id is known again."""
 
 
 class RetentionStore:
@@ -83,6 +87,14 @@ class RetentionStore:
             for caller, memory_ids in _by_user(due).items():
                 await _record(connection, caller, "memory.delete", memory_ids)
         return len(due)
+
+    async def forget_requests(self, now: datetime) -> int:
+        """Forget which requests were made longer ago than a retry takes, and return how many."""
+        async with self._database.transaction() as connection:
+            status = await connection.execute(
+                "DELETE FROM requests WHERE created_at < $1", now - REQUESTS_KNOWN
+            )
+        return int(status.removeprefix("DELETE "))
 
 
 async def archive_all(

@@ -13,10 +13,11 @@ from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
 from kimberly.memory.v1 import memory_pb2 as pb
 
 from server.blobs import Blobs
+from server.cache import Redis
 from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.kms.local import LocalKms
-from server.memory.retention_store import RetentionStore
+from server.memory.retention_store import REQUESTS_KNOWN, RetentionStore
 from tests.conftest import FakeClock, Serve, as_worker, bearer, new_caller
 from tests.maintenance import maintenance_service
 from tests.memory.calls import Stub, archive, create, restore
@@ -186,6 +187,19 @@ async def test_neighbours_of_unseen_turns_lose_their_words(
     assert not answer.matches
 
 
+async def test_request_ids_are_known_for_a_week(
+    memories: Stub,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    retention: RetentionStore,
+) -> None:
+    request = pb.CreateMemoryRequest(memory=pb.Memory(content="once"), request_id="r")
+    await memories.CreateMemory(request, metadata=bearer(caller))
+    made_at = await owner.fetchval("SELECT created_at FROM requests")
+    assert await retention.forget_requests(made_at + REQUESTS_KNOWN) == 0
+    assert await retention.forget_requests(made_at + REQUESTS_KNOWN * 1.01) == 1
+
+
 async def test_sweeping_job_archives_and_deletes_page_by_page(
     memories: Stub,
     caller: Caller,
@@ -195,9 +209,12 @@ async def test_sweeping_job_archives_and_deletes_page_by_page(
     database: Database,
     system_database: SystemDatabase,
     blobs: Blobs,
+    redis: Redis,
     master_key: Path,
 ) -> None:
-    service = maintenance_service(database, system_database, LocalKms(master_key), blobs, clock)
+    service = maintenance_service(
+        database, system_database, LocalKms(master_key), blobs, redis, clock
+    )
     channel = await serve(
         lambda server: rpc.add_MaintenanceServiceServicer_to_server(service, server)
     )

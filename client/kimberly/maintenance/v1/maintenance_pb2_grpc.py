@@ -71,7 +71,7 @@ class MaintenanceServiceServicer:
     def SweepMemories(self, request, context):
         """Archives what was not seen for as long as its user chose, and deletes for good what was
         archived or deleted longer ago than its grace period: rows, versions, vectors, and the
-        objects of attachments.
+        objects of attachments. Forgets request ids after a week.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

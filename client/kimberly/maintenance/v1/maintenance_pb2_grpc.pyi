@@ -38,7 +38,7 @@ class MaintenanceServiceStub:
     SweepMemories: _grpc.UnaryUnaryMultiCallable[_maintenance_pb2.SweepMemoriesRequest, _maintenance_pb2.SweepMemoriesResponse]
     """Archives what was not seen for as long as its user chose, and deletes for good what was
     archived or deleted longer ago than its grace period: rows, versions, vectors, and the
-    objects of attachments.
+    objects of attachments. Forgets request ids after a week.
     """
     RewrapDataKeys: _grpc.UnaryUnaryMultiCallable[_maintenance_pb2.RewrapDataKeysRequest, _maintenance_pb2.RewrapDataKeysResponse]
     """Wraps users' data keys by the newest master key, where an older one still does: after that
@@ -65,7 +65,7 @@ class MaintenanceServiceAsyncStub(MaintenanceServiceStub):
     SweepMemories: _aio.UnaryUnaryMultiCallable[_maintenance_pb2.SweepMemoriesRequest, _maintenance_pb2.SweepMemoriesResponse]  # type: ignore[assignment]
     """Archives what was not seen for as long as its user chose, and deletes for good what was
     archived or deleted longer ago than its grace period: rows, versions, vectors, and the
-    objects of attachments.
+    objects of attachments. Forgets request ids after a week.
     """
     RewrapDataKeys: _aio.UnaryUnaryMultiCallable[_maintenance_pb2.RewrapDataKeysRequest, _maintenance_pb2.RewrapDataKeysResponse]  # type: ignore[assignment]
     """Wraps users' data keys by the newest master key, where an older one still does: after that
@@ -95,7 +95,7 @@ class MaintenanceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_maintenance_pb2.SweepMemoriesResponse, _abc.Awaitable[_maintenance_pb2.SweepMemoriesResponse]]:
         """Archives what was not seen for as long as its user chose, and deletes for good what was
         archived or deleted longer ago than its grace period: rows, versions, vectors, and the
-        objects of attachments.
+        objects of attachments. Forgets request ids after a week.
         """
 
     @_abc_1.abstractmethod

@@ -589,7 +589,7 @@ class CreateMemoryRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, up to 64 characters: sending the same request again under the same id
-    is safe and returns what the first one stored. Empty: no protection.
+    within a week is safe and returns what the first one stored. Empty: no protection.
     """
     @_builtins.property
     def memory(self) -> Global___Memory:
@@ -895,7 +895,7 @@ class BatchCreateMemoriesRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, up to 64 characters: sending the same request again under the same id
-    is safe and returns what the first one stored. Empty: no protection.
+    within a week is safe and returns what the first one stored. Empty: no protection.
     """
     @_builtins.property
     def memories(self) -> _containers.RepeatedCompositeFieldContainer[Global___Memory]:
