@@ -44,7 +44,7 @@ bench-retrieval: ready build/peers/installed ## Compare what is found, and how f
 
 check: ready lint types imports api drift ## Check style, types, imports, API and generated code
 
-gen: $(GOOGLEAPIS)/.copied ## Generate client/kimberly/*/v1 from proto/
+gen: $(GOOGLEAPIS)/.copied build/kimberly.binpb ## Generate client/kimberly/*/v1 from proto/
 	@rm -rf client/kimberly/*/v1
 	@$(call generate,client)
 

@@ -3,7 +3,12 @@
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 
 import asyncpg
 import pgvector.asyncpg
@@ -167,6 +172,8 @@ async def _roll_back(connection: Connection) -> None:
     """Undo, or give the connection up: it must never go back to the pool inside a transaction."""
     try:
         await asyncio.shield(connection.execute("ROLLBACK", timeout=2))
-    except BaseException:
-        connection.terminate()
-        raise
+    except BaseException as error:
+        with suppress(asyncpg.InterfaceError):  # the pool may have taken it back meanwhile
+            connection.terminate()
+        if not isinstance(error, Exception):
+            raise

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import grpc
 import httpx
@@ -24,6 +27,7 @@ from tests.refusals import Refusal, read
 MODULES = (auth_pb2, users_pb2, memory_pb2, jobs_pb2)
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 _VARIABLE = re.compile(r"\{([^}=]+)}")
+_KIND = {False: "unary", True: "stream"}
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -46,6 +50,13 @@ class Transport(Protocol):
             Refused: The mesh said no.
         """
 
+    def stream(self, request: Message) -> AsyncIterator[Any]:
+        """Yield the responses of a method that answers with a stream.
+
+        Raises:
+            Refused: The mesh said no.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Grpc:
@@ -55,22 +66,30 @@ class Grpc:
     metadata: Metadata = ()
 
     async def __call__(self, request: Message, *more: Message) -> Any:
-        method = method_taking(request)
         try:
-            if method.client_streaming:
-                return await self._stub(method)(_each(request, *more), metadata=self.metadata)
-            return await self._stub(method)(request, metadata=self.metadata)
+            return await self.begin(request, *more)
         except grpc.aio.AioRpcError as error:
             raise Refused(read(error)) from error
 
-    def _stub(self, method: MethodDescriptor) -> Any:
-        kind = "stream_unary" if method.client_streaming else "unary_unary"
+    async def stream(self, request: Message) -> AsyncIterator[Any]:
+        try:
+            async for response in self.begin(request):
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise Refused(read(error)) from error
+
+    def begin(self, request: Message, *more: Message) -> Any:
+        """Return the call, which is on its way."""
+        method = method_taking(request)
+        kind = f"{_KIND[method.client_streaming]}_{_KIND[method.server_streaming]}"
         response = message_factory.GetMessageClass(method.output_type)
-        return getattr(self.channel, kind)(
+        start = getattr(self.channel, kind)(
             path_of(method),
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=response.FromString,
         )
+        sent = _each(request, *more) if method.client_streaming else request
+        return start(sent, metadata=self.metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +104,35 @@ class Rest:
         response = await self.raw(*to_http(method, request, *more))
         if response.status_code != httpx.codes.OK:
             raise Refused(refusal_in(response))
-        message = message_factory.GetMessageClass(method.output_type)()
-        return json_format.ParseDict(response.json(), message)
+        return _response(method, response.json())
+
+    async def stream(self, request: Message) -> AsyncIterator[Any]:
+        async with self.begin(request) as response:
+            if response.status_code != httpx.codes.OK:
+                await response.aread()
+                raise Refused(refusal_in(response))
+            async for line in response.aiter_lines():
+                yield _response(method_taking(request), json.loads(line))
+
+    def begin(
+        self, request: Message, *more: Message
+    ) -> AbstractAsyncContextManager[httpx.Response]:
+        """Call, and return the response before its body has come."""
+        verb, path, body, query = to_http(method_taking(request), request, *more)
+        return self.http.stream(verb, path, json=body, params=query, headers=self._headers({}))
 
     async def raw(
         self, verb: str, path: str, json: Any = None, params: Any = None, **options: Any
     ) -> httpx.Response:
         """Call a path."""
-        headers = dict(options.pop("headers", {}))
-        if self.token:
-            headers.setdefault("authorization", f"Bearer {self.token}")
+        headers = self._headers(options.pop("headers", {}))
         return await self.http.request(
             verb, path, json=json, params=params, headers=headers, **options
         )
+
+    def _headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        known = {"authorization": f"Bearer {self.token}"} if self.token else {}
+        return known | dict(headers)
 
 
 def public_methods() -> Iterator[MethodDescriptor]:
@@ -157,7 +192,12 @@ def _pop(fields: dict[str, Any], variable: str) -> str:
     *parents, last = (_camel(part) for part in variable.split("."))
     for parent in parents:
         fields = fields[parent]
-    return str(fields.pop(last))
+    return quote(str(fields.pop(last)), safe="")
+
+
+def _response(method: MethodDescriptor, fields: Any) -> Message:
+    message = message_factory.GetMessageClass(method.output_type)()
+    return json_format.ParseDict(fields, message)
 
 
 def _camel(name: str) -> str:

@@ -59,8 +59,12 @@ class Importer:
         """Return how far an import came.
 
         Raises:
+            InvalidArgument: The id can be none.
             NotFound: Nothing was ever imported under this id.
         """
+        if not request_id:
+            raise InvalidArgument("request_id", "must name an import")
+        check_request_id(request_id)
         progress = await self._store.progress(caller, request_id)
         return pb.ImportProgress(
             request_id=progress.request_id,
@@ -83,9 +87,12 @@ class Importer:
         storing: asyncio.Task[None] | None = None
         async for request in requests:
             first = first or request
-            part = _read(request, first, report.language)
-            if storing:
-                await storing
+            try:
+                part = _read(request, first, report.language)
+            finally:
+                # One that is refused takes nothing back of those before it.
+                if storing:
+                    await storing
             storing = tasks.create_task(self._deal_with(caller, part, report))
 
     async def _deal_with(self, caller: Caller, part: "_Part", report: "_Report") -> None:

@@ -1,4 +1,4 @@
-"""Two users who wish each other ill, and every door of the mesh."""
+"""Users who wish each other ill, and every door of the mesh."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from server.kms.local import LocalKms
 from tests.abuse.doors import Doors
 from tests.abuse.forgery import Forger
 from tests.abuse.wire import Wire
-from tests.mesh import User, channel, http, mesh, sign_up, trust
+from tests.mesh import User, channel, http, join, mesh, sign_up, trust
 
 __all__ = ["channel", "http", "mesh", "trust"]
 
@@ -40,6 +40,12 @@ async def ann(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
 async def bob(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
     """Wants it."""
     return await sign_up(http, channel)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def cy(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
+    """Wants it too, and is of Ann's tenant."""
+    return await join(mesh, http, channel, ann)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from kimberly.memory.v1 import memory_pb2 as pb
 
 from local.mesh import Mesh
 from server.access import PROCESSES
-from tests.abuse.wire import Wire
+from tests.abuse.wire import Answer, Wire
 from tests.mesh import User, bearer
 from tests.refusals import Refusal, refusal_of
 
@@ -42,7 +42,16 @@ HALF_A_FRAME = b"\0\0\0\0\5ab"
     ],
 )
 async def test_a_path_with_hidden_separators_is_refused(wire: Wire, bob: User, path: str) -> None:
-    assert (await wire.get(path, bearer(bob.token))).status == httpx.codes.BAD_REQUEST
+    answer = await wire.get(path, bearer(bob.token))
+    assert answer.status == httpx.codes.BAD_REQUEST
+    expect_words(answer, grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_MALFORMED")
+
+
+def expect_words(answer: Answer, code: grpc.StatusCode, reason: str) -> None:
+    """Expect a refusal as the services write them."""
+    body = json.loads(answer.body)
+    assert (body["code"], body["details"][0]["reason"]) == (code.value[0], reason)
+    assert body["message"]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +111,19 @@ async def test_the_edge_is_no_proxy(wire: Wire, bob: User, target: str) -> None:
     answer = await wire.get(target, bearer(bob.token))
     assert json.loads(answer.body).get("user", {}).get("id") in {None, bob.id}
     assert answer.status == (404 if "evil" in target else 200)
+
+
+async def test_a_request_without_a_host_is_refused(wire: Wire) -> None:
+    answer = await wire.http1("GET /v1/user HTTP/1.1\r\n\r\n")
+    assert answer.status == httpx.codes.BAD_REQUEST
+    expect_words(answer, grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_MALFORMED")
+
+
+async def test_a_connection_stays_what_it_is(wire: Wire, bob: User) -> None:
+    upgrade = {"connection": "upgrade", "upgrade": "websocket", **dict(bearer(bob.token))}
+    answer = await wire.get("/v1/user", upgrade)
+    assert answer.status == httpx.codes.FORBIDDEN
+    expect_words(answer, grpc.StatusCode.PERMISSION_DENIED, "METHOD_NOT_ALLOWED")
 
 
 # --- HTTP/1.1 framing --------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import stat
 import grpc
 import pytest
 from google.protobuf.message import Message
+from kimberly.embedding.v1 import embedding_pb2 as embedding
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.scoring.v1 import scoring_pb2 as scoring
 
@@ -28,6 +29,7 @@ MALFORMED = b"\xff\xff\xff"
 WORK = "/kimberly.jobs.v1.WorkerService/Work"
 PLAN = "/kimberly.scoring.v1.ScoringService/PlanMeditation"
 SCORE = "/kimberly.scoring.v1.ScoringService/Score"
+EMBED = "/kimberly.embedding.v1.EmbeddingService/Embed"
 LIST_MEMORIES = "/kimberly.memory.v1.MemoryService/ListMemories"
 
 DENIED = {
@@ -207,10 +209,14 @@ async def test_a_service_asks_again(doors: Doors, bob: User, process: str) -> No
 
 HELLO = jobs.WorkRequest(hello=jobs.Hello(worker_id="mine", kinds=["meditation.shard"]))
 OPEN = scoring.ScoreRequest(open=scoring.Open(shard=0, lease_token=1, window=1, batch_size=1))
+EMBED_OPEN = embedding.EmbedRequest(
+    open=embedding.Open(job_id=f"job_{'0' * 32}", lease_token=1, models=["m"], batch_size=1)
+)
 WORKERS_CALLS: tuple[tuple[str, str, Message], ...] = (
     ("jobs", WORK, HELLO),
     ("memory", PLAN, scoring.PlanMeditationRequest(job_id=f"job_{'0' * 32}")),
     ("memory", SCORE, OPEN),
+    ("memory", EMBED, EMBED_OPEN),
 )
 
 

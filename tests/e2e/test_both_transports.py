@@ -350,6 +350,7 @@ async def test_a_page_token_of_another_list_is_refused(call: Transport) -> None:
     page = await call(pb.ListMemoriesRequest(page_size=1))
     for other in (
         pb.ListMemoriesRequest(page_token=page.next_page_token, tags=["sea"]),
+        pb.ListMemoriesRequest(page_token=page.next_page_token, shared=True),
         users.ListAuditEventsRequest(page_token=page.next_page_token),
     ):
         assert (await refusal_of(call, other)).reason == "PAGE_TOKEN_INVALID"

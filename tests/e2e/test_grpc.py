@@ -103,10 +103,18 @@ async def test_the_edge_ends_a_call_at_the_deadline_that_it_was_told(
         "content-type": "application/grpc-web+proto",
         "grpc-timeout": "200m",
     }
+
+    async def call() -> httpx.Response:
+        return await http.post(GET_USER, content=b"\0\0\0\0\5ab", headers=headers)
+
     started = time.monotonic()
-    response = await http.post(GET_USER, content=b"\0\0\0\0\5ab", headers=headers)
-    assert response.headers["grpc-message"] in {"downstream duration timeout", "Deadline Exceeded"}
-    assert time.monotonic() - started < 2
+    # Edge, sidecar and service all keep it, and any of them may be the first.
+    answers = await asyncio.gather(*(call() for _ in range(20)))
+    assert time.monotonic() - started < 3
+    deadline = str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
+    for answer in answers:
+        assert (answer.status_code, answer.headers["grpc-status"]) == (200, deadline)
+        assert answer.headers["grpc-message"]
 
 
 # --- gRPC-Web ----------------------------------------------------------------------------------

@@ -8,29 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
+from kimberly.memory.v1 import memory_pb2 as pb
 
 from tests.mesh import PASSWORD, User
 from tests.transports import Rest
 
-MEMORY_KEYS = {
-    "id",
-    "tier",
-    "content",
-    "tags",
-    "source",
-    "sessionId",
-    "sessionPosition",
-    "speaker",
-    "occurTime",
-    "sizeBytes",
-    "useCount",
-    "createTime",
-    "updateTime",
-    "lastSeenTime",
-    "contentHash",
-    "version",
-    "etag",
-}
+ABSENT = {"score", "feedback", "expireTime", "archiveTime", "deleteTime"}
+"""What a new memory has not; in JSON it is not there."""
+MEMORY_KEYS = {field.json_name for field in pb.Memory.DESCRIPTOR.fields} - ABSENT
 MEBIBYTE = 1 << 20
 UNKNOWN = "0" * 32
 

@@ -110,6 +110,7 @@ async def test_settings_in_json(user: User) -> None:
         },
         "retrievalWeights": {},
         "embeddingModel": "",
+        "indexSensitive": False,
         "quotas": {"shortTermBytes": "1000"},
         "retention": {"archiveGraceDays": 7},
         "etag": "v1",

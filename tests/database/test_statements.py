@@ -1,0 +1,69 @@
+"""The first wall: a statement about what belongs to users says whose it is about.
+
+A statement passes that names both `tenant_id` and `user_id`, wherever it does. What the second
+wall catches when one of them is wrong is shown in test_every_table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from tests.database.rows import TENANT_TABLES
+from tests.database.statements import Statement, statements
+
+NAMES: Final = ("tenant_id", "user_id")
+QUEUE: Final = "system role: workers take jobs of everybody, and a lease token says which"
+CHAIN: Final = "system role: the chain is the tenant's; its rows have no user"
+RUN: Final = "system role: a run is of one user or of all, and its id or fence says which"
+SESSION: Final = "system role: the session was found by its token, before anybody is known"
+
+ELSEWHERE: Final[Mapping[str, str]] = {
+    "auth.store._insert_user": "the user's id is the column id",
+    "auth.store._end": SESSION,
+    "auth.store._count_repeat": SESSION,
+    "auth.store._mark_used": SESSION,
+    "auth.store.replace_hash": "system role: one user, whose tenant does not matter",
+    "auth.store.start_session": "system role: one user, whose tenant does not matter",
+    "enqueue._unfinished": "a unique key says whose job it is",
+    "jobs.queue._complete": QUEUE,
+    "jobs.queue._fail": QUEUE,
+    "jobs.queue.extend": QUEUE,
+    "jobs.queue.lease": QUEUE,
+    "jobs.queue.reclaim": QUEUE,
+    "jobs.queue.release": QUEUE,
+    "memory.embedding_jobs.finish": "the lease token of a job stands for its user",
+    "memory.embedding_jobs.hold": "the lease token of a job stands for its user",
+    "memory.key_rotation._store": "system role: keys are wrapped anew by their ids",
+    "memory.promotion_rounds._forget_exits": "system role: what is old goes, whose it ever was",
+    "memory.retention_store.delete_due": "system role: what is due, chosen by user and id",
+    "memory.retention_store.forget_requests": "system role: what is old goes, whose it ever was",
+    "memory.retrieval_counts._write": "system role: counts of many users, by user and id",
+    "memory.scoring_store._insert": RUN,
+    "memory.scoring_store._texts": "system role: texts of a shard, chosen by user and id",
+    "memory.scoring_store.finish": RUN,
+    "memory.scoring_store.plan_all": RUN,
+    "memory.sweeping._named": "system role: uploads by the names that the object store knows",
+    "memory.sweeping.doomed": "system role: objects of everybody, in the order of their keys",
+    "users.audit_store._heads": CHAIN,
+    "users.audit_store._insert_links": CHAIN,
+    "users.audit_store._move_heads": CHAIN,
+    "users.audit_store.end": CHAIN,
+    "users.audit_store.find_inserted": CHAIN,
+    "users.checkpoint_store.hashes": CHAIN,
+    "users.checkpoint_store.moved": CHAIN,
+    "users.checkpoint_store.record": CHAIN,
+    "users.checkpoint_store.recorded": CHAIN,
+    "users.store.get": "the user's id is the column id",
+}
+"""Functions whose statements do not name both, and why they need not."""
+
+
+def names_both(statement: Statement) -> bool:
+    return all(name in statement.text for name in NAMES)
+
+
+def test_every_statement_names_tenant_and_user_or_has_a_reason_not_to() -> None:
+    found = list(statements(TENANT_TABLES))
+    assert {table for each in found for table in each.tables} == set(TENANT_TABLES)
+    assert {each.place for each in found if not names_both(each)} == ELSEWHERE.keys()
