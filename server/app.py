@@ -1,6 +1,7 @@
 """The composition root: settings become pools, pools services, services a server."""
 
 import asyncio
+import gc
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -29,6 +30,7 @@ from server.auth.store import AccountStore
 from server.blobs import Blobs
 from server.cache import open_cache
 from server.clock import utc_now
+from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.enqueue import enqueue
 from server.jobs.doorbell import Doorbell
@@ -43,6 +45,7 @@ from server.kms.vault import Vault, open_vault
 from server.memory.answers import Answers
 from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
+from server.memory.batch_store import BatchStore
 from server.memory.bulk_store import BulkStore
 from server.memory.change_store import ChangeStore
 from server.memory.collection import Collection
@@ -58,6 +61,8 @@ from server.memory.lifecycle_store import LifecycleStore
 from server.memory.maintenance_service import MaintenanceService
 from server.memory.meditation_store import MeditationStore
 from server.memory.objects import DoomedObjects
+from server.memory.promotion import Promotion
+from server.memory.promotion_rounds import PromotionRounds
 from server.memory.query_handlers import Queries
 from server.memory.reindex_store import ReindexStore
 from server.memory.retention_store import RetentionStore
@@ -66,7 +71,9 @@ from server.memory.retrieval_counts import RetrievalCounts
 from server.memory.scoring_service import ScoringService
 from server.memory.scoring_store import ScoringStore
 from server.memory.search_store import SearchStore
+from server.memory.sensitive import Opener
 from server.memory.service import MemoryService
+from server.memory.sessions import Sessions
 from server.memory.shared_store import SharedStore
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
@@ -96,6 +103,9 @@ REWRAP = "keys.rewrap"
 
 _SESSION_PART = 0.8
 """Part of the longest time of a stream after which a worker is asked to connect anew."""
+
+_COLLECTIONS = (50_000, 20, 20)
+"""New objects before the young are looked at, and how much rarer the old ones are."""
 
 Loop = Callable[[], Awaitable[Any]]
 
@@ -178,6 +188,9 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
 async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     database, system = await stack.enter_async_context(_databases(settings, "memory"))
     keys = await _remote_keys(settings, stack)
+    kms = await _kms(settings, stack)
+    data_keys = DataKeys(database, kms)
+    opener = Opener(data_keys)
     redis = open_cache(settings.redis_url.get_secret_value())
     stack.push_async_callback(redis.aclose)
     blobs = _blobs(settings)
@@ -191,35 +204,42 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     embeddings = EmbeddingStore(database)
     changes = ChangeStore(system)
     feed = Feed(changes)
-    collection = Collection(BulkStore(database), short_term)
+    collection = Collection(BulkStore(database), short_term, opener)
+    promotion = Promotion(database, short_term)
+    transcripts = Transcripts(database, blobs, doomed, url_lifetime)
     memories = MemoryService(
-        MemoryStore(database),
+        MemoryStore(database, data_keys),
+        BatchStore(database, data_keys),
+        BulkStore(database),
         LifecycleStore(database),
         UsageStore(database),
         search,
         shared,
         embeddings,
         short_term,
+        promotion,
+        Sessions(database, short_term, promotion, collection, search, transcripts),
         Queries(
-            Retrieval(search, EmbeddingSearch(database), short_term, shared, utc_now),
+            Retrieval(search, EmbeddingSearch(database), short_term, shared, opener, utc_now),
             answers,
             counts,
         ),
         Attachments(AttachmentStore(database), blobs, doomed, url_lifetime),
-        Transcripts(database, blobs, doomed, url_lifetime),
+        transcripts,
         MeditationStore(database),
         Streams(
-            Importer(ImportStore(database), utc_now),
+            Importer(ImportStore(database, data_keys), utc_now),
             Exporter(collection, changes),
             Watcher(feed, collection.some, session_seconds=_watch_seconds(settings)),
         ),
+        opener,
         utc_now,
     )
     scoring = ScoringService(ScoringStore(system, settings.meditation_shards))
     embedding = EmbeddingService(EmbeddingJobs(database, system), embeddings)
     maintenance = MaintenanceService(
-        KeyRotation(system, await _kms(settings, stack)),
-        ReindexStore(database),
+        KeyRotation(system, kms),
+        ReindexStore(database, data_keys),
         Sweep(
             system,
             blobs,
@@ -228,6 +248,7 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
             margin=timedelta(seconds=settings.sweep_margin_seconds),
         ),
         RetentionStore(system),
+        PromotionRounds(system, short_term, promotion, utc_now),
         utc_now,
     )
 
@@ -265,7 +286,8 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     rewrapping = Schedule("keys.rewrap", settings.rewrap_schedule, REWRAP)
     sweeping = Schedule("attachments.sweep", settings.sweep_schedule, "attachments.sweep")
     retention = Schedule("memories.sweep", settings.retention_schedule, "memories.sweep")
-    planner = Planner(system, [nightly, rewrapping, sweeping, retention])
+    promotion = Schedule("short_term.promote", settings.promotion_schedule, "short_term.promote")
+    planner = Planner(system, [nightly, rewrapping, sweeping, retention, promotion])
     jobs = JobService(JobStore(database))
 
     def register(server: grpc.aio.Server) -> None:
@@ -296,6 +318,7 @@ async def serve(process: str, settings: Settings) -> None:
         application.register(server.grpc)
         async with asyncio.TaskGroup() as tasks:
             loops = [tasks.create_task(_forever(loop)) for loop in application.loops]
+            _collect_rarely()
             await server.start()
             await stopped.wait()
             log.info("draining")
@@ -307,6 +330,17 @@ async def serve(process: str, settings: Settings) -> None:
             for task in loops:
                 task.cancel()
     log.info("stopped")
+
+
+def _collect_rarely() -> None:
+    """Keep the garbage collector from looking at everything again after every few hundred objects.
+
+    A call makes few cycles and many objects: looking for the former took a fifth of the time of
+    bulk calls. What is there at the start stays for good.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECTIONS)
 
 
 async def migrate_database(settings: MigrationSettings) -> int:

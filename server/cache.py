@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import structlog
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -16,17 +16,24 @@ log = structlog.get_logger()
 KEY_PREFIX = "mesh:"
 """The role of the services may touch no other keys."""
 
+_PATIENCE_SECONDS = 2.0
+
 
 def open_cache(url: str) -> Redis:
-    """Return a client with a bounded pool. It connects when it is first used."""
-    return Redis.from_url(
+    """Return a client with a bounded pool. It connects when it is first used.
+
+    Whoever finds all connections in use waits for one, as long as for an answer.
+    """
+    pool = BlockingConnectionPool.from_url(
         url,
         decode_responses=False,
         max_connections=32,
-        socket_timeout=2.0,
+        timeout=_PATIENCE_SECONDS,
+        socket_timeout=_PATIENCE_SECONDS,
         socket_connect_timeout=1.0,
         health_check_interval=30,
     )
+    return Redis.from_pool(pool)
 
 
 @contextmanager

@@ -186,8 +186,8 @@ class ContentUnreadable(Problem):
 
     reason = "CONTENT_UNREADABLE"
 
-    def __init__(self) -> None:
-        super().__init__("the content cannot be decrypted: its key is gone, or it was damaged")
+    def __init__(self, what: str = "the content") -> None:
+        super().__init__(f"{what} cannot be decrypted: its key is gone, or it was damaged")
 
 
 class DeadlineExceeded(Problem):

@@ -1,11 +1,12 @@
 """Real stores for every test: started once, one cloned database a test."""
 
 import datetime as dt
+import functools
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from uuid import UUID
 
 import asyncpg
@@ -21,14 +22,18 @@ from server.access import WORKER, spiffe_id
 from server.blobs import Blobs
 from server.cache import Redis, open_cache
 from server.caller import Caller
+from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.errors import Unauthenticated
+from server.kms import Kms
+from server.kms.local import LocalKms
 from server.migrate import migrate, read_migrations
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
 from tests.kms.key_files import key_file
 
 DATABASE = "test"
+MASTER_KEY = bytes(range(32))
 WORKER_ID = spiffe_id("kimberly.local", "test", WORKER)
 
 
@@ -143,7 +148,18 @@ def blobs(stores: Stores) -> Blobs:
 @pytest.fixture
 def master_key(tmp_path: Path) -> Path:
     """The file of the master key."""
-    return key_file(tmp_path / "master.key", bytes(range(32)))
+    return key_file(tmp_path / "master.key", MASTER_KEY)
+
+
+def data_keys_of(database: Database) -> DataKeys:
+    """Return users' data keys, wrapped by the key of `master_key`, as another process has them."""
+    return DataKeys(database, _local_kms())
+
+
+@functools.cache
+def _local_kms() -> Kms:
+    with TemporaryDirectory() as directory:
+        return LocalKms(key_file(Path(directory) / "master.key", MASTER_KEY))
 
 
 class FakeClock:

@@ -26,6 +26,11 @@ _SAFE_TO_REPEAT = [
         "ListMemories",
         "QueryMemories",
         "GetAttachment",
+        "ListAttachments",
+        "GetTranscript",
+        "GetUsage",
+        "ListMemoryVersions",
+        "GetImport",
         "GetMeditation",
     )
 ] + [

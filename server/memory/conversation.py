@@ -19,6 +19,8 @@ REACH = len(ranking.NEIGHBOURHOOD) - 1
 """How many places away a turn is still a neighbour."""
 
 _WAYS: Final = range(-REACH, REACH + 1)
+_LAST: Final = 2**31 - 1
+"""The last position that there is."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -42,18 +44,23 @@ class Terms(SparseVector):
     """Weights of terms as pgvector takes them, made in a third of the time."""
 
     def __init__(self, weights: Mapping[int, float]) -> None:
-        self._weights = sorted(weights.items())
+        terms = sorted(weights)
+        count = len(terms)
+        values = map(weights.__getitem__, terms)
+        self._binary = struct.pack(f">iii{count}i{count}f", DIMENSIONS, count, 0, *terms, *values)
 
     def to_binary(self) -> bytes:
         """Return what goes to the database."""
-        count = len(self._weights)
-        terms, values = zip(*self._weights, strict=True) if count else ((), ())
-        return struct.pack(f">iii{count}i{count}f", DIMENSIONS, count, 0, *terms, *values)
+        return self._binary
 
 
 def sparse(weights: Mapping[int, float]) -> SparseVector:
     """Return weights of terms as pgvector takes them."""
     return Terms(weights)
+
+
+NO_TERMS: Final = sparse({})
+"""Of what no words are in the index."""
 
 
 def place_of(draft: Draft) -> Place | None:
@@ -66,6 +73,7 @@ def place_of(draft: Draft) -> Place | None:
 class Surroundings:
     """The stored turns around some places, read and locked before those places change.
 
+    Sensitive turns are not among them: no turn has their words, and they have no words of others.
     Two writers next to each other in one conversation take turns: each sees the other's text.
     """
 
@@ -78,10 +86,11 @@ class Surroundings:
         # once.
         self._said: dict[str, dict[int, dict[str, None]]] = {}
         self._named: dict[str, list[int]] = {}
+        self._reached: set[tuple[str, int]] | None = None
         for turn in self._turns:
             self._note(turn.place.session_id, turn.place.position, turn.content)
         for draft in coming:
-            if draft.session_position is not None:
+            if draft.session_position is not None and not draft.is_sensitive:
                 self._note(draft.session_id, draft.session_position, draft.content)
 
     @classmethod
@@ -100,33 +109,40 @@ class Surroundings:
             places: Where something changes.
             language: What the terms are made in, held until the transaction ends.
         """
-        wanted = set(places)
+        wanted = sorted({(place.session_id, place.position) for place in places})
         if not wanted:
             return cls((), language)
-        sessions = [place.session_id for place in wanted]
         await connection.execute(
             """
             SELECT pg_advisory_xact_lock(hashtextextended($1 || session_id, 0))
               FROM (SELECT DISTINCT unnest($2::text[]) AS session_id ORDER BY 1) AS sessions
             """,
             str(caller.user_id),
-            sessions,
+            [session_id for session_id, _ in wanted],
         )
+        runs = _runs(wanted)
+        # A run at a time, by the index: of a user whom the statistics have not met yet the planner
+        # would rather read everything.
         rows = await connection.fetch(
             """
-            SELECT DISTINCT memory.id, memory.session_id, memory.session_position, memory.content
-              FROM unnest($3::text[], $4::integer[]) AS place (session_id, position)
-              JOIN memories AS memory
-                ON memory.tenant_id = $1 AND memory.user_id = $2
-               AND memory.session_id <> '' AND memory.session_id = place.session_id
-               AND memory.session_position BETWEEN place.position - $5 AND place.position + $5
-               AND memory.archived_at IS NULL
+            SELECT near.id, near.session_id, near.session_position, near.content
+              FROM unnest($3::text[], $4::integer[], $5::integer[])
+                   AS run (session_id, first, last)
+              CROSS JOIN LATERAL (
+                   SELECT id, session_id, session_position, content
+                     FROM memories
+                    WHERE tenant_id = $1 AND user_id = $2
+                      AND session_id <> '' AND session_id = run.session_id
+                      AND session_position BETWEEN run.first AND run.last
+                      AND archived_at IS NULL AND NOT sensitive
+                   OFFSET 0
+                   ) AS near
             """,
             caller.tenant_id,
             caller.user_id,
-            sessions,
-            [place.position for place in wanted],
-            2 * REACH,
+            [session_id for session_id, _, _ in runs],
+            [max(first - 2 * REACH, 0) for _, first, _ in runs],
+            [min(last + 2 * REACH, _LAST) for _, _, last in runs],
         )
         turns = (
             Turn(row["id"], Place(row["session_id"], row["session_position"]), row["content"])
@@ -160,6 +176,26 @@ class Surroundings:
         """Return the terms of a memory, with those of the turns around it."""
         around = self._around(place) if place else ()
         return sparse(ranking.blend(((0, self._terms(content)), *around)))
+
+    def terms_of(self, drafts: Iterable[Draft]) -> list[SparseVector]:
+        """Return the terms of drafts, with those of the turns around them; sensitive have none."""
+        return [
+            NO_TERMS if draft.is_sensitive else self.terms(draft.content, place_of(draft))
+            for draft in drafts
+        ]
+
+    def reach(self, draft: Draft) -> bool:
+        """Tell whether a stored turn stands where it adds to the terms of a draft."""
+        place = place_of(draft)
+        if place is None or not self._turns:
+            return False
+        if self._reached is None:
+            self._reached = {
+                (turn.place.session_id, turn.place.position + way)
+                for turn in self._turns
+                for way in _WAYS
+            }
+        return (place.session_id, place.position) in self._reached
 
     async def refresh(
         self, connection: Connection, caller: Caller, places: Iterable[Place]
@@ -201,9 +237,25 @@ async def store_terms(
            SET terms = made.terms
           FROM unnest($3::uuid[], $4::sparsevec[]) AS made (id, terms)
          WHERE memory.tenant_id = $1 AND memory.user_id = $2 AND memory.id = made.id
+           AND memory.id = ANY ($3)
         """,
         caller.tenant_id,
         caller.user_id,
         list(terms),
         list(terms.values()),
     )
+
+
+def _runs(places: Iterable[tuple[str, int]]) -> list[tuple[str, int, int]]:
+    """Return sorted places as runs: session, first and last position.
+
+    Places that have a neighbour's neighbour in common are of one run.
+    """
+    runs: list[tuple[str, int, int]] = []
+    for session_id, position in places:
+        before = runs[-1] if runs else ("", 0, 0)
+        if before[0] == session_id and position - before[2] <= 4 * REACH:
+            runs[-1] = (session_id, before[1], position)
+        else:
+            runs.append((session_id, position, position))
+    return runs

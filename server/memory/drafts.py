@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from server.errors import InvalidArgument
+from server.memory.model import Scope, Tier
 
 CONTENT_BYTES: Final = 64 * 1024
 TAGS: Final = 32
@@ -69,6 +70,20 @@ def check_position(position: int, session_id: str, field: str) -> int:
     if not session_id:
         raise InvalidArgument(field, "needs a session_id")
     return position
+
+
+def check_sensitive(tier: Tier, scope: Scope, path: str) -> None:
+    """Refuse a sensitive memory that would be kept in the clear or shown to others.
+
+    Raises:
+        InvalidArgument: It is short-term, or not private.
+    """
+    if tier is Tier.SHORT_TERM:
+        raise InvalidArgument(
+            f"{path}.sensitive", "a short-term memory is not encrypted; keep it long-term"
+        )
+    if scope is not Scope.PRIVATE:
+        raise InvalidArgument(f"{path}.scope", "must be private: the memory is sensitive")
 
 
 def check_instant(instant: datetime, field: str) -> datetime:

@@ -41,8 +41,8 @@ class EmbeddingStore:
 
         Returns:
             Place of each vector that was not kept → the field at fault: "memory_id" where the
-            caller has no such memory, "content_hash" where its text is another one, "model" where
-            the user no longer wants vectors of a job's model.
+            caller has no such memory or it is sensitive, "content_hash" where its text is another
+            one, "model" where the user no longer wants vectors of a job's model.
 
         Raises:
             ConsentMissing: The user has not consented to memory.store and memory.embed.
@@ -53,7 +53,7 @@ class EmbeddingStore:
         async with self._database.transaction(caller) as connection:
             await consent.require(connection, consent.MEMORY_STORE)
             await consent.require(connection, consent.MEMORY_EMBED)
-            await _take_turns(connection, caller)
+            await hold_vectors(connection, caller)
             if job and not await hold(connection, job, uploads[0].embedding.model):
                 return dict.fromkeys(range(len(uploads)), "model")
             await _check_models(connection, caller, uploads)
@@ -78,7 +78,7 @@ class EmbeddingStore:
         Those of the user's local model are asked for anew.
         """
         async with self._database.transaction(caller) as connection:
-            await _take_turns(connection, caller)
+            await hold_vectors(connection, caller)
             dropped: int = await connection.fetchval(
                 """
                 SELECT count(*)
@@ -130,8 +130,11 @@ class EmbeddingStore:
         return places
 
 
-async def _take_turns(connection: Connection, caller: Caller) -> None:
-    """Let uploads of one user follow each other: they count what is there."""
+async def hold_vectors(connection: Connection, caller: Caller) -> None:
+    """Wait until no vectors of the user are being kept, and let none be until the commit.
+
+    Who keeps some counts what is there; who marks a memory as sensitive drops all of its.
+    """
     await connection.execute(
         "SELECT pg_advisory_xact_lock(hashtextextended('embeddings ' || $1, 0))",
         str(caller.user_id),
@@ -183,6 +186,7 @@ async def _insert(
           JOIN memories AS memory
             ON memory.tenant_id = $1 AND memory.user_id = $2 AND memory.id = upload.memory_id
            AND memory.content_hash = coalesce(upload.content_hash, memory.content_hash)
+           AND NOT memory.sensitive
             ON CONFLICT (user_id, model, memory_id) DO UPDATE
            SET content_hash = excluded.content_hash, vector = excluded.vector
         RETURNING memory_id, model
@@ -267,7 +271,7 @@ async def _explain(
         """
         SELECT id
           FROM memories
-         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3)
+         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3) AND NOT sensitive
         """,
         caller.tenant_id,
         caller.user_id,

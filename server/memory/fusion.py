@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from uuid import UUID
 
-from server.memory.model import Found, Memory, Near
+from server.memory.model import Candidate, Found, Memory
 from server.memory.questions import Question
-from server.memory.words import stems, telling_words, words
-from server.preferences import RetrievalWeights
+from server.memory.words import telling_words, terms, words
+from server.preferences import Language, RetrievalWeights
 
 Parts = tuple[float, float, float, float, float]
 """Score, lexical, semantic, score of the memory, freshness."""
@@ -68,42 +68,52 @@ class Leg:
     amounts: Mapping[UUID, float]
     floor: float
     """What a memory is taken to have that the leg did not bring."""
-    best: float
 
     @classmethod
-    def of_words(cls, found: Sequence[Found], wanted: int) -> "Leg":
+    def of_words(cls, found: Sequence[Candidate], wanted: int) -> "Leg":
         """Return the lexical leg: what it leaves out of a short list has no word of the query."""
-        amounts = {one.memory.id: one.lexical for one in found}
-        floor = min(amounts.values()) if len(amounts) >= wanted else 0.0
-        return cls(amounts, floor, max(amounts.values(), default=0.0))
+        amounts = {one.id: one.amount for one in found}
+        return cls(amounts, min(amounts.values()) if len(amounts) >= wanted else 0.0)
 
     @classmethod
-    def of_meaning(cls, near: Sequence[Near]) -> "Leg":
+    def of_meaning(cls, near: Sequence[Candidate]) -> "Leg":
         """Return the semantic leg.
 
         What it leaves out has no vector, or is at most as near as the last that it brought. To
         count it as 0 would put it far below that one, and cost 3 points of recall@10.
         """
-        amounts = {one.memory.id: one.similarity for one in near}
-        return cls(amounts, min(amounts.values(), default=0.0), max(amounts.values(), default=0.0))
+        amounts = {one.id: one.amount for one in near}
+        return cls(amounts, min(amounts.values(), default=0.0))
 
     def amount(self, memory_id: UUID) -> float:
         """Return how well a memory answers."""
         return self.amounts.get(memory_id, self.floor)
 
-    def share(self, memory_id: UUID) -> float:
-        """Return how well a memory answers, relative to the best: 0 to 1."""
-        return max(self.amount(memory_id), 0.0) / self.best if self.best > 0 else 0.0
+    def shares(self, memory_ids: Iterable[UUID]) -> list[float]:
+        """Return how well memories answer, relative to the best: 0 to 1."""
+        best = max(self.amounts.values(), default=0.0)
+        if best <= 0:
+            return [0.0 for _ in memory_ids]
+        return [max(self.amount(memory_id), 0.0) / best for memory_id in memory_ids]
 
 
-def fuse(
-    found: Sequence[Found],
-    near: Sequence[Near],
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The candidates that an answer holds, best first, and the legs that brought them."""
+
+    places: Sequence[tuple[Parts, Candidate]]
+    by_words: Leg
+    by_meaning: Leg
+
+
+def rank(
+    found: Sequence[Candidate],
+    near: Sequence[Candidate],
     question: Question,
     weights: Weights,
     *,
     wanted: int,
-) -> list[Match]:
+) -> Ranking:
     """Order what the legs found, best first, within the bounds of the question.
 
     Args:
@@ -114,82 +124,116 @@ def fuse(
         wanted: How many memories the words were asked for.
     """
     by_words, by_meaning = Leg.of_words(found, wanted), Leg.of_meaning(near)
-    memories = {one.memory.id: one.memory for one in found}
-    memories |= {one.memory.id: one.memory for one in near}
-    names = set(words(question.text))
-    # No object for each of them: most are not in the answer.
-    scored = [
-        (_parts(memory, by_words, by_meaning, names, question.as_of, weights), memory)
-        for memory in memories.values()
-        if memory.expires_at is None or memory.expires_at > question.as_of
-    ]
+    candidates = {one.id: one for one in (*found, *near)}
+    shares = zip(by_words.shares(candidates), by_meaning.shares(candidates), strict=True)
+    priors = _Priors(question, weights)
+    share = weights.semantic if near else 0.0
+    scored = []
+    for one, (lexical, semantic) in zip(candidates.values(), shares, strict=True):
+        worth, freshness = priors.worth(one), priors.freshness(one)
+        score = (
+            share * semantic
+            + (1 - share) * lexical
+            + weights.named_speaker * priors.is_named(one.speaker)
+            + weights.memory_score * worth
+            + weights.freshness * freshness
+        )
+        scored.append(((score, lexical, semantic, worth, freshness), one))
     # Below 0, cosines still tell apart what shares cannot.
-    scored.sort(key=lambda one: (-one[0][0], -by_meaning.amount(one[1].id), one[1].id))
-    asked = dict(zip(stems(question.text), telling_words(question.text), strict=True))
+    scored.sort(key=lambda place: (-place[0][0], -by_meaning.amount(place[1].id), place[1].id))
+    return Ranking(list(_bounded(scored, question)), by_words, by_meaning)
+
+
+def explain(
+    ranking: Ranking, memories: Mapping[UUID, Memory], question: Question, language: Language
+) -> list[Match]:
+    """Return the answer, each memory with what brought it here.
+
+    Args:
+        ranking: The order of the answer.
+        memories: Those that are still there.
+        question: The question.
+        language: What question and memories are written in.
+    """
+    telling = telling_words(question.text, language)
+    asked = dict(zip(terms(question.text, language), telling, strict=True))
     return [
-        Match(memory, *parts, reason=_reason(memory, asked, by_words, by_meaning))
-        for parts, memory in _bounded(scored, question)
+        Match(memory, *parts, reason=_reason(memory, asked, language, ranking))
+        for parts, one in ranking.places
+        if (memory := memories.get(one.id))
     ]
 
 
-def token_count(text: str) -> int:
-    """Estimate the tokens of a text: one for every four bytes of UTF-8, rounded up."""
-    return -(-len(text.encode()) // _BYTES_PER_TOKEN)
-
-
-def _parts(
-    memory: Memory,
-    by_words: Leg,
-    by_meaning: Leg,
-    names: set[str],
-    as_of: datetime,
-    weights: Weights,
-) -> Parts:
-    lexical, semantic = by_words.share(memory.id), by_meaning.share(memory.id)
-    share = weights.semantic if by_meaning.amounts else 0.0
-    worth = weights.unscored if memory.score is None else memory.score.value
-    half_lives = (as_of - memory.occurred_at) / weights.half_life
-    freshness = 0.5**half_lives if half_lives > 0 else 1.0
-    is_named = not names.isdisjoint(words(memory.speaker))
-    score = (
-        share * semantic
-        + (1 - share) * lexical
-        + weights.named_speaker * is_named
-        + weights.memory_score * worth
-        + weights.freshness * freshness
+def candidate_of(found: Found) -> Candidate:
+    """Return what counts of a memory that came with its text."""
+    memory = found.memory
+    return Candidate(
+        id=memory.id,
+        amount=found.lexical,
+        speaker=memory.speaker,
+        session_id=memory.session_id,
+        occurred_at=memory.occurred_at.timestamp(),
+        score=None if memory.score is None else memory.score.value,
+        text_bytes=len(memory.content.encode()),
     )
-    return score, lexical, semantic, worth, freshness
+
+
+class _Priors:
+    """What counts in the order of an answer besides words and meaning."""
+
+    def __init__(self, question: Question, weights: Weights) -> None:
+        self._unscored = weights.unscored
+        self._as_of = question.as_of.timestamp()
+        self._half_life = weights.half_life.total_seconds()
+        self._names = set(words(question.text))
+        self._named = {"": False}
+
+    def worth(self, one: Candidate) -> float:
+        """Return the score of a memory."""
+        return self._unscored if one.score is None else one.score
+
+    def freshness(self, one: Candidate) -> float:
+        """Return 1 for what occurs now, half as much with every half-life since."""
+        half_lives = (self._as_of - one.occurred_at) / self._half_life
+        return 0.5**half_lives if half_lives > 0 else 1.0
+
+    def is_named(self, speaker: str) -> bool:
+        """Tell whether the question names a speaker. They are few, and said much."""
+        named = self._named.get(speaker)
+        if named is None:
+            named = self._named[speaker] = not self._names.isdisjoint(words(speaker))
+        return named
 
 
 def _bounded(
-    scored: Iterable[tuple[Parts, Memory]], question: Question
-) -> Iterator[tuple[Parts, Memory]]:
+    scored: Iterable[tuple[Parts, Candidate]], question: Question
+) -> Iterator[tuple[Parts, Candidate]]:
     tokens_left = question.max_tokens
     left = question.limit
     said: Counter[str] = Counter()
-    for parts, memory in scored:
+    for parts, one in scored:
         if left == 0 or parts[0] < question.min_score:
             return
-        if memory.session_id and said[memory.session_id] == question.max_per_session:
+        if one.session_id and said[one.session_id] == question.max_per_session:
             continue
         if tokens_left is not None:
-            tokens = token_count(memory.content)
+            tokens = -(-one.text_bytes // _BYTES_PER_TOKEN)
             if tokens > tokens_left:
                 continue
             tokens_left -= tokens
-        said[memory.session_id] += 1
+        said[one.session_id] += 1
         left -= 1
-        yield parts, memory
+        yield parts, one
 
 
-def _reason(memory: Memory, asked: Mapping[str, str], by_words: Leg, by_meaning: Leg) -> str:
-    said = set(stems(memory.content))
-    shared = [word for stem, word in asked.items() if stem in said][:_WORDS_IN_REASON]
+def _reason(memory: Memory, asked: Mapping[int, str], language: Language, ranking: Ranking) -> str:
+    said = set(terms(memory.content, language))
+    shared = [word for term, word in asked.items() if term in said][:_WORDS_IN_REASON]
     reasons = []
     if shared:
         reasons.append(f"shares {', '.join(shared)}")
-    elif memory.id in by_words.amounts:
+    elif memory.id in ranking.by_words.amounts:
         reasons.append("was said next to turns that share words with the query")
-    if memory.id in by_meaning.amounts:
+    if memory.id in ranking.by_meaning.amounts:
         reasons.append("is close in meaning")
     return " and ".join(reasons)

@@ -4,6 +4,7 @@ import enum
 import hashlib
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 
@@ -60,6 +61,9 @@ class Draft:
     """A set, sorted."""
     scope: Scope = Scope.PRIVATE
     is_protected: bool = False
+    is_sensitive: bool = False
+    keyed_hash: bytes | None = None
+    """Of a sensitive draft, once the key of its user is at hand."""
 
     @property
     def size_bytes(self) -> int:
@@ -68,8 +72,12 @@ class Draft:
 
     @property
     def content_hash(self) -> bytes:
-        """SHA-256 of the content."""
-        return hash_of(self.content)
+        """What identical content is recognised by: its SHA-256, or a keyed hash if sensitive."""
+        if not self.is_sensitive:
+            return hash_of(self.content)
+        if self.keyed_hash is None:
+            raise RuntimeError("a sensitive draft has no hash before its user's key is at hand")
+        return self.keyed_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,7 @@ class Change:
     channels: tuple[str, ...] | None = None
     scope: Scope | None = None
     tier: Tier | None = None
+    is_sensitive: bool | None = None
     expected_version: int | None = None
     """Refuse if the memory is no longer at this version; None changes it whatever happened."""
 
@@ -128,7 +137,12 @@ class Memory:
     archived_at: datetime | None = None
     delete_after: datetime | None = None
     """When an archived memory is deleted for good."""
+    is_sensitive: bool = False
+    sealed: bytes | None = None
+    """What the content of a sensitive memory is until it is opened; the content is empty then."""
     expires_at: datetime | None = None
+    owner_id: UUID | None = None
+    """Who shows it to the caller; None: it is the caller's own."""
     feedback: float | None = None
     """What the user thinks of it, 0 to 1."""
     score: Score | None = None
@@ -165,12 +179,19 @@ class Found:
     lexical: float
 
 
-@dataclass(frozen=True, slots=True)
-class Near:
-    """A memory that stands near a query in meaning, and the mean cosine of it and its turns."""
+class Candidate(NamedTuple):
+    """A memory that may be in an answer: all that its place there depends on, without its text."""
 
-    memory: Memory
-    similarity: float
+    id: UUID
+    amount: float
+    """How well it answers, as the leg of the query measures it that found it."""
+    speaker: str
+    session_id: str
+    occurred_at: float
+    """Seconds since 1970."""
+    score: float | None
+    """What a meditation made of it; None before the first."""
+    text_bytes: int
 
 
 def size_of(content: str, tags: tuple[str, ...]) -> int:

@@ -29,6 +29,8 @@ class Question:
     min_score: float = 0.0
     max_tokens: int | None = None
     max_per_session: int | None = None
+    include_shared: bool = False
+    """Whether what others of the tenant share is looked at too, by its words."""
 
 
 def check_text(text: str) -> str:

@@ -1,5 +1,8 @@
 """Memories read anew in Postgres: their terms, in the language that their user chose.
 
+Those of sensitive memories too: they have some if their user wants them to be found, else none.
+What is said below of the language holds for that choice as well.
+
 One pass in the order of ids is enough. Who writes memories holds the user's language by a shared
 lock until the commit (language_to_write_in), and a change of the language waits for them and they
 for it. So whatever is written in the language of before is there when the change is, and with it
@@ -13,11 +16,18 @@ from typing import Final
 from uuid import UUID
 
 import asyncpg
+import structlog
+from pgvector import SparseVector
 
 from server.caller import Caller
+from server.data_keys import DataKeys
 from server.database import Connection, Database
-from server.memory.conversation import Place, Surroundings, store_terms
+from server.errors import ContentUnreadable
+from server.memory.conversation import NO_TERMS, Place, Surroundings, store_terms
+from server.memory.sensitive import Sealing
 from server.preferences import Language
+
+log = structlog.get_logger()
 
 _PAGE_BYTES: Final = 256 * 1024
 """How much text a page may hold: the stems of it are found between two turns of the loop."""
@@ -42,8 +52,9 @@ class ReindexStore:
     Locks in the order of MemoryStore: conversations, memories, the user's usage.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, keys: DataKeys) -> None:
         self._database = database
+        self._keys = keys
 
     async def reindex(
         self, caller: Caller, settings_version: int, after: UUID | None, limit: int
@@ -51,15 +62,20 @@ class ReindexStore:
         """Make the terms of the next memories anew, with those of the turns around them.
 
         Without consent to memory.store too: what is kept stays findable should it come back.
-        Sealed texts are in no index and stay out.
+        Sealed texts get terms if their user wants them found, and lose them if not; those that do
+        not open have none.
 
         Args:
             caller: Whose memories they are.
-            settings_version: The version that brought the language. Of an earlier one nothing is
+            settings_version: The version that brought the choice. Of an earlier one nothing is
                 left to do: the job of the later one does it.
             after: The last memory of the page before.
             limit: How many memories at most.
+
+        Raises:
+            StoreUnavailable: Sealed texts are to be read, and the key manager does not answer.
         """
+        key = await self._key(caller)
         async with self._database.transaction(caller) as connection:
             language = Language(await connection.fetchval("SELECT language_to_write_in()"))
             if await _language_version(connection, caller) != settings_version:
@@ -69,11 +85,35 @@ class ReindexStore:
                 return _NOTHING_LEFT
             turns = [place for place in places.values() if place]
             around = await Surroundings.of(connection, caller, turns, language)
-            texts = await _texts(connection, caller, list(places))
-            terms = {key: around.terms(text, places[key]) for key, text in texts.items()}
+            sealing = Sealing(caller, language, is_indexed=True, key=key) if key else None
+            terms = {
+                row["id"]: around.terms(row["content"], places[row["id"]])
+                if row["sealed"] is None
+                else _terms_of_sealed(row, sealing)
+                for row in await _texts(connection, caller, list(places))
+            }
             await store_terms(connection, caller, terms)
             await _tell_queries(connection, caller)
         return Reindexed(len(terms), max(places))
+
+    async def _key(self, caller: Caller) -> bytes | None:
+        """Return the key of a user who wants sensitive memories found, if there is one.
+
+        Another choice after this look has a version of its own.
+        """
+        if not await self._database.fetch(
+            caller,
+            """
+            SELECT true
+              FROM settings
+             WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id AND index_sensitive
+            """,
+        ):
+            return None
+        try:
+            return await self._keys.existing_key_of(caller)
+        except ContentUnreadable:
+            return None
 
 
 async def _language_version(connection: Connection, caller: Caller) -> int | None:
@@ -96,7 +136,7 @@ async def _next(
                SELECT id, session_id, session_position,
                       sum(size_bytes) OVER (ORDER BY id) - size_bytes AS bytes_before
                  FROM memories
-                WHERE tenant_id = $1 AND user_id = $2 AND id > $3 AND sealed IS NULL
+                WHERE tenant_id = $1 AND user_id = $2 AND id > $3
                 ORDER BY id
                 LIMIT $4
                ) AS page
@@ -119,13 +159,13 @@ def _place(row: asyncpg.Record) -> Place | None:
 
 async def _texts(
     connection: Connection, caller: Caller, memory_ids: Sequence[UUID]
-) -> dict[UUID, str]:
+) -> list[asyncpg.Record]:
     """Return what the memories say, and keep it so until the commit."""
-    rows = await connection.fetch(
+    rows: list[asyncpg.Record] = await connection.fetch(
         """
-        SELECT id, content
+        SELECT id, content, sealed
           FROM memories
-         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3) AND sealed IS NULL
+         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3)
          ORDER BY id
            FOR NO KEY UPDATE
         """,
@@ -133,7 +173,17 @@ async def _texts(
         caller.user_id,
         memory_ids,
     )
-    return {row["id"]: row["content"] for row in rows}
+    return rows
+
+
+def _terms_of_sealed(row: asyncpg.Record, sealing: Sealing | None) -> SparseVector:
+    if sealing is None:
+        return NO_TERMS
+    try:
+        return sealing.terms_of(sealing.open(row["id"], row["sealed"]))
+    except ContentUnreadable as error:
+        log.warning("sealed text not indexed", error=str(error))
+        return NO_TERMS
 
 
 async def _tell_queries(connection: Connection, caller: Caller) -> None:

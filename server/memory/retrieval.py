@@ -2,9 +2,10 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from uuid import UUID
 
 import structlog
 
@@ -12,12 +13,15 @@ from server.caller import Caller
 from server.clock import Clock
 from server.errors import StoreUnavailable
 from server.memory import ranking
-from server.memory.embedding_search import EmbeddingSearch
-from server.memory.fusion import Match, Weights, fuse
-from server.memory.model import Near
+from server.memory.embedding_search import EmbeddingSearch, Nearest
+from server.memory.fusion import Match, Weights, candidate_of, explain, rank
+from server.memory.model import Candidate, Found, Memory
 from server.memory.questions import Question
-from server.memory.search_store import SearchStore
+from server.memory.search_store import SearchStore, Versions, Words
+from server.memory.sensitive import Opener
+from server.memory.shared_store import SharedStore
 from server.memory.short_term import ShortTermStore
+from server.preferences import Language
 
 _PROFILE_LIFETIME = timedelta(seconds=60)
 _PROFILES = 1_000
@@ -36,27 +40,67 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was found."""
+    """What was found, and what that depends on."""
 
     matches: Sequence[Match]
     semantic_late: bool
     """Whether the vectors could not be compared in time."""
+    versions: Versions
+    """What it was made of, or older: of a later change it may hold a part."""
+    expires_at: datetime | None
+    """When the first of the memories that were compared expires; None: they last."""
+
+    @property
+    def is_sensitive(self) -> bool:
+        """Whether it holds a sensitive memory."""
+        return any(match.memory.is_sensitive for match in self.matches)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the legs of a query brought."""
+
+    words: Words
+    whole: Mapping[UUID, Found]
+    """What came with its text: short-term memories, and what others share."""
+    near: Nearest | None
+    """None: not asked for, or too late."""
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """What the words brought, wherever it was."""
+        return [*self.words.candidates, *map(candidate_of, self.whole.values())]
+
+    @property
+    def versions(self) -> Versions:
+        """The older ones, where the legs saw different data."""
+        versions = self.words.versions
+        if self.near is None:
+            return versions
+        return versions._replace(data=min(versions.data, self.near.data_version))
 
 
 class Retrieval:
-    """Ranks the memories of all tiers by the words and the meaning of a question."""
+    """Ranks the memories of all tiers by the words and the meaning of a question.
+
+    Numbers decide the order; of the many candidates, only those in the answer are read.
+    """
 
     def __init__(
         self,
         store: SearchStore,
         embeddings: EmbeddingSearch,
         short_term: ShortTermStore,
+        shared: SharedStore,
+        opener: Opener,
         clock: Clock,
         weights: Weights | None = None,
     ) -> None:
         self._store = store
         self._embeddings = embeddings
         self._short_term = short_term
+        self._shared = shared
+        self._opener = opener
         self._profiles = _Profiles(clock)
         self._weights = weights or Weights()
 
@@ -64,6 +108,8 @@ class Retrieval:
         self, caller: Caller, question: Question, seconds_left: float | None = None
     ) -> Answer:
         """Return the memories that share words or meaning with the question, best first.
+
+        One that is archived or deleted meanwhile is missing, without another in its place.
 
         Args:
             caller: Who asks.
@@ -74,27 +120,43 @@ class Retrieval:
             ConsentMissing: The user has not consented to memory.store, or brings a vector and has
                 not consented to memory.embed.
             InvalidArgument: The vector has another dimension than those of its model.
+            ContentUnreadable: A sensitive memory of the answer does not open.
             StoreUnavailable: A store does not answer.
         """
-        wanted = _candidates(question)
         profile = await self._profile(caller)
-        terms = ranking.query_weights(question.text, profile.lexicon)
-        try:
-            async with asyncio.TaskGroup() as group:
-                durable = group.create_task(
-                    self._store.query(caller, terms, question.which, wanted)
-                )
-                short = group.create_task(
-                    self._short_term.query(caller, terms, question.which, wanted)
-                )
-                semantic = group.create_task(self._nearest(caller, question, wanted, seconds_left))
-        except ExceptionGroup as failures:
-            # A group of problems is no problem that anyone knows: it would be told as INTERNAL.
-            raise failures.exceptions[0] from None
-        near = semantic.result()
-        found = [*durable.result(), *short.result()]
-        matches = fuse(found, near or (), question, profile.weights, wanted=wanted)
-        return Answer(matches, semantic_late=near is None)
+        found = await self._find(caller, question, profile, seconds_left)
+        if found.versions.settings != profile.settings_version:
+            self._profiles.drop(caller)
+            profile = await self._profile(caller)
+            found = await self._find(caller, question, profile, seconds_left)
+        order = rank(
+            found.candidates,
+            found.near.candidates if found.near else (),
+            question,
+            profile.weights,
+            wanted=_candidates(question),
+        )
+        whole = {memory_id: one.memory for memory_id, one in found.whole.items()}
+        ours = [one.id for _, one in order.places if one.id not in whole]
+        fetched = await self._store.fetch(caller, ours)
+        for memory in await self._opener.opened(caller, fetched.values()):
+            whole[memory.id] = memory
+        expiries = [memory.expires_at for memory in whole.values() if memory.expires_at]
+        return Answer(
+            explain(order, whole, question, profile.language),
+            semantic_late=question.embedding is not None and found.near is None,
+            versions=found.versions,
+            expires_at=min(expiries, default=None),
+        )
+
+    async def versions(self, caller: Caller, question: Question) -> Versions:
+        """Return what an answer would be made of now.
+
+        Raises:
+            ConsentMissing: As from `query`.
+            StoreUnavailable: The database does not answer.
+        """
+        return await self._store.versions(caller, with_vectors=question.embedding is not None)
 
     def forget(self, caller: Caller) -> None:
         """Count the words of the caller's memories anew at the next query."""
@@ -104,27 +166,56 @@ class Retrieval:
         profile = self._profiles.find(caller)
         if profile is None:
             lexicon, chosen = await self._store.profile(caller)
-            profile = _Profile(lexicon, self._weights.changed_by(chosen))
+            weights = self._weights.changed_by(chosen.retrieval_weights)
+            profile = _Profile(lexicon, weights, chosen.language, chosen.version)
             self._profiles.keep(caller, profile)
         return profile
 
+    async def _find(
+        self, caller: Caller, question: Question, profile: "_Profile", seconds_left: float | None
+    ) -> _Found:
+        terms = ranking.query_weights(question.text, profile.lexicon, profile.language)
+        asked = caller, terms, question.which, _candidates(question)
+        try:
+            async with asyncio.TaskGroup() as group:
+                durable = group.create_task(self._store.query(*asked))
+                short = group.create_task(self._short_term.query(*asked, profile.language))
+                near = group.create_task(self._nearest(caller, question, seconds_left))
+                shared = await self._shared.query(*asked) if question.include_shared else ()
+        except ExceptionGroup as failures:
+            # A group of problems is no problem that anyone knows: it would be told as INTERNAL.
+            raise failures.exceptions[0] from None
+        whole = {one.memory.id: one for one in (*short.result(), *shared)}
+        # What was promoted between two legs is in both; the later place is the right one.
+        durable_ids = {candidate.id for candidate in durable.result().candidates}
+        lasting = {
+            memory_id: one
+            for memory_id, one in whole.items()
+            if memory_id not in durable_ids and _lasts(one.memory, question.as_of)
+        }
+        return _Found(durable.result(), lasting, near.result())
+
     async def _nearest(
-        self, caller: Caller, question: Question, wanted: int, seconds_left: float | None
-    ) -> list[Near] | None:
-        """Return what is near in meaning; None if that takes too long."""
+        self, caller: Caller, question: Question, seconds_left: float | None
+    ) -> Nearest | None:
+        """Return what is near in meaning; None if nobody asks, or if that takes too long."""
         if question.embedding is None:
-            return []
+            return None
         patience = _PATIENCE_SECONDS
         if seconds_left is not None:
             patience = min(patience, seconds_left - _MARGIN_SECONDS)
         try:
             async with asyncio.timeout(patience):
                 return await self._embeddings.nearest(
-                    caller, question.embedding, question.which, wanted
+                    caller, question.embedding, question.which, _candidates(question)
                 )
         except (TimeoutError, StoreUnavailable) as failure:
             log.warning("semantic leg given up", error=repr(failure))
             return None
+
+
+def _lasts(memory: Memory, as_of: datetime) -> bool:
+    return memory.expires_at is None or memory.expires_at > as_of
 
 
 def _candidates(question: Question) -> int:
@@ -140,6 +231,8 @@ class _Profile:
 
     lexicon: ranking.Lexicon
     weights: Weights
+    language: Language
+    settings_version: int
 
 
 class _Profiles:

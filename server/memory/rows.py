@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from server.memory.model import Author, Memory, Scope, Score, Source, Tier
+from server.memory.model import Author, Candidate, Memory, Scope, Score, Source, Tier
 
 MEMORY_COLUMNS: Final = """
     id, tier, content, tags, channels, source, session_id, session_position, speaker, occurred_at,
     size_bytes, content_hash, version, created_at, updated_at, scope, protected, created_by,
-    consent_version, archived_at, delete_after
+    consent_version, archived_at, delete_after, sensitive, sealed
 """
 """What `memory_from` reads of the table memories."""
 
@@ -17,6 +17,19 @@ SCORE_COLUMNS: Final = """
     predictive_value, recency_frequency, scorer_version, scored_at
 """
 """What `memory_from` reads of the table memory_scores."""
+
+CANDIDATE_COLUMNS: Final = """
+    id, speaker, session_id, date_part('epoch', occurred_at) AS occurred_at,
+    size_bytes - octet_length(array_to_string(tags, '')) AS text_bytes
+"""
+"""What `CANDIDATE_ARRAYS` are made of, with `amount` and `score`: of the table memories."""
+
+CANDIDATE_ARRAYS: Final = """
+    array_agg(id) AS ids, array_agg(amount) AS amounts, array_agg(speaker) AS speakers,
+    array_agg(session_id) AS session_ids, array_agg(occurred_at) AS instants,
+    array_agg(score) AS scores, array_agg(text_bytes) AS text_sizes
+"""
+"""What `candidates_from` reads: one row of columns. As rows, so many cost several times that."""
 
 
 def memory_from(row: Mapping[str, Any]) -> Memory:
@@ -45,9 +58,27 @@ def memory_from(row: Mapping[str, Any]) -> Memory:
         consent_version=row["consent_version"],
         archived_at=row["archived_at"],
         delete_after=row["delete_after"],
+        is_sensitive=row["sensitive"],
+        sealed=row["sealed"],
         feedback=row["feedback"],
         score=_score(row),
     )
+
+
+def candidates_from(row: Mapping[str, Any]) -> list[Candidate]:
+    """Return the candidates of a row that has their columns as arrays; NULL: there are none."""
+    if row["ids"] is None:
+        return []
+    columns = (
+        row["ids"],
+        row["amounts"],
+        row["speakers"],
+        row["session_ids"],
+        row["instants"],
+        row["scores"],
+        row["text_sizes"],
+    )
+    return list(map(Candidate._make, zip(*columns, strict=True)))
 
 
 def _score(row: Mapping[str, Any]) -> Score | None:

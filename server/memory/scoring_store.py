@@ -355,6 +355,7 @@ async def _texts(connection: Connection, rows: Rows, unknown: Column) -> tuple[d
                       WITH ORDINALITY AS wanted (user_id, memory_id, place)
                  JOIN memories AS memory
                    ON memory.user_id = wanted.user_id AND memory.id = wanted.memory_id
+                  AND memory.sealed IS NULL
                ) AS text
          ORDER BY place
         """,

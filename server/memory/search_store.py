@@ -1,19 +1,90 @@
 """Finding memories in Postgres: by page and by words."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from server import consent
 from server.caller import Caller
 from server.database import Database
+from server.errors import ConsentMissing
 from server.memory import ranking
 from server.memory.conversation import sparse
-from server.memory.model import Filter, Found, Memory
-from server.memory.rows import MEMORY_COLUMNS, SCORE_COLUMNS, memory_from
+from server.memory.model import Candidate, Filter, Memory
+from server.memory.rows import (
+    CANDIDATE_ARRAYS,
+    CANDIDATE_COLUMNS,
+    MEMORY_COLUMNS,
+    SCORE_COLUMNS,
+    candidates_from,
+    memory_from,
+)
 from server.preferences import Preferences, preferences
 
 _SAMPLE = 4_096
 """How many of a user's memories the word frequencies are taken from."""
+
+
+# What a user's memories and settings are at, and whether they may be looked at.
+_STANDING: Final = """
+    consented('memory.store') AS may_store,
+    coalesce((SELECT data_version
+                FROM memory_usage
+               WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id), 0)
+        AS data_version,
+    coalesce((SELECT version
+                FROM settings
+               WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id), 0)
+        AS settings_version
+"""
+
+# One row: that, and the candidates beside it. All of it is one snapshot.
+_QUERY: Final = f"""
+    SELECT standing.*, candidate.*
+      FROM (SELECT {_STANDING} OFFSET 0) AS standing
+      CROSS JOIN LATERAL (
+           SELECT {CANDIDATE_ARRAYS}
+             FROM (
+                  SELECT {CANDIDATE_COLUMNS}, -(terms <#> $3) AS amount
+                    FROM memories
+                   WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+                     AND may_store
+                     AND archived_at IS NULL
+                     AND tier = ANY ($4)
+                     AND tags @> $5
+                     AND ($6 = '' OR session_id = $6)
+                     AND ($7::timestamptz IS NULL OR occurred_at >= $7)
+                     AND ($8::timestamptz IS NULL OR occurred_at < $8)
+                     AND (terms <#> $3) < 0
+                   ORDER BY terms <#> $3, id
+                   LIMIT $9
+                  ) AS memory
+             CROSS JOIN LATERAL (
+                  SELECT score
+                    FROM memory_scores
+                   WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+                     AND memory_id = memory.id
+                  OFFSET 0
+                  ) AS scores
+           ) AS candidate
+"""  # noqa: S608 - constants
+
+
+class Versions(NamedTuple):
+    """What an answer depends on, besides the question, the time and the short term."""
+
+    data: int
+    """Of the user's memories."""
+    settings: int
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the words of a question brought."""
+
+    candidates: Sequence[Candidate]
+    versions: Versions
 
 
 class SearchStore:
@@ -87,51 +158,76 @@ class SearchStore:
 
     async def query(
         self, caller: Caller, terms: Mapping[int, float], which: Filter, limit: int
-    ) -> list[Found]:
-        """Return the memories that the weighted terms match best, best first.
+    ) -> Words:
+        """Return the memories that the weighted terms match best, at most `limit`.
 
         Raises:
             ConsentMissing: The user has not consented to memory.store.
         """
-        rows = []
-        if terms and which.durable_tiers:
-            rows = await self._database.fetch(
-                caller,
-                f"""
-                SELECT {MEMORY_COLUMNS}, {SCORE_COLUMNS}, lexical
-                  FROM (
-                        SELECT *, -(terms <#> $3) AS lexical
-                          FROM memories
-                         WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
-                           AND consented('memory.store')
-                           AND archived_at IS NULL
-                           AND tier = ANY ($4)
-                           AND tags @> $5
-                           AND ($6 = '' OR session_id = $6)
-                           AND ($7::timestamptz IS NULL OR occurred_at >= $7)
-                           AND ($8::timestamptz IS NULL OR occurred_at < $8)
-                           AND (terms <#> $3) < 0
-                         ORDER BY terms <#> $3, id
-                         LIMIT $9
-                       ) AS memory
-                  CROSS JOIN LATERAL (
-                       SELECT {SCORE_COLUMNS}
-                         FROM memory_scores
-                        WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
-                          AND memory_id = memory.id
-                       OFFSET 0
-                       ) AS scores
-                 ORDER BY lexical DESC, id
-                """,  # noqa: S608 - constants
-                sparse(terms),
-                which.durable_tiers,
-                list(which.tags),
-                which.session_id,
-                which.occurred_after,
-                which.occurred_before,
-                limit,
-            )
-        if not rows:  # for want of matches, or of consent?
-            async with self._database.transaction(caller) as connection:
-                await consent.require(connection, consent.MEMORY_STORE)
-        return [Found(memory_from(row), row["lexical"]) for row in rows]
+        (row,) = await self._database.fetch(
+            caller,
+            _QUERY,
+            sparse(terms),
+            which.durable_tiers,
+            list(which.tags),
+            which.session_id,
+            which.occurred_after,
+            which.occurred_before,
+            # Postgres does not even begin to look for 0 memories.
+            limit if terms and which.durable_tiers else 0,
+        )
+        if not row["may_store"]:
+            raise ConsentMissing(consent.MEMORY_STORE)
+        return Words(candidates_from(row), _versions_from(row))
+
+    async def versions(self, caller: Caller, *, with_vectors: bool) -> Versions:
+        """Return what answers to the caller depend on, if there may be any.
+
+        Args:
+            caller: Who asks.
+            with_vectors: Whether the meaning of memories counts.
+
+        Raises:
+            ConsentMissing: The user has not consented to memory.store, or to memory.embed where
+                the meaning counts.
+        """
+        (row,) = await self._database.fetch(
+            caller, f"SELECT {_STANDING}, consented('memory.embed') AS may_embed"
+        )
+        if not row["may_store"]:
+            raise ConsentMissing(consent.MEMORY_STORE)
+        if with_vectors and not row["may_embed"]:
+            raise ConsentMissing(consent.MEMORY_EMBED)
+        return _versions_from(row)
+
+    async def fetch(self, caller: Caller, memory_ids: Sequence[UUID]) -> dict[UUID, Memory]:
+        """Return those of some memories that are active, in no order."""
+        if not memory_ids:
+            return {}
+        rows = await self._database.fetch(
+            caller,
+            f"""
+            SELECT {MEMORY_COLUMNS}, {SCORE_COLUMNS}
+              FROM unnest($3::uuid[]) AS wanted (wanted_id)
+              CROSS JOIN LATERAL (
+                   SELECT {MEMORY_COLUMNS}
+                     FROM memories
+                    WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+                      AND id = wanted_id AND archived_at IS NULL
+                   OFFSET 0
+                   ) AS memory
+              CROSS JOIN LATERAL (
+                   SELECT {SCORE_COLUMNS}
+                     FROM memory_scores
+                    WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+                      AND memory_id = wanted_id
+                   OFFSET 0
+                   ) AS scores
+            """,  # noqa: S608 - constants
+            memory_ids,
+        )
+        return {row["id"]: memory_from(row) for row in rows}
+
+
+def _versions_from(row: Mapping[str, Any]) -> Versions:
+    return Versions(row["data_version"], row["settings_version"])

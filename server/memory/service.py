@@ -1,8 +1,6 @@
 """Serves kimberly.memory.v1.MemoryService: parse, act, answer."""
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import datetime
 from typing import Any, TypeAlias
 
 import grpc
@@ -13,62 +11,96 @@ from server import ids, paging
 from server.caller import current_caller
 from server.clock import Clock
 from server.memory import messages
+from server.memory.attachment_handlers import AttachmentHandlers
 from server.memory.attachments import Attachments
+from server.memory.batch_handlers import BatchHandlers
+from server.memory.batch_store import BatchStore
+from server.memory.bulk_store import BulkStore
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.embeddings import check_batch, check_model
-from server.memory.importing import Importer
 from server.memory.lifecycle_handlers import LifecycleHandlers
 from server.memory.lifecycle_store import LifecycleStore
 from server.memory.meditation_store import MeditationStore
-from server.memory.model import Tier
-from server.memory.retrieval import Retrieval
+from server.memory.model import Memory, Tier
+from server.memory.promotion import Promotion
+from server.memory.query_handlers import Queries, QueryHandlers
 from server.memory.search_store import SearchStore
+from server.memory.sensitive import Opener
+from server.memory.session_handlers import SessionHandlers
+from server.memory.sessions import Sessions
+from server.memory.shared_store import SharedStore
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
-from server.memory.tiers import wherever_it_is
+from server.memory.stream_handlers import StreamHandlers, Streams
+from server.memory.tiers import in_either_store, wherever_it_is
+from server.memory.transcripts import Transcripts
 from server.memory.usage_store import UsageStore
 from server.requests import check_request_id
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-class MemoryService(LifecycleHandlers, rpc.MemoryServiceServicer):
+class MemoryService(
+    QueryHandlers,
+    LifecycleHandlers,
+    SessionHandlers,
+    AttachmentHandlers,
+    StreamHandlers,
+    BatchHandlers,
+    rpc.MemoryServiceServicer,
+):
     """Serves the memories of the signed-in user."""
 
     def __init__(
         self,
         store: MemoryStore,
+        batches: BatchStore,
+        bulk: BulkStore,
         lifecycle: LifecycleStore,
         usage: UsageStore,
         search: SearchStore,
+        shared: SharedStore,
         embeddings: EmbeddingStore,
         short_term: ShortTermStore,
-        retrieval: Retrieval,
+        promotion: Promotion,
+        sessions: Sessions,
+        queries: Queries,
         attachments: Attachments,
+        transcripts: Transcripts,
         meditations: MeditationStore,
+        streams: Streams,
+        opener: Opener,
         clock: Clock,
     ) -> None:
         self._store = store
+        self._batches = batches
+        self._bulk = bulk
         self._lifecycle = lifecycle
         self._usage = usage
         self._search = search
+        self._shared = shared
         self._embeddings = embeddings
         self._short_term = short_term
-        self._retrieval = retrieval
+        self._promotion = promotion
+        self._sessions = sessions
+        self._queries = queries
+        self._retrieval = queries.retrieval
         self._attachments = attachments
+        self._transcripts = transcripts
         self._meditations = meditations
-        self._importer = Importer(store, clock)
+        self._streams = streams
+        self._opener = opener
         self._clock = clock
 
     async def CreateMemory(
         self, request: pb.CreateMemoryRequest, context: Context
     ) -> pb.CreateMemoryResponse:
+        caller = current_caller()
         check_request_id(request.request_id)
         draft = messages.draft_from(request.memory, "memory")
         store = self._short_term if draft.tier is Tier.SHORT_TERM else self._store
-        memory, created = await store.create(
-            current_caller(), draft, request.request_id, self._clock()
-        )
+        memory, created = await store.create(caller, draft, request.request_id, self._clock())
+        memory = await self._opener.opened_one(caller, memory)
         return pb.CreateMemoryResponse(memory=messages.memory_to(memory), created=created)
 
     async def GetMemory(
@@ -79,7 +111,11 @@ class MemoryService(LifecycleHandlers, rpc.MemoryServiceServicer):
         memory = await wherever_it_is(
             lambda: self._store.get(caller, memory_id),
             lambda: self._short_term.get(caller, memory_id),
+            lambda: self._shared.get(caller, memory_id),
+            # It may have been promoted between the first two looks.
+            lambda: self._store.get(caller, memory_id),
         )
+        memory = await self._opener.opened_one(caller, memory)
         return pb.GetMemoryResponse(memory=messages.memory_to(memory))
 
     async def ListMemories(
@@ -88,15 +124,21 @@ class MemoryService(LifecycleHandlers, rpc.MemoryServiceServicer):
         caller = current_caller()
         which = messages.list_filter_from(request)
         size = paging.page_size(request.page_size)
-        identity = ("ListMemories", caller, replace(which, tiers=frozenset()), sorted(which.tiers))
+        bounds = replace(which, tiers=frozenset())
+        identity = ("ListMemories", caller, bounds, sorted(which.tiers), request.shared)
         before = paging.decode(request.page_token, *identity)
-        durable = await self._search.page(caller, which, before=before, limit=size + 1)
-        short = await self._short_term.find(caller, which, before=before)
-        page = sorted([*durable, *short], key=lambda memory: memory.id, reverse=True)
-        more = len(page) > size
+        if request.shared:
+            page = await self._shared.page(caller, which, before=before, limit=size + 1)
+        else:
+            # In this order, what is promoted meanwhile is in both, and in neither never.
+            short = await self._short_term.find(caller, which, before=before)
+            durable = await self._search.page(caller, which, before=before, limit=size + 1)
+            found = {memory.id: memory for memory in (*short, *durable)}
+            page = [found[memory_id] for memory_id in sorted(found, reverse=True)]
+        shown, more = page[:size], len(page) > size
         return pb.ListMemoriesResponse(
-            memories=map(messages.memory_to, page[:size]),
-            next_page_token=paging.encode(page[size - 1].id, *identity) if more else "",
+            memories=map(messages.memory_to, await self._opener.opened(caller, shown)),
+            next_page_token=paging.encode(shown[-1].id, *identity) if more else "",
         )
 
     async def UpdateMemory(
@@ -106,18 +148,26 @@ class MemoryService(LifecycleHandlers, rpc.MemoryServiceServicer):
         memory_id = ids.parse(ids.MEMORY, request.memory.id, "memory.id")
         change = messages.change_from(request.memory, request.update_mask.paths)
         now = self._clock()
-        memory = await wherever_it_is(
-            lambda: self._store.update(caller, memory_id, change, now),
-            lambda: self._short_term.update(caller, memory_id, change, now),
-        )
-        return pb.UpdateMemoryResponse(memory=messages.memory_to(memory))
 
-    async def QueryMemories(
-        self, request: pb.QueryMemoriesRequest, context: Context
-    ) -> pb.QueryMemoriesResponse:
-        question = messages.question_from(request, self._clock())
-        answer = await self._retrieval.query(current_caller(), question, context.time_remaining())
-        return messages.answer_to(answer)
+        async def durable() -> Memory:
+            return await self._store.update(caller, memory_id, change, now)
+
+        async def short_term() -> Memory:
+            if change.is_sensitive:
+                await self._short_term.refuse(caller, memory_id, "marked as sensitive")
+            if change.tier in (None, Tier.SHORT_TERM):
+                return await self._short_term.update(caller, memory_id, change, now)
+            return await self._promotion.promote(caller, memory_id, change, now)
+
+        if change.tier is Tier.SHORT_TERM:
+            memory = await wherever_it_is(short_term, durable)
+        else:
+            memory = await in_either_store(durable, short_term)
+        if change.is_sensitive:  # Redis may hold it yet: in answers, or for want of one itself
+            await self._queries.answers.forget(caller)
+            await self._short_term.remove(caller, [memory_id])
+        memory = await self._opener.opened_one(caller, memory)
+        return pb.UpdateMemoryResponse(memory=messages.memory_to(memory))
 
     async def UploadEmbeddings(
         self, request: pb.UploadEmbeddingsRequest, context: Context
@@ -134,47 +184,6 @@ class MemoryService(LifecycleHandlers, rpc.MemoryServiceServicer):
         deleted = await self._embeddings.delete(current_caller(), request.model)
         return pb.DeleteEmbeddingsResponse(deleted=deleted)
 
-    async def ImportMemories(
-        self, request_iterator: AsyncIterator[pb.ImportMemoriesRequest], context: Context
-    ) -> pb.ImportMemoriesResponse:
-        caller = current_caller()
-        response = await self._importer.run(caller, request_iterator)
-        self._retrieval.forget(caller)
-        return response
-
-    async def CreateAttachment(
-        self, request: pb.CreateAttachmentRequest, context: Context
-    ) -> pb.CreateAttachmentResponse:
-        now = self._clock()
-        attachment, url = await self._attachments.announce(
-            current_caller(), messages.announcement_from(request), now
-        )
-        return pb.CreateAttachmentResponse(
-            attachment=messages.attachment_to(attachment),
-            upload_url=url,
-            upload_expire_time=self._url_expiry(now),
-        )
-
-    async def CompleteAttachment(
-        self, request: pb.CompleteAttachmentRequest, context: Context
-    ) -> pb.CompleteAttachmentResponse:
-        attachment = await self._attachments.complete(
-            current_caller(), ids.parse(ids.ATTACHMENT, request.id, "id")
-        )
-        return pb.CompleteAttachmentResponse(attachment=messages.attachment_to(attachment))
-
-    async def GetAttachment(
-        self, request: pb.GetAttachmentRequest, context: Context
-    ) -> pb.GetAttachmentResponse:
-        attachment, url = await self._attachments.get(
-            current_caller(), ids.parse(ids.ATTACHMENT, request.id, "id")
-        )
-        return pb.GetAttachmentResponse(
-            attachment=messages.attachment_to(attachment),
-            download_url=url,
-            download_expire_time=self._url_expiry(self._clock()) if url else None,
-        )
-
     async def Meditate(self, request: pb.MeditateRequest, context: Context) -> pb.MeditateResponse:
         run = await self._meditations.start(current_caller(), request.request_id)
         return pb.MeditateResponse(meditation=messages.meditation_to(run))
@@ -186,6 +195,3 @@ class MemoryService(LifecycleHandlers, rpc.MemoryServiceServicer):
             current_caller(), ids.parse(ids.MEDITATION, request.id, "id")
         )
         return pb.GetMeditationResponse(meditation=messages.meditation_to(run))
-
-    def _url_expiry(self, now: datetime) -> Any:
-        return messages.timestamp(now + self._attachments.url_lifetime)

@@ -8,7 +8,7 @@ from uuid import UUID
 import asyncpg
 
 from server.caller import Caller
-from server.database import Connection, Database
+from server.database import Database
 from server.errors import NotFound
 from server.memory.conversation import sparse
 from server.memory.model import Filter, Found, Memory
@@ -19,19 +19,11 @@ _COLUMNS: Final = f"""
     {MEMORY_COLUMNS}, user_id, updated_at AS last_seen_at, 0 AS use_count, NULL AS feedback,
     NULL AS scored_at
 """
-_SHOWN: Final = """
-      FROM memories AS memory
-     WHERE tenant_id = $1 AND user_id <> $2 AND scope <> 'private' AND archived_at IS NULL
-       AND (SELECT granted
-              FROM consents
-             WHERE tenant_id = $1 AND user_id = memory.user_id AND purpose = 'memory.store'
-             ORDER BY version DESC
-             LIMIT 1)
-"""
+_SHOWN: Final = "FROM shown_memories WHERE user_id <> $1"
 _PASSES: Final = """
-       AND tier = ANY ($3) AND tags @> $4 AND ($5 = '' OR session_id = $5)
-       AND ($6::timestamptz IS NULL OR occurred_at >= $6)
-       AND ($7::timestamptz IS NULL OR occurred_at < $7)
+       AND tier = ANY ($2) AND tags @> $3 AND ($4 = '' OR session_id = $4)
+       AND ($5::timestamptz IS NULL OR occurred_at >= $5)
+       AND ($6::timestamptz IS NULL OR occurred_at < $6)
 """
 
 
@@ -52,10 +44,8 @@ class SharedStore:
             NotFound: There is none, or it is not shown to the caller.
         """
         async with self._database.transaction(caller) as connection:
-            await _reach(connection)
             row = await connection.fetchrow(
-                f"SELECT {_COLUMNS} {_SHOWN} AND id = $3",
-                caller.tenant_id,
+                f"SELECT {_COLUMNS} {_SHOWN} AND id = $2",
                 caller.user_id,
                 memory_id,
             )
@@ -68,13 +58,12 @@ class SharedStore:
     ) -> list[Memory]:
         """Return memories with ids below `before`, highest first, at most `limit`."""
         async with self._database.transaction(caller) as connection:
-            await _reach(connection)
             rows = await connection.fetch(
                 f"""
                 SELECT {_COLUMNS} {_SHOWN} {_PASSES}
-                   AND ($8::uuid IS NULL OR id < $8)
+                   AND ($7::uuid IS NULL OR id < $7)
                  ORDER BY id DESC
-                 LIMIT $9
+                 LIMIT $8
                 """,
                 *_arguments(caller, which),
                 before,
@@ -89,13 +78,12 @@ class SharedStore:
         if not terms:
             return []
         async with self._database.transaction(caller) as connection:
-            await _reach(connection)
             rows = await connection.fetch(
                 f"""
-                SELECT {_COLUMNS}, -(terms <#> $8) AS lexical {_SHOWN} {_PASSES}
-                   AND (terms <#> $8) < 0
-                 ORDER BY terms <#> $8, id
-                 LIMIT $9
+                SELECT {_COLUMNS}, -(terms <#> $7) AS lexical {_SHOWN} {_PASSES}
+                   AND (terms <#> $7) < 0
+                 ORDER BY terms <#> $7, id
+                 LIMIT $8
                 """,
                 *_arguments(caller, which),
                 sparse(terms),
@@ -104,13 +92,8 @@ class SharedStore:
         return [Found(_memory(row), row["lexical"]) for row in rows]
 
 
-async def _reach(connection: Connection) -> None:
-    await connection.execute("SET LOCAL kimberly.reach = 'tenant'")
-
-
 def _arguments(caller: Caller, which: Filter) -> tuple[object, ...]:
     return (
-        caller.tenant_id,
         caller.user_id,
         which.durable_tiers,
         list(which.tags),

@@ -15,6 +15,7 @@ from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
 from server import ids
 from server.app import rotate_data_keys
 from server.blobs import Blobs
+from server.cache import Redis
 from server.caller import Caller
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase
@@ -37,10 +38,11 @@ async def channel(
     system_database: SystemDatabase,
     master: Master,
     blobs: Blobs,
+    redis: Redis,
     clock: FakeClock,
 ) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to the maintenance service."""
-    service = maintenance_service(database, system_database, master.kms, blobs, clock)
+    service = maintenance_service(database, system_database, master.kms, blobs, redis, clock)
     yield await serve(lambda server: rpc.add_MaintenanceServiceServicer_to_server(service, server))
 
 

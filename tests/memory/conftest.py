@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from datetime import timedelta
 
+import asyncpg
 import pytest
 import pytest_asyncio
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
 from server.blobs import Blobs
 from server.cache import Redis
-from server.database import Database
+from server.database import Database, SystemDatabase
+from server.memory.answers import Answers
 from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
+from server.memory.batch_store import BatchStore
+from server.memory.bulk_store import BulkStore
+from server.memory.change_store import ChangeStore
+from server.memory.collection import Collection
 from server.memory.embedding_search import EmbeddingSearch
 from server.memory.embedding_store import SCANNED, EmbeddingStore
+from server.memory.exporting import Exporter
+from server.memory.import_store import ImportStore
+from server.memory.importing import Importer
 from server.memory.lifecycle_store import LifecycleStore
 from server.memory.meditation_store import MeditationStore
+from server.memory.objects import DoomedObjects
+from server.memory.promotion import Promotion
+from server.memory.query_handlers import Queries
 from server.memory.retrieval import Retrieval
+from server.memory.retrieval_counts import RetrievalCounts
 from server.memory.search_store import SearchStore
+from server.memory.sensitive import Opener
 from server.memory.service import MemoryService
+from server.memory.sessions import Sessions
+from server.memory.shared_store import SharedStore
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
+from server.memory.stream_handlers import Streams
+from server.memory.transcripts import Transcripts
 from server.memory.usage_store import UsageStore
-from tests.conftest import FakeClock, Serve
+from server.memory.watching import Feed, Watcher
+from tests.conftest import FakeClock, Serve, data_keys_of
+
+URL_LIFETIME = timedelta(minutes=15)
 
 
 @pytest.fixture
 def store(database: Database) -> MemoryStore:
-    return MemoryStore(database)
+    return MemoryStore(database, data_keys_of(database))
 
 
 @pytest.fixture
@@ -48,26 +71,106 @@ def embeddings(database: Database, scanned: int) -> EmbeddingStore:
 
 
 @pytest_asyncio.fixture
+async def feed(system_database: SystemDatabase) -> AsyncIterator[Feed]:
+    """The look-out for changes. It loses patience soon."""
+    feed = Feed(ChangeStore(system_database), poll_seconds=0.02, patience_seconds=0.3)
+    running = asyncio.create_task(feed.run())
+    yield feed
+    running.cancel()
+    await asyncio.wait([running])
+
+
+@pytest_asyncio.fixture
+async def plans(owner: asyncpg.Connection) -> AsyncIterator[None]:
+    """Gives the plans their sizes back: a test that shrinks them would shrink those of all."""
+    sizes = "short_term_bytes, long_term_bytes, permanent_bytes, vectors"
+    before = await owner.fetch(f"SELECT name, {sizes} FROM plans")
+    yield
+    await owner.executemany(
+        f"UPDATE plans SET ({sizes}) = ROW ($2, $3, $4, $5) WHERE name = $1",
+        [tuple(row) for row in before],
+    )
+
+
+@pytest.fixture
+def session_seconds() -> float:
+    """How long one may watch."""
+    return 60.0
+
+
+@pytest.fixture
+def retrieval(database: Database, short_term: ShortTermStore, clock: FakeClock) -> Retrieval:
+    return Retrieval(
+        SearchStore(database),
+        EmbeddingSearch(database),
+        short_term,
+        SharedStore(database),
+        Opener(data_keys_of(database)),
+        clock,
+    )
+
+
+@pytest.fixture
+def counts(system_database: SystemDatabase) -> RetrievalCounts:
+    """Writes only when a test says so."""
+    return RetrievalCounts(system_database)
+
+
+@pytest.fixture
+def answers(redis: Redis) -> Answers:
+    """Keeps answers only when a test says so."""
+    return Answers(redis)
+
+
+@pytest_asyncio.fixture
 async def memories(
     serve: Serve,
     store: MemoryStore,
     short_term: ShortTermStore,
     embeddings: EmbeddingStore,
+    retrieval: Retrieval,
+    answers: Answers,
+    counts: RetrievalCounts,
     database: Database,
+    system_database: SystemDatabase,
+    feed: Feed,
+    session_seconds: float,
     blobs: Blobs,
     clock: FakeClock,
 ) -> rpc.MemoryServiceAsyncStub:
     """A stub of the memory service."""
+    doomed = DoomedObjects(database, blobs)
+    opener = Opener(data_keys_of(database))
+    collection = Collection(BulkStore(database), short_term, opener)
+    promotion = Promotion(database, short_term)
+    transcripts = Transcripts(database, blobs, doomed, URL_LIFETIME)
     service = MemoryService(
         store,
+        BatchStore(database, data_keys_of(database)),
+        BulkStore(database),
         LifecycleStore(database),
         UsageStore(database),
         SearchStore(database),
+        SharedStore(database),
         embeddings,
         short_term,
-        Retrieval(SearchStore(database), EmbeddingSearch(database), short_term, clock),
-        Attachments(AttachmentStore(database), blobs, timedelta(minutes=15)),
+        promotion,
+        Sessions(database, short_term, promotion, collection, SearchStore(database), transcripts),
+        Queries(retrieval, answers, counts),
+        Attachments(AttachmentStore(database), blobs, doomed, URL_LIFETIME),
+        transcripts,
         MeditationStore(database),
+        Streams(
+            Importer(ImportStore(database, data_keys_of(database)), clock),
+            Exporter(collection, ChangeStore(system_database)),
+            Watcher(
+                feed,
+                collection.some,
+                session_seconds=session_seconds,
+                heartbeat_seconds=0.2,
+            ),
+        ),
+        opener,
         clock,
     )
     channel = await serve(lambda server: rpc.add_MemoryServiceServicer_to_server(service, server))

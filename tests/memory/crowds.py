@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from uuid import UUID, uuid4
 
 import asyncpg
 
@@ -84,3 +85,67 @@ async def embed(
         in_graph,
     )
     await owner.execute("ANALYZE embeddings")
+
+
+async def crowd(owner: asyncpg.Connection, users: int, each: int, model: str) -> list[UUID]:
+    """Give new users memories with vectors of 64 numbers, a million in a quarter of a minute.
+
+    Returns:
+        Their ids.
+    """
+    whose = sorted(uuid4() for _ in range(users))
+    # As a replica, so that neither quotas nor foreign keys are looked at for each of them.
+    await owner.execute("SET session_replication_role = replica")
+    for statement in _CROWD:
+        await owner.execute(statement, whose, each, model)
+    await owner.execute("RESET session_replication_role")
+    return whose
+
+
+# Each takes users, memories of each, and model; none of it is worked out for a row that can be
+# looked up in an array.
+_WHOSE = "SELECT whose FROM unnest($1::uuid[]) AS whose WHERE $2 > 0 AND $3 <> ''"
+_CROWD = (
+    f"""
+    INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
+    SELECT whose, whose, purpose, 1, true
+      FROM ({_WHOSE}) AS others, unnest(ARRAY['memory.store', 'memory.embed']) AS purpose
+    """,
+    f"INSERT INTO memory_usage (tenant_id, user_id) SELECT whose, whose FROM ({_WHOSE}) AS others",
+    """
+    INSERT INTO embedding_models (tenant_id, user_id, model, dimension)
+    SELECT whose, whose, $3, 64 FROM unnest($1::uuid[]) AS whose WHERE $2 > 0
+    """,
+    """
+    INSERT INTO memories (tenant_id, user_id, id, tier, content, tags, source, session_id,
+                          session_position, occurred_at, size_bytes, content_hash, created_at,
+                          updated_at, terms)
+    SELECT whose[n / $2 + 1], whose[n / $2 + 1],
+           ('00000000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid, 'long_term',
+           'number ' || n, '{}', 'chat', CASE WHEN n % 5 = 0 THEN 'talk' ELSE '' END,
+           CASE WHEN n % 5 = 0 THEN n END, now(), 100, sha256(n::text::bytea), now(), now(),
+           terms[n % 1000 + 1]
+      FROM generate_series(0, $2 * cardinality($1::uuid[]) - 1) AS n,
+           (SELECT $1::uuid[] AS whose,
+                   ARRAY(SELECT format('{%s:1,%s:1,%s:1}/1000000000', n + 1, n % 999 + 1001,
+                                       n % 998 + 2001)::sparsevec
+                           FROM generate_series(0, 999) AS n) AS terms) AS made
+     WHERE $3 <> ''
+    """,
+    """
+    INSERT INTO memory_scores (tenant_id, user_id, memory_id, last_seen_at)
+    SELECT tenant_id, user_id, id, now()
+      FROM memories WHERE user_id = ANY ($1) AND $2 > 0 AND $3 <> ''
+    """,
+    """
+    INSERT INTO embeddings (tenant_id, user_id, model, memory_id, dimension, in_graph,
+                            content_hash, vector)
+    SELECT tenant_id, user_id, $3, id, 64, false, content_hash,
+           vectors[get_byte(content_hash, 0) + 1]
+      FROM memories,
+           (SELECT ARRAY(SELECT (SELECT l2_normalize(array_agg(random_normal())::vector)
+                                   FROM generate_series(1, 64) WHERE n > 0)::halfvec
+                           FROM generate_series(1, 256) AS n) AS vectors) AS made
+     WHERE user_id = ANY ($1) AND $2 > 0
+    """,
+)

@@ -30,7 +30,7 @@ from server.memory.import_store import Chunk, ImportStore
 from server.memory.model import Change, Draft, Source, Tier, hash_of
 from server.memory.store import MemoryStore
 from server.users.store import SettingsChange, UserStore
-from tests.conftest import FakeClock, Serve, as_worker, bearer, new_caller
+from tests.conftest import FakeClock, Serve, as_worker, bearer, data_keys_of, new_caller
 from tests.refusals import Refusal, refusal_of
 
 MODEL = "local"
@@ -42,7 +42,9 @@ def draft(text: str) -> Draft:
 
 
 async def remember(database: Database, caller: Caller, *texts: str) -> None:
-    await ImportStore(database).store(caller, Chunk([draft(text) for text in texts]), FakeClock()())
+    await ImportStore(database, data_keys_of(database)).store(
+        caller, Chunk([draft(text) for text in texts]), FakeClock()()
+    )
 
 
 async def choose(database: Database, caller: Caller, model: str = MODEL) -> None:
@@ -202,7 +204,7 @@ async def test_the_last_of_choice_and_consents_asks(
 async def test_every_write_of_texts_asks_and_one_job_waits_at_most(
     chooser: Caller, database: Database, owner: asyncpg.Connection
 ) -> None:
-    store, now = MemoryStore(database), FakeClock()()
+    store, now = MemoryStore(database, data_keys_of(database)), FakeClock()()
     await owner.execute("DELETE FROM jobs")
     memory, _ = await store.create(chooser, draft("one"), "", now)
     assert await states(owner) == ["waiting"]
@@ -271,7 +273,9 @@ async def test_what_is_sensitive_or_archived_or_short_lived_leaves_no_store(
     owner: asyncpg.Connection,
 ) -> None:
     await remember(database, chooser, "plain", "secret", "past")
-    await owner.execute("UPDATE memories SET sensitive = true WHERE content = 'secret'")
+    await owner.execute(
+        "UPDATE memories SET sensitive = true, sealed = 'x', content = '' WHERE content = 'secret'"
+    )
     await owner.execute(
         """
         UPDATE memories SET archived_at = now(), archived_by = 'user', delete_after = now()
@@ -310,7 +314,7 @@ async def test_a_text_that_the_model_knows_nothing_of_is_asked_once_a_job(
     database: Database,
     owner: asyncpg.Connection,
 ) -> None:
-    store, now = MemoryStore(database), FakeClock()()
+    store, now = MemoryStore(database, data_keys_of(database)), FakeClock()()
     memory, _ = await store.create(chooser, draft("word"), "", now)
     await remember(database, chooser, "???")
     async with streaming(stub) as stream:
@@ -329,7 +333,7 @@ async def test_a_text_that_changes_meanwhile_is_embedded_as_it_is_then(
     database: Database,
     owner: asyncpg.Connection,
 ) -> None:
-    store, now = MemoryStore(database), FakeClock()()
+    store, now = MemoryStore(database, data_keys_of(database)), FakeClock()()
     memory, _ = await store.create(chooser, draft("before"), "", now)
     gone, _ = await store.create(chooser, draft("gone"), "", now)
     async with streaming(stub) as stream:
@@ -403,7 +407,7 @@ async def test_what_is_written_while_a_job_runs_is_embedded_by_it(
     database: Database,
     owner: asyncpg.Connection,
 ) -> None:
-    store, now = MemoryStore(database), FakeClock()()
+    store, now = MemoryStore(database, data_keys_of(database)), FakeClock()()
     memory, _ = await store.create(chooser, draft("one"), "", now)
     await remember(database, chooser, "two")
     async with streaming(stub) as stream:

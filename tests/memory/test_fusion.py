@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
@@ -11,8 +13,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
+from server import ids
 from server.caller import Caller
 from server.database import Database
+from server.memory import ranking
+from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
 from tests.memory.meanings import ask, decide, of, texts, upload
 from tests.memory.test_update_and_delete import create
@@ -234,3 +239,79 @@ async def test_late_vectors_leave_the_answer_to_the_words(
             assert answer.matches[0].reason == "shares olive"
     answer = await memories.QueryMemories(request, metadata=bearer(caller))
     assert (answer.semantic_late, answer.matches[0].semantic) == (False, 1.0)
+
+
+def expected_order(
+    lexical: dict[str, float],
+    semantic: dict[str, float],
+    priors: dict[str, float],
+    *,
+    wanted: int,
+    share: float,
+) -> dict[str, float]:
+    """Return the scores of all candidates, best first, as written down: term by term."""
+    found = dict(sorted(lexical.items(), key=lambda item: -item[1])[:wanted])
+    floors = [min(found.values()) if len(found) == wanted else 0, min(semantic.values(), default=0)]
+    scores = {
+        text: share * max(semantic.get(text, floors[1]), 0) / max(semantic.values(), default=1)
+        + (1 - share) * found.get(text, floors[0]) / max(found.values())
+        + priors[text]
+        for text in {**found, **semantic}
+    }
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+async def test_answer_is_what_the_formula_says(
+    memories: rpc.MemoryServiceAsyncStub,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    clock: FakeClock,
+) -> None:
+    dice = random.Random(11)
+    vocabulary = ["plum", "quince", "rowan", "sloe", "thyme"]
+    vectors: dict[str, list[float]] = {}
+    priors: dict[str, float] = {}
+    for number in range(130):
+        text = " ".join([*dice.choices(vocabulary, k=dice.randint(1, 9)), f"n{number}"])
+        speaker, age = dice.choice(["Ann", "Ben", ""]), dice.randrange(100)
+        memory = await keep(
+            memories,
+            caller,
+            content=text,
+            speaker=speaker,
+            occur_time=at(clock.now - timedelta(days=age)),
+        )
+        worth = dice.choice([None, 0.0, 0.25, 1.0])
+        await owner.execute(
+            """
+            UPDATE memory_scores
+               SET score = $2, scored_at = now(), scorer_version = 1, relevance_to_goals = 0,
+                   emotional_weight = 0, predictive_value = 0, recency_frequency = 0
+             WHERE memory_id = $1 AND $2::real IS NOT NULL
+            """,
+            ids.parse(ids.MEMORY, memory.id, "id"),
+            worth,
+        )
+        if number % 4:
+            angle = dice.uniform(0, 3.1)
+            vectors[text] = [math.cos(angle), math.sin(angle)]
+            await upload(memories, caller, of(memory, vectors[text]))
+        worth = 0.5 if worth is None else worth
+        priors[text] = 0.2 * (speaker == "Ann") + 0.05 * worth + 0.05 * 0.5 ** (age / 30)
+    weights = {text: ranking.weights(text) for text in priors}
+    asked = ranking.query_weights(
+        "What of Ann's plum and sloe?",
+        ranking.Lexicon.of(map(set, weights.values())),
+        Language.ENGLISH,
+    )
+    lexical = {text: ranking.score(asked, own) for text, own in weights.items()}
+    lexical = {text: amount for text, amount in lexical.items() if amount > 0}
+    semantic = {text: own[0] for text, own in vectors.items()}
+    nearest = dict(sorted(semantic.items(), key=lambda item: -item[1])[:100])
+    for near, values, wanted in (({}, (), 50), (nearest, (1.0, 0.0), 100)):
+        answer = await ask(memories, caller, "What of Ann's plum and sloe?", values)
+        expected = expected_order(lexical, near, priors, wanted=wanted, share=0.5 if near else 0.0)
+        assert texts(answer) == list(expected)[:10]
+        assert [match.score for match in answer.matches] == pytest.approx(
+            list(expected.values())[:10], abs=2e-3
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import asyncpg
 import grpc
@@ -18,25 +18,13 @@ from tests.refusals import read, refusal_of
 
 KIB = 1024
 
+pytestmark = pytest.mark.usefixtures("plans")
+
 
 async def limit(owner: asyncpg.Connection, **quotas: int) -> None:
     """Shrink the free plan, so that a test need not write megabytes."""
     for name, size in quotas.items():
         await owner.execute(f"UPDATE plans SET {name}_bytes = $1 WHERE name = 'free'", size)
-
-
-@pytest.fixture(autouse=True)
-async def plans(owner: asyncpg.Connection) -> AsyncIterator[None]:
-    """Give the plans their sizes back: no other test resets them."""
-    before = await owner.fetch("SELECT * FROM plans")
-    yield
-    for plan in before:
-        await owner.execute(
-            "UPDATE plans SET long_term_bytes = $2, permanent_bytes = $3 WHERE name = $1",
-            plan["name"],
-            plan["long_term_bytes"],
-            plan["permanent_bytes"],
-        )
 
 
 async def usage(memories: Stub, caller: Caller) -> pb.GetUsageResponse:
@@ -103,9 +91,9 @@ async def test_permanent_memory_that_does_not_fit_is_refused_with_used_limit_and
 
 def quota_failure(error: grpc.aio.AioRpcError) -> error_details_pb2.QuotaFailure:
     failure = error_details_pb2.QuotaFailure()
-    for key, value in error.trailing_metadata() or ():
+    for key, value in cast("Any", error.trailing_metadata() or ()):
         if key == "grpc-status-details-bin":
-            for detail in status_pb2.Status.FromString(value).details:  # type: ignore[arg-type]
+            for detail in status_pb2.Status.FromString(value).details:
                 if detail.Unpack(failure):
                     return failure
     raise AssertionError("no QuotaFailure")

@@ -24,6 +24,7 @@ from local.postgres import OWNER, SUPERUSER
 from local.servers import Stores
 from server import ids
 from server.blobs import Blobs
+from server.cache import Redis
 from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.kms.local import LocalKms
@@ -139,11 +140,14 @@ async def channel(
     database: Database,
     system_database: SystemDatabase,
     blobs: Blobs,
+    redis: Redis,
     clock: FakeClock,
     master_key: Path,
 ) -> grpc.aio.Channel:
     """Leads to the maintenance service."""
-    service = maintenance_service(database, system_database, LocalKms(master_key), blobs, clock)
+    service = maintenance_service(
+        database, system_database, LocalKms(master_key), blobs, redis, clock
+    )
     return await serve(
         lambda server: maintenance_rpc.add_MaintenanceServiceServicer_to_server(service, server)
     )
@@ -321,18 +325,18 @@ async def test_who_chose_before_languages_acted_gets_a_job_by_the_migration(
     assert [row["language_version"] for row in versions] == [0, 7]
 
 
-async def test_sealed_texts_stay_out_and_versions_stay(house: House, caller: Caller) -> None:
+async def test_sealed_texts_have_no_terms_and_versions_stay(house: House, caller: Caller) -> None:
     await house.keep(caller, HOUSES, "Noch mehr Häuser")
     await house.owner.execute(
         """
         UPDATE memories
-           SET sensitive = true, sealed = 'x', content = '', terms = '{}/1000000000'
+           SET sensitive = true, sealed = 'x', content = '', terms = '{1:1}/1000000000'
          WHERE content = $1
         """,
         HOUSES,
     )
     await house.choose(caller, Language.GERMAN)
-    assert (await house.page(caller, 1)).reindexed == 1
+    assert (await house.page(caller, 1)).reindexed == 2
     rows = await house.owner.fetch("SELECT version, content, terms::text FROM memories")
     assert {row["version"] for row in rows} == {1}
     assert [row["terms"] for row in rows if not row["content"]] == ["{}/1000000000"]

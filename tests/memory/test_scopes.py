@@ -155,17 +155,17 @@ async def test_archived_memories_of_others_are_not_asked_for(
     assert refusal.fields == ("state",)
 
 
-async def test_statement_without_a_where_sees_others_only_when_it_reaches_for_them(
+async def test_statement_without_a_where_sees_others_only_where_they_are_shown(
     memories: Stub, caller: Caller, colleague: Caller, database: Database
 ) -> None:
     await create(memories, caller, "mine")
     await create(memories, colleague, "shared", scope=pb.SCOPE_SHARED)
     await create(memories, colleague, "private")
-    everything = "SELECT content FROM memories ORDER BY content"
+    stranger = await new_caller(database)
+    await create(memories, stranger, "elsewhere", scope=pb.SCOPE_SHARED)
     async with database.transaction(caller) as connection:
-        assert [row["content"] for row in await connection.fetch(everything)] == ["mine"]
-        await connection.execute("SET LOCAL kimberly.reach = 'tenant'")
-        rows = await connection.fetch(everything)
-        assert [row["content"] for row in rows] == ["mine", "shared"]
-        changed = await connection.execute("UPDATE memories SET speaker = 'x'")
-        assert changed == "UPDATE 1"
+        for place, seen in (("memories", ["mine"]), ("shown_memories", ["shared"])):
+            rows = await connection.fetch(f"SELECT content FROM {place} ORDER BY content")
+            assert [row["content"] for row in rows] == seen
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute("UPDATE shown_memories SET speaker = 'x'")

@@ -23,12 +23,13 @@ from server import ids
 from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.errors import ConsentMissing, NotFound
+from server.memory.import_store import Chunk, ImportStore
 from server.memory.meditation_store import MeditationState, MeditationStore
 from server.memory.model import Draft, Source, Tier
 from server.memory.scoring_service import ScoringService
 from server.memory.scoring_store import ScoringStore
 from server.memory.store import MemoryStore
-from tests.conftest import FakeClock, Serve, as_worker, bearer, new_caller
+from tests.conftest import FakeClock, Serve, as_worker, bearer, data_keys_of, new_caller
 from tests.refusals import refusal_of
 
 SHARDS = 4
@@ -135,7 +136,9 @@ async def refusal_of_stream(stream: Stream) -> tuple[str, tuple[str, ...]]:
 
 async def remember(store: MemoryStore, caller: Caller, *texts: str) -> None:
     drafts = [Draft(Tier.LONG_TERM, text, (), Source.CHAT, "", None, "", None) for text in texts]
-    await store.create_all(caller, drafts, FakeClock()())
+    await ImportStore(store._database, data_keys_of(store._database)).store(
+        caller, Chunk(drafts), FakeClock()()
+    )
 
 
 async def choose(owner: asyncpg.Connection, caller: Caller, weights: tuple[float, ...]) -> None:

@@ -24,7 +24,7 @@ from kimberly.users.v1 import users_pb2
 
 from server import ids
 from server.blobs import Blobs
-from server.cache import Redis
+from server.cache import KEY_PREFIX, Redis
 from server.caller import Caller
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase
@@ -53,10 +53,12 @@ from tests.memory import test_scoring as of_scoring
 from tests.memory.calls import Stub, archive, change, create, restore
 from tests.memory.meanings import ask, decide, of, texts, upload
 from tests.memory.test_answers import values_in
+from tests.memory.test_batch import create_all
 from tests.memory.test_conversation import turn
 from tests.memory.test_export import export
 from tests.memory.test_import import imported
 from tests.memory.test_scoring import scoring_stream
+from tests.memory.test_sessions import append, transcript, write_down
 from tests.memory.test_versions import versions
 from tests.memory.test_watch import caught_up, changes, watching
 from tests.refusals import refusal_of
@@ -584,6 +586,46 @@ async def test_turn_of_a_conversation_that_is_marked_is_no_longer_told_by_its_re
     assert await owner.fetchval("SELECT fingerprint FROM requests") == fingerprint
     await change(memories, caller, memory, sensitive=True)
     assert await owner.fetchval("SELECT fingerprint FROM requests") != fingerprint
+
+
+async def test_copy_that_the_short_term_kept_goes(
+    memories: Stub, caller: Caller, redis: Redis
+) -> None:
+    memory = await create(memories, caller, SECRET, tier=pb.TIER_SHORT_TERM)
+    user = f"{KEY_PREFIX}{caller.tenant_id.hex}:{caller.user_id.hex}:"
+    expiries: Any = await redis.zrange(f"{user}shorts", 0, -1, withscores=True)
+    (key,) = [key async for key in redis.scan_iter(f"{user}short:*")]
+    copy: Any = await redis.hgetall(key)
+    await change(memories, caller, memory, tier=pb.TIER_LONG_TERM)
+    await redis.hset(key, mapping=copy)
+    await redis.zadd(f"{user}shorts", dict(expiries))
+    assert b"soriasis" in await values_in(redis, caller)
+    await change(memories, caller, memory, sensitive=True)
+    assert b"soriasis" not in await values_in(redis, caller)
+
+
+async def test_batch_that_made_a_marked_memory_tells_no_longer_what_it_said(
+    memories: Stub, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    plain = await create_all(memories, caller, "tea at four", SECRET, request_id="plain")
+    sealed = pb.Memory(content=AGAIN, sensitive=True)
+    assert (await create_all(memories, caller, sealed, request_id="sealed"))[0].memory.sensitive
+    again = await create_all(memories, caller, sealed, request_id="sealed")
+    assert [(result.memory.content, result.created) for result in again] == [(AGAIN, False)]
+    claims = "SELECT request_id, fingerprint FROM requests WHERE method = 'BatchCreateMemories'"
+    before = dict(tuple(row) for row in await owner.fetch(claims))
+    await change(memories, caller, plain[1].memory, sensitive=True)
+    after = dict(tuple(row) for row in await owner.fetch(claims))
+    assert [name for name in before if before[name] != after[name]] == ["plain"]
+    assert SECRET not in await whole_database(owner)
+
+
+async def test_transcript_leaves_it_out(memories: Stub, caller: Caller) -> None:
+    first, second = await append(memories, caller, "How are you?", SECRET)
+    await change(memories, caller, second, tier=pb.TIER_LONG_TERM)
+    await change(memories, caller, second, sensitive=True)
+    await write_down(memories, caller)
+    assert await transcript(memories, caller) == [(0, first.content)]
 
 
 async def test_unmarked_memory_is_plain_again_and_its_past_stays_sealed(

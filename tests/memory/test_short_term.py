@@ -22,11 +22,11 @@ from server.caller import Caller
 from server.database import Database
 from server.errors import InvalidArgument
 from server.memory import ranking
+from server.memory.insertion import new_memory
 from server.memory.model import Change, Draft, Filter, Source, Tier
 from server.memory.short_term import ShortTermStore
 from server.memory.short_term_bodies import body_of
 from server.memory.short_term_cache import Snapshot, Snapshots
-from server.memory.store import new_memory
 from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
 from tests.memory.calls import Stub, change, create

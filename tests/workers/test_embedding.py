@@ -22,7 +22,7 @@ from server.memory.import_store import Chunk, ImportStore
 from server.memory.model import Change, Draft, Filter, Source, Tier
 from server.memory.store import MemoryStore
 from server.users.store import SettingsChange, UserStore
-from tests.conftest import FakeClock, as_worker, new_caller
+from tests.conftest import FakeClock, as_worker, data_keys_of, new_caller
 from tests.workers.conftest import Mesh, until
 from tests.workers.shipped_models import NARROW, WIDE
 from workers.embedding import EMBED, Embedding
@@ -96,7 +96,7 @@ async def caller(database: Database) -> Caller:
 
 async def remember(database: Database, caller: Caller, *texts: str) -> None:
     drafts = [Draft(Tier.LONG_TERM, text, (), Source.CHAT, "", None, "", None) for text in texts]
-    await ImportStore(database).store(caller, Chunk(drafts), FakeClock()())
+    await ImportStore(database, data_keys_of(database)).store(caller, Chunk(drafts), FakeClock()())
 
 
 async def consent(database: Database, caller: Caller, *, granted: bool) -> None:
@@ -168,7 +168,7 @@ async def test_what_is_written_later_follows_and_a_new_text_has_a_new_vector(
         await remember(database, caller, "The train to Lund was late.")
         await idle(owner)
         memory_id = await owner.fetchval("SELECT id FROM memories WHERE content = $1", TALK[0])
-        await MemoryStore(database).update(
+        await MemoryStore(database, data_keys_of(database)).update(
             caller, memory_id, Change(content="The stock market fell."), FakeClock()()
         )
         await idle(owner)

@@ -22,7 +22,7 @@ from server.memory.meditation_store import MeditationState, MeditationStore
 from server.memory.model import Draft, Source, Tier
 from server.memory.scoring_store import ScoringStore
 from server.preferences import PRESETS, USUAL_WEIGHTS
-from tests.conftest import FakeClock, as_worker, new_caller
+from tests.conftest import FakeClock, as_worker, data_keys_of, new_caller
 from tests.workers.conftest import Mesh, meditating, until
 from tests.workers.test_scoring import Memory, reference
 from workers.meditation import Meditation
@@ -32,7 +32,7 @@ from workers.stream import Task
 
 async def remember(database: Database, caller: Caller, *texts: str) -> None:
     drafts = [Draft(Tier.LONG_TERM, text, (), Source.CHAT, "", None, "", None) for text in texts]
-    await ImportStore(database).store(caller, Chunk(drafts), FakeClock()())
+    await ImportStore(database, data_keys_of(database)).store(caller, Chunk(drafts), FakeClock()())
 
 
 async def chooses(

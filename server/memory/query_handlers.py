@@ -1,0 +1,81 @@
+"""What MemoryService answers to questions."""
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeAlias
+
+import grpc
+from kimberly.memory.v1 import memory_pb2 as pb
+
+from server.caller import Caller, current_caller
+from server.clock import Clock
+from server.memory import messages
+from server.memory.answers import Answers, Look
+from server.memory.questions import Question
+from server.memory.retrieval import Retrieval
+from server.memory.retrieval_counts import RetrievalCounts
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """What a question is answered with."""
+
+    retrieval: Retrieval
+    answers: Answers
+    counts: RetrievalCounts
+
+
+class QueryHandlers:
+    """A part of MemoryService."""
+
+    _queries: Queries
+    _clock: Clock
+
+    async def QueryMemories(
+        self, request: pb.QueryMemoriesRequest, context: Context
+    ) -> pb.QueryMemoriesResponse:
+        caller, now = current_caller(), self._clock()
+        question = messages.question_from(request, now)
+        look = await self._look(caller, request)
+        response = await self._known(caller, question, look, now)
+        if response is None:
+            response = await self._found(caller, question, look, now, context.time_remaining())
+        # What others share is theirs to count.
+        found = (match.memory for match in response.matches)
+        self._queries.counts.note(caller.user_id, [one.id for one in found if not one.user_id])
+        return response
+
+    async def _look(self, caller: Caller, request: pb.QueryMemoriesRequest) -> Look | None:
+        if request.include_shared:  # what others write leaves no trace in the caller's versions
+            return None
+        asked = request.SerializeToString(deterministic=True)
+        return await self._queries.answers.look(caller, hashlib.sha256(asked).digest())
+
+    async def _known(
+        self, caller: Caller, question: Question, look: Look | None, now: datetime
+    ) -> pb.QueryMemoriesResponse | None:
+        """Return the answer that is kept, if it is still what would be found."""
+        kept = look and look.standing(now)
+        if not kept or await self._queries.retrieval.versions(caller, question) != kept.versions:
+            return None
+        return pb.QueryMemoriesResponse.FromString(kept.body)
+
+    async def _found(
+        self,
+        caller: Caller,
+        question: Question,
+        look: Look | None,
+        now: datetime,
+        seconds_left: float | None,
+    ) -> pb.QueryMemoriesResponse:
+        answer = await self._queries.retrieval.query(caller, question, seconds_left)
+        response = messages.answer_to(answer)
+        # Sensitive text is in no store but the one that keeps it encrypted.
+        if look and not answer.semantic_late and not answer.is_sensitive:
+            self._queries.answers.keep(
+                look, response.SerializeToString(), answer.versions, now, answer.expires_at
+            )
+        return response

@@ -1,0 +1,122 @@
+"""What queries returned is counted, without a write for each of them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+import pytest
+from kimberly.memory.v1 import memory_pb2 as pb
+
+from server.caller import Caller
+from server.database import SystemDatabase
+from server.memory.answers import Answers
+from server.memory.retrieval_counts import RetrievalCounts
+from tests.conftest import bearer
+from tests.faults.reach import until
+from tests.memory.calls import Stub, create
+from tests.memory.meanings import ask
+
+
+async def counted(owner: asyncpg.Connection) -> dict[str, int]:
+    rows = await owner.fetch(
+        """
+        SELECT content, retrieved_count
+          FROM memories JOIN memory_scores AS scores
+            ON scores.user_id = memories.user_id AND memory_id = id
+        """
+    )
+    return {row["content"]: row["retrieved_count"] for row in rows}
+
+
+async def test_every_answer_counts_kept_ones_too(
+    memories: Stub,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    answers: Answers,
+    counts: RetrievalCounts,
+) -> None:
+    for text in ("tea at four", "tea at five", "coffee"):
+        await create(memories, caller, text)
+    await create(memories, caller, "tea now", tier=pb.TIER_SHORT_TERM)
+    for question in ("tea", "tea", "four"):
+        await ask(memories, caller, question)
+        await answers.flush()
+    assert set((await counted(owner)).values()) == {0}
+    await counts.flush()
+    expected = {"tea at four": 3, "tea at five": 2, "coffee": 0}
+    assert await counted(owner) == expected
+    await counts.flush()
+    assert await counted(owner) == expected
+
+
+async def test_deleted_memories_hold_up_no_count(
+    memories: Stub, caller: Caller, owner: asyncpg.Connection, counts: RetrievalCounts
+) -> None:
+    doomed = await create(memories, caller, "tea at four")
+    await create(memories, caller, "tea at five")
+    await ask(memories, caller, "tea")
+    await memories.DeleteMemory(pb.DeleteMemoryRequest(id=doomed.id), metadata=bearer(caller))
+    await counts.flush()
+    assert await counted(owner) == {"tea at five": 1}
+
+
+async def test_counts_are_written_every_few_seconds_and_at_the_end(
+    memories: Stub, caller: Caller, owner: asyncpg.Connection, system_database: SystemDatabase
+) -> None:
+    memory = await create(memories, caller, "tea at four")
+    counts = RetrievalCounts(system_database, every_seconds=0.01)
+    running = asyncio.create_task(counts.run())
+    counts.note(caller.user_id, [memory.id])
+
+    async def is_written() -> bool:
+        return await counted(owner) == {"tea at four": 1}
+
+    await until(is_written, 5)
+    counts.note(caller.user_id, [memory.id])
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await counted(owner) == {"tea at four": 2}
+
+
+async def test_counts_wait_for_a_database_that_is_out_of_reach(
+    memories: Stub, caller: Caller, owner: asyncpg.Connection, counts: RetrievalCounts
+) -> None:
+    await create(memories, caller, "tea at four")
+    await ask(memories, caller, "tea")
+    await owner.execute("ALTER ROLE kimberly_system CONNECTION LIMIT 0")
+    try:
+        await owner.execute(
+            """
+            SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+             WHERE usename = 'kimberly_system'
+            """
+        )
+        await counts.flush()
+        assert await counted(owner) == {"tea at four": 0}
+    finally:
+        await owner.execute("ALTER ROLE kimberly_system CONNECTION LIMIT -1")
+    await counts.flush()
+    assert await counted(owner) == {"tea at four": 1}
+
+
+async def test_row_that_is_locked_is_waited_for(
+    memories: Stub,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    counts: RetrievalCounts,
+) -> None:
+    memory = await create(memories, caller, "tea at four")
+    await ask(memories, caller, "tea")
+    async with owner.transaction():
+        await owner.execute("SELECT FROM memory_scores FOR UPDATE")
+        flushing = asyncio.create_task(counts.flush())
+        await asyncio.sleep(0.05)
+        # What is counted meanwhile is for the next time.
+        counts.note(caller.user_id, [memory.id])
+        assert not flushing.done()
+    await flushing
+    assert await counted(owner) == {"tea at four": 1}
+    await counts.flush()
+    assert await counted(owner) == {"tea at four": 2}
