@@ -395,9 +395,7 @@ async def _insert_what_fits(
         still_right = made if made and len(made.terms) == len(fitting) else None
         drafts = list(fitting.values())
         try:
-            kept = await insert_all(
-                connection, caller, drafts, writing, now, still_right, sealing
-            )
+            kept = await insert_all(connection, caller, drafts, writing, now, still_right, sealing)
         except QuotaExceeded as full:
             await connection.execute("ROLLBACK TO SAVEPOINT chunk")
             places = await _too_much(connection, caller, fitting, full)
