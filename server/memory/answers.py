@@ -1,5 +1,8 @@
 """Answers to queries, kept in Redis until something is written, or for a minute.
 
+Only questions that come again are looked for and kept: most questions are asked once, and a look
+costs them a fifth of what the answer does.
+
 Under mesh:{tenant}:{user}: there are
 
 * answers           a hash: the answer to each question that was asked lately, and `forgotten`,
@@ -14,7 +17,7 @@ stays for longer than that.
 
 import asyncio
 import struct
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -31,6 +34,8 @@ MOST_ANSWERS: Final = 64
 """How many answers of one user are kept; more are not until those have gone."""
 LARGEST_ANSWER: Final = 64 * 1024
 _MOST_WAITING: Final = 1_000
+_MOST_REMEMBERED: Final = 10_000
+"""How many questions are remembered to have been asked, as digests."""
 _PATIENCE_SECONDS: Final = 0.5
 """Longer than this nobody waits for an answer that is soon found anew."""
 _HEAD: Final = struct.Struct(">qqqq")
@@ -97,12 +102,29 @@ class Look:
 class Answers:
     """Keeps answers of one user at a time. Without Redis there are none, and nothing fails."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, *, from_the_first: bool = False) -> None:
+        """Prepare to keep answers in Redis.
+
+        Args:
+            redis: Where.
+            from_the_first: Look for every question, not only for those that come again.
+        """
         self._redis = redis
+        self._from_the_first = from_the_first
         self._look_script = redis.register_script(_LOOK)
         self._keep_script = redis.register_script(_KEEP)
         self._waiting: deque[tuple[Look, Kept]] = deque()
         self._has_work = asyncio.Event()
+        self._asked: OrderedDict[tuple[Caller, bytes], None] = OrderedDict()
+
+    def comes_again(self, caller: Caller, question: bytes) -> bool:
+        """Tell whether a question was asked lately, and remember that it is asked now."""
+        known = self._from_the_first or (caller, question) in self._asked
+        self._asked[caller, question] = None
+        self._asked.move_to_end((caller, question))
+        if len(self._asked) > _MOST_REMEMBERED:
+            self._asked.popitem(last=False)
+        return known
 
     async def look(self, caller: Caller, question: bytes) -> Look | None:
         """Look for the answer to a question; None: Redis is out of reach.

@@ -51,8 +51,11 @@ class QueryHandlers:
     async def _look(self, caller: Caller, request: pb.QueryMemoriesRequest) -> Look | None:
         if request.include_shared:  # what others write leaves no trace in the caller's versions
             return None
-        asked = request.SerializeToString(deterministic=True)
-        return await self._queries.answers.look(caller, hashlib.sha256(asked).digest())
+        answers = self._queries.answers
+        question = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        if not answers.comes_again(caller, question):
+            return None
+        return await answers.look(caller, question)
 
     async def _known(
         self, caller: Caller, question: Question, look: Look | None, now: datetime

@@ -119,7 +119,7 @@ def counts(system_database: SystemDatabase) -> RetrievalCounts:
 @pytest.fixture
 def answers(redis: Redis) -> Answers:
     """Keeps answers only when a test says so."""
-    return Answers(redis)
+    return Answers(redis, from_the_first=True)
 
 
 @pytest_asyncio.fixture

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from kimberly.memory.v1 import memory_pb2 as pb
 
+from server import ids
 from server.cache import KEY_PREFIX, Redis, open_cache
 from server.caller import Caller
 from server.database import Database
@@ -318,3 +319,19 @@ class TestWithoutRedis:
             await answers.flush()
         await memories.DeleteMemory(pb.DeleteMemoryRequest(id=memory.id), metadata=bearer(caller))
         assert texts(await ask(memories, caller, "tea", tiers=[pb.TIER_LONG_TERM])) == []
+
+
+async def test_question_is_looked_for_when_it_comes_again(redis: Redis, caller: Caller) -> None:
+    answers = Answers(redis)
+    stranger = Caller(caller.tenant_id, ids.new_id())
+    asked = [
+        answers.comes_again(who, question)
+        for who, question in (
+            (caller, b"a"),
+            (caller, b"b"),
+            (stranger, b"a"),
+            (caller, b"a"),
+            (caller, b"a"),
+        )
+    ]
+    assert asked == [False, False, False, True, True]
