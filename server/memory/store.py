@@ -210,15 +210,18 @@ class MemoryStore:
                 memory_id,
             )
             await doom_objects(connection, caller, [row["id"] for row in attachments])
-            await connection.execute(
+            deleted = await connection.fetchval(
                 """
                 DELETE FROM memories
                  WHERE tenant_id = $1 AND user_id = $2 AND id = $3
+                RETURNING id
                 """,
                 caller.tenant_id,
                 caller.user_id,
                 memory_id,
             )
+            if deleted is None:  # somebody was faster: the deletion is theirs to tell
+                raise NotFound("memory")
             await audit.record(connection, caller, "memory.delete", ids.show(ids.MEMORY, memory_id))
         return [row["id"] for row in attachments]
 

@@ -129,6 +129,23 @@ async def test_deleted_memory_is_gone(
     assert await owner.fetchval("SELECT count(*) FROM memory_scores") == 0
 
 
+async def test_ten_deletions_at_once_are_one(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    memory = await create(memories, caller, "ephemeral")
+    request = pb.DeleteMemoryRequest(id=memory.id)
+    answers = await asyncio.gather(
+        *(memories.DeleteMemory(request, metadata=bearer(caller)) for _ in range(10)),
+        return_exceptions=True,
+    )
+    refused = [a.code() for a in answers if isinstance(a, grpc.aio.AioRpcError)]
+    assert refused == [grpc.StatusCode.NOT_FOUND] * 9
+    events = await owner.fetchval(
+        "SELECT count(*) FROM audit_events WHERE action = 'memory.delete'"
+    )
+    assert events == 1
+
+
 @pytest.mark.parametrize("tier", TIERS)
 async def test_text_of_a_deleted_memory_can_be_kept_again(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, tier: pb.Tier.ValueType
