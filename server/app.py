@@ -210,7 +210,6 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     memories = MemoryService(
         MemoryStore(database, data_keys),
         BatchStore(database, data_keys),
-        BulkStore(database),
         LifecycleStore(database),
         UsageStore(database),
         search,

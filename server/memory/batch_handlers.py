@@ -7,10 +7,9 @@ from kimberly.memory.v1 import memory_pb2 as pb
 
 from server.caller import current_caller
 from server.clock import Clock
-from server.errors import InvalidArgument, NotFound
+from server.errors import InvalidArgument
 from server.memory import messages
 from server.memory.batch_store import BatchStore
-from server.memory.bulk_store import BulkStore
 from server.memory.model import Draft, Tier
 from server.memory.sensitive import Opener
 from server.requests import check_request_id
@@ -24,7 +23,6 @@ class BatchHandlers:
     """A part of MemoryService."""
 
     _batches: BatchStore
-    _bulk: BulkStore
     _opener: Opener
     _clock: Clock
 
@@ -35,16 +33,11 @@ class BatchHandlers:
         check_request_id(request.request_id)
         drafts = _drafts(request)
         kept = await self._batches.create(caller, drafts, request.request_id, self._clock())
-        found = await self._bulk.some(caller, [memory_id for memory_id, _ in kept])
-        memories = {memory.id: memory for memory in await self._opener.opened(caller, found)}
-        if any(memory_id not in memories for memory_id, _ in kept):
-            raise NotFound("memory")
+        memories = await self._opener.opened(caller, [memory for memory, _ in kept])
         return pb.BatchCreateMemoriesResponse(
             results=[
-                pb.CreateMemoryResponse(
-                    memory=messages.memory_to(memories[memory_id]), created=created
-                )
-                for memory_id, created in kept
+                pb.CreateMemoryResponse(memory=messages.memory_to(memory), created=created)
+                for memory, (_, created) in zip(memories, kept, strict=True)
             ]
         )
 

@@ -11,9 +11,10 @@ from server.caller import Caller
 from server.data_keys import DataKeys
 from server.database import Connection, Database
 from server.embedding_requests import ask_for_embedding
-from server.errors import EtagMismatch
+from server.errors import EtagMismatch, NotFound
 from server.memory.import_store import find_same, insert_all
-from server.memory.model import Draft
+from server.memory.model import Draft, Memory
+from server.memory.rows import MEMORY_COLUMNS, SCORE_COLUMNS, memory_from
 from server.memory.sensitive import begin_sealing
 from server.memory.writing import begin_writing
 
@@ -29,17 +30,19 @@ class BatchStore:
 
     async def create(
         self, caller: Caller, drafts: Sequence[Draft], request_id: str, now: datetime
-    ) -> list[tuple[UUID, bool]]:
+    ) -> list[tuple[Memory, bool]]:
         """Store memories, or count those with the same text as seen again.
 
         Returns:
-            The id of each in the order of the drafts, and whether it was created.
+            Each memory in the order of the drafts, and whether it was created. What is sensitive
+            is sealed.
 
         Raises:
             ConsentMissing: The user has not consented to memory.store, or something is sensitive
                 and they have not consented to memory.sensitive.
             QuotaExceeded: They do not all fit into their tiers.
             RequestIdReused: The request id stands for other contents.
+            NotFound: What an earlier call under the request id made is no longer there.
             ContentUnreadable: Something is sensitive, and the user's key cannot be unwrapped.
             StoreUnavailable: Something is sensitive, and the key manager does not answer.
         """
@@ -60,7 +63,8 @@ class BatchStore:
                 )
                 if first_id != batch_id:
                     made = await requests.parts(connection, caller, _METHOD, request_id)
-                    return [(memory_id, False) for memory_id in made]
+                    found = await _fetch(connection, caller, made)
+                    return [(found[memory_id], False) for memory_id in made]
             created = await insert_all(connection, caller, drafts, writing, now, sealing=sealing)
             seen = await _see_again(connection, caller, drafts, created, now)
             kept = [new or seen[place] for place, new in enumerate(created)]
@@ -68,7 +72,37 @@ class BatchStore:
                 await requests.claim_parts(connection, caller, _METHOD, request_id, kept)
             if writing.wants_vectors:
                 await ask_for_embedding(connection, caller)
-        return [(memory_id, new is not None) for memory_id, new in zip(kept, created, strict=True)]
+            found = await _fetch(connection, caller, kept)
+        return [
+            (found[memory_id], new is not None)
+            for memory_id, new in zip(kept, created, strict=True)
+        ]
+
+
+async def _fetch(
+    connection: Connection, caller: Caller, memory_ids: Sequence[UUID]
+) -> dict[UUID, Memory]:
+    """Return memories as the running transaction sees them.
+
+    Raises:
+        NotFound: One is not there.
+    """
+    rows = await connection.fetch(
+        f"""
+        SELECT {MEMORY_COLUMNS}, {SCORE_COLUMNS}
+          FROM memories AS memory
+          JOIN memory_scores AS scores
+            ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
+         WHERE memory.tenant_id = $1 AND memory.user_id = $2 AND memory.id = ANY ($3)
+        """,  # noqa: S608 - constants
+        caller.tenant_id,
+        caller.user_id,
+        memory_ids,
+    )
+    found = {row["id"]: memory_from(row) for row in rows}
+    if not found.keys() >= set(memory_ids):
+        raise NotFound("memory")
+    return found
 
 
 async def _see_again(

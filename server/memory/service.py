@@ -15,7 +15,6 @@ from server.memory.attachment_handlers import AttachmentHandlers
 from server.memory.attachments import Attachments
 from server.memory.batch_handlers import BatchHandlers
 from server.memory.batch_store import BatchStore
-from server.memory.bulk_store import BulkStore
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.embeddings import check_batch, check_model
 from server.memory.lifecycle_handlers import LifecycleHandlers
@@ -55,7 +54,6 @@ class MemoryService(
         self,
         store: MemoryStore,
         batches: BatchStore,
-        bulk: BulkStore,
         lifecycle: LifecycleStore,
         usage: UsageStore,
         search: SearchStore,
@@ -74,7 +72,6 @@ class MemoryService(
     ) -> None:
         self._store = store
         self._batches = batches
-        self._bulk = bulk
         self._lifecycle = lifecycle
         self._usage = usage
         self._search = search

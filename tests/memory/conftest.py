@@ -147,7 +147,6 @@ async def memories(
     service = MemoryService(
         store,
         BatchStore(database, data_keys_of(database)),
-        BulkStore(database),
         LifecycleStore(database),
         UsageStore(database),
         SearchStore(database),
