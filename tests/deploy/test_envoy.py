@@ -753,15 +753,22 @@ def test_a_page_of_a_listed_origin_may_call(client: httpx.Client) -> None:
     assert "access-control-allow-origin" not in preflight("https://evil.example").headers
 
 
-def test_the_access_log_holds_no_query_and_no_token(client: httpx.Client, mesh: Site) -> None:
+def test_the_access_log_holds_the_method_and_neither_path_nor_query_nor_token(
+    client: httpx.Client, mesh: Site
+) -> None:
     secret = token()
-    client.get("/v1/user", params={"canary": "seen-in-query"}, headers=bearer(secret))
+    answered = client.get("/v1/memories/seen-in-path", headers=bearer(secret))
+    nameless = client.get("/v1/nothing/seen-in-path", headers=bearer(secret))
+    wrong = client.get("/v1/user", params={"seen-in-name": "seen-in-query"}, headers=bearer(secret))
+    refused = client.get("/v1/memories/seen-in-path")
 
     def logged() -> None:
         text = (mesh.directory / "edge.access").read_text()
-        lines = [json.loads(line) for line in text.splitlines()]
-        assert [line["path"] for line in lines if line["code"] == 400][-1:] == ["/v1/user"]
-        assert "seen-in-query" not in text
+        lines = map(json.loads, text.splitlines())
+        routes = {line["request_id"]: line["route"] for line in lines}
+        calls = [each.headers["x-request-id"] for each in (answered, nameless, wrong, refused)]
+        assert [routes.get(call) for call in calls] == [GET_MEMORY, "rest", "rest", "rest"]
+        assert "seen-in" not in text
         assert secret not in text
 
     eventually(logged)
