@@ -7,6 +7,8 @@ CODE := client server workers local bench tests
 FILE ?=
 WORKERS ?= 2
 CROWD ?= 0
+STEPS ?= 10000
+SEED ?= 0
 # What the API must stay compatible with: the last main that was shared, or our own.
 BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse -q --verify main || echo HEAD)
 export PYTHONPATH := .:client
@@ -35,6 +37,9 @@ test: ready ## Run the tests against real servers
 
 faults: ready ## Kill processes while they work and count what is lost (slow)
 	@$(BIN)/python -m pytest tests/faults
+
+model: ready ## Let users do random things at once beside a plain model: make model STEPS=10000 SEED=0
+	@MODEL_STEPS=$(STEPS) MODEL_SEED=$(SEED) $(BIN)/python -m pytest tests/memory/test_model.py
 
 bench: ready ## Print the figures of the README's table
 	@$(BIN)/python -m bench
@@ -110,4 +115,4 @@ PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo up down status test faults bench bench-retrieval check gen lock lint types imports api drift ready
+.PHONY: help demo up down status test faults model bench bench-retrieval check gen lock lint types imports api drift ready

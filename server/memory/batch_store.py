@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -11,12 +12,13 @@ from server.caller import Caller
 from server.data_keys import DataKeys
 from server.database import Connection, Database
 from server.embedding_requests import ask_for_embedding
-from server.errors import EtagMismatch, NotFound
+from server.errors import NotFound
+from server.memory.conversation import Surroundings, place_of
 from server.memory.import_store import find_same, insert_all
 from server.memory.model import Draft, Memory
 from server.memory.rows import MEMORY_COLUMNS, SCORE_COLUMNS, memory_from
 from server.memory.sensitive import begin_sealing
-from server.memory.writing import begin_writing
+from server.memory.writing import Overtaken, Writing, begin_writing, touch, until_settled
 
 _METHOD: Final = "BatchCreateMemories"
 
@@ -44,8 +46,14 @@ class BatchStore:
             RequestIdReused: The request id stands for other contents.
             NotFound: What an earlier call under the request id made is no longer there.
             ContentUnreadable: Something is sensitive, and the user's key cannot be unwrapped.
-            StoreUnavailable: Something is sensitive, and the key manager does not answer.
+            StoreUnavailable: Something is sensitive, and the key manager does not answer,
+                or others keep changing what has the same text.
         """
+        return await until_settled(partial(self._create, caller, drafts, request_id, now))
+
+    async def _create(
+        self, caller: Caller, drafts: Sequence[Draft], request_id: str, now: datetime
+    ) -> list[tuple[Memory, bool]]:
         has_sensitive = any(draft.is_sensitive for draft in drafts)
         if has_sensitive:
             await self._keys.prepare(caller)
@@ -65,8 +73,11 @@ class BatchStore:
                     made = await requests.parts(connection, caller, _METHOD, request_id)
                     found = await _fetch(connection, caller, made)
                     return [(found[memory_id], False) for memory_id in made]
+            held = await _hold_same(connection, caller, drafts, writing)
             created = await insert_all(connection, caller, drafts, writing, now, sealing=sealing)
             seen = await _see_again(connection, caller, drafts, created, now)
+            if not {*seen.values()} <= {*held, *filter(None, created)}:
+                raise Overtaken
             kept = [new or seen[place] for place, new in enumerate(created)]
             if request_id:
                 await requests.claim_parts(connection, caller, _METHOD, request_id, kept)
@@ -105,6 +116,30 @@ async def _fetch(
     return found
 
 
+async def _hold_same(
+    connection: Connection, caller: Caller, drafts: Sequence[Draft], writing: Writing
+) -> set[UUID]:
+    """Lock what is there already, ahead of the usage, in the order of MemoryStore."""
+    same = await find_same(connection, caller, dict(enumerate(drafts)))
+    if not same:
+        return set()
+    places = [place for draft in drafts if (place := place_of(draft))]
+    await Surroundings.of(connection, caller, places, writing.language)
+    rows = await connection.fetch(
+        """
+        SELECT id
+          FROM memories
+         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3)
+         ORDER BY id
+           FOR NO KEY UPDATE
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        list(same.values()),
+    )
+    return {row["id"] for row in rows}
+
+
 async def _see_again(
     connection: Connection,
     caller: Caller,
@@ -115,8 +150,8 @@ async def _see_again(
     """Count the memories with the same text as seen, and return them by the drafts' places."""
     wanted = {place: drafts[place] for place, new in enumerate(created) if new is None}
     seen = await find_same(connection, caller, wanted)
-    if len(seen) < len(wanted):  # one was deleted or archived between the two statements
-        raise EtagMismatch
+    if len(seen) < len(wanted):
+        raise Overtaken
     times = Counter(seen.values())
     await connection.execute(
         """
@@ -141,4 +176,6 @@ async def _see_again(
     )
     names = [ids.show(ids.MEMORY, memory_id) for memory_id in seen.values()]
     await audit.record_all(connection, caller, "memory.see", names)
+    if seen:
+        await touch(connection, caller)
     return seen

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -13,7 +14,7 @@ from server.caller import Caller
 from server.data_keys import DataKeys
 from server.database import Connection, Database
 from server.embedding_requests import ask_for_embedding
-from server.errors import AlreadyExists, EtagMismatch, InvalidArgument, NotFound, StateConflict
+from server.errors import AlreadyExists, InvalidArgument, NotFound, StateConflict
 from server.memory.attachment_store import doom_objects
 from server.memory.conversation import Surroundings, Turn, place_of
 from server.memory.embedding_store import hold_vectors
@@ -22,12 +23,14 @@ from server.memory.model import Change, Draft, Memory, Scope, Tier, hash_of, siz
 from server.memory.rows import MEMORY_COLUMNS, SCORE_COLUMNS, memory_from
 from server.memory.sensitive import Sealing, begin_sealing
 from server.memory.writing import (
+    Overtaken,
     Standing,
     Writing,
     begin_writing,
     lock_memory,
     standing_of,
     touch,
+    until_settled,
     within_quota,
 )
 
@@ -69,12 +72,13 @@ class MemoryStore:
             QuotaExceeded: It does not fit into its tier.
             RequestIdReused: The request id stands for other contents.
             ContentUnreadable: It is sensitive, and the user's key cannot be unwrapped.
-            StoreUnavailable: It is sensitive, and the key manager does not answer.
+            StoreUnavailable: It is sensitive, and the key manager does not answer,
+                or others keep changing what has the same text.
         """
         new = await self._at_once.create(caller, draft, request_id, now)
         if new is not None:
             return new, True
-        return await self._create(caller, draft, request_id, now)
+        return await until_settled(partial(self._create, caller, draft, request_id, now))
 
     async def _create(
         self, caller: Caller, draft: Draft, request_id: str, now: datetime
@@ -294,16 +298,17 @@ async def _see_again(connection: Connection, caller: Caller, draft: Draft, now: 
     """Count the memory with the same text as seen, and return it."""
     memory_id = await connection.fetchval(
         """
+        WITH same AS MATERIALIZED (
+            SELECT id
+              FROM memories
+             WHERE tenant_id = $1 AND user_id = $2 AND tier = $3 AND content_hash = $4
+               AND session_id = $5 AND coalesce(session_position, -1) = $6
+               AND archived_at IS NULL
+               FOR NO KEY UPDATE
+        )
         UPDATE memory_scores
            SET use_count = use_count + 1, last_seen_at = greatest(last_seen_at, $7)
-         WHERE tenant_id = $1 AND user_id = $2
-           AND memory_id = (
-               SELECT id
-                 FROM memories
-                WHERE tenant_id = $1 AND user_id = $2 AND tier = $3 AND content_hash = $4
-                  AND session_id = $5 AND coalesce(session_position, -1) = $6
-                  AND archived_at IS NULL
-               )
+         WHERE tenant_id = $1 AND user_id = $2 AND memory_id = (SELECT id FROM same)
         RETURNING memory_id
         """,
         caller.tenant_id,
@@ -314,8 +319,8 @@ async def _see_again(connection: Connection, caller: Caller, draft: Draft, now: 
         -1 if draft.session_position is None else draft.session_position,
         now,
     )
-    if memory_id is None:  # it was deleted between the two statements
-        raise EtagMismatch
+    if memory_id is None:  # it went, or changed, after the insert had met it
+        raise Overtaken
     await touch(connection, caller)
     return await fetch_memory(connection, caller, memory_id)
 

@@ -1,10 +1,10 @@
 """What a transaction needs before it writes memories, and how the database refuses it."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -12,12 +12,38 @@ import asyncpg
 from server import consent
 from server.caller import Caller
 from server.database import Connection
-from server.errors import ConsentMissing, EtagMismatch, NotFound, QuotaExceeded
+from server.errors import (
+    ConsentMissing,
+    EtagMismatch,
+    NotFound,
+    QuotaExceeded,
+    StoreUnavailable,
+)
 from server.memory.conversation import Place
 from server.preferences import Language
 
 _OVER_QUOTA: Final = "KM001"
 """What the function count_usage raises."""
+
+_TRIES: Final = 5
+
+T = TypeVar("T")
+
+
+class Overtaken(Exception):
+    """A memory with the same text came or went after this transaction had looked for it."""
+
+
+async def until_settled(store: Callable[[], Awaitable[T]]) -> T:
+    """Run a transaction anew as often as another call overtakes it.
+
+    Raises:
+        StoreUnavailable: It was overtaken every time.
+    """
+    for _ in range(_TRIES):
+        with suppress(Overtaken):
+            return await store()
+    raise StoreUnavailable("a memory that others keep changing")
 
 
 @dataclass(frozen=True, slots=True)
