@@ -17,6 +17,9 @@ MEDITATION: Final = "med"
 JOB: Final = "job"
 AUDIT_EVENT: Final = "aud"
 
+ABOVE_ALL: Final = UUID(int=(1 << 128) - 1)
+"""No id is as high: where a list begins that goes down."""
+
 _HEX = re.compile(r"[0-9a-f]{32}\Z")
 _last = 0
 _lock = threading.Lock()

@@ -138,7 +138,7 @@ class AttachmentStore:
                   SELECT *
                     FROM attachments
                    WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
-                     AND memory_id = memory.id AND ($4::uuid IS NULL OR id < $4)
+                     AND memory_id = memory.id AND id < $4
                    ORDER BY id DESC
                    LIMIT $5) AS attachment ON true
              WHERE memory.tenant_id = caller.tenant_id AND memory.user_id = caller.user_id
@@ -146,7 +146,7 @@ class AttachmentStore:
              ORDER BY attachment.id DESC
             """,
             memory_id,
-            before,
+            before or ids.ABOVE_ALL,
             limit,
         )
         if not rows:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from server import consent
+from server import consent, ids
 from server.caller import Caller
 from server.database import Database
 from server.errors import ConsentMissing
@@ -102,7 +102,7 @@ class SearchStore:
         self, caller: Caller, which: Filter, *, before: UUID | None, limit: int
     ) -> list[Memory]:
         """Return memories with ids below `before`, highest first, at most `limit`."""
-        async with self._database.transaction(caller) as connection:
+        async with self._database.transaction(caller, in_index_order=True) as connection:
             rows = await connection.fetch(
                 f"""
                 SELECT {MEMORY_COLUMNS}, {SCORE_COLUMNS}
@@ -114,7 +114,7 @@ class SearchStore:
                        OFFSET 0
                        ) AS scores
                  WHERE memory.tenant_id = $1 AND memory.user_id = $2
-                   AND ($3::uuid IS NULL OR memory.id < $3)
+                   AND memory.id < $3
                    AND tier = ANY ($4)
                    AND tags @> $5
                    AND ($6 = '' OR session_id = $6)
@@ -126,7 +126,7 @@ class SearchStore:
                 """,  # noqa: S608 - constants
                 caller.tenant_id,
                 caller.user_id,
-                before,
+                before or ids.ABOVE_ALL,
                 which.durable_tiers,
                 list(which.tags),
                 which.session_id,
@@ -139,7 +139,7 @@ class SearchStore:
 
     async def profile(self, caller: Caller) -> tuple[ranking.Lexicon, Preferences]:
         """Return the word frequencies of a user's newest memories, and what they chose."""
-        async with self._database.transaction(caller) as connection:
+        async with self._database.transaction(caller, in_index_order=True) as connection:
             rows = await connection.fetch(
                 """
                 SELECT terms

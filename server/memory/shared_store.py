@@ -7,6 +7,7 @@ from uuid import UUID
 
 import asyncpg
 
+from server import ids
 from server.caller import Caller
 from server.database import Database
 from server.errors import NotFound
@@ -61,12 +62,12 @@ class SharedStore:
             rows = await connection.fetch(
                 f"""
                 SELECT {_COLUMNS} {_SHOWN} {_PASSES}
-                   AND ($7::uuid IS NULL OR id < $7)
+                   AND id < $7
                  ORDER BY id DESC
                  LIMIT $8
                 """,
                 *_arguments(caller, which),
-                before,
+                before or ids.ABOVE_ALL,
                 limit,
             )
         return [_memory(row) for row in rows]

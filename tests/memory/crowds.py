@@ -12,9 +12,22 @@ from server.caller import Caller
 
 
 async def fill(
-    owner: asyncpg.Connection, caller: Caller, memories: int, *, talks: bool = True
+    owner: asyncpg.Connection,
+    caller: Caller,
+    memories: int,
+    *,
+    talks: bool = True,
+    is_known: bool = True,
 ) -> None:
-    """Give a user memories of three words each; a fifth of them are the turns of a talk."""
+    """Give a user memories of three words each; a fifth of them are the turns of a talk.
+
+    Args:
+        owner: A connection past row-level security.
+        caller: The user.
+        memories: How many.
+        talks: Whether there are turns among them.
+        is_known: Whether the planner is told.
+    """
     await owner.execute(
         """
         WITH made AS (
@@ -38,7 +51,8 @@ async def fill(
         memories,
         talks,
     )
-    await owner.execute("ANALYZE memories, memory_scores")
+    if is_known:
+        await owner.execute("ANALYZE memories, memory_scores")
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -76,7 +77,8 @@ class Watched:
             await call
         (statement,) = {one.query: one for one in noted if part in one.query}.values()
         settings = [one.query for one in noted if "hnsw." in one.query][:1]
-        async with self.database.transaction(caller) as connection:
+        in_order = any("enable_sort" in one.query for one in noted)
+        async with self.database.transaction(caller, in_index_order=in_order) as connection:
             for setting in settings:
                 await connection.execute(setting)
             run = await connection.fetchval(
@@ -197,6 +199,23 @@ async def test_in_tables_of_ten_rows_few_pages_are_looked_at(
     plans["meaning"] = await plan_of_meaning(watched, caller, "compared AS")
     # Of such tables there is one page, and an index leads to it in two.
     assert {name: plan.buffers for name, plan in plans.items() if plan.buffers > 150} == {}
+
+
+async def test_a_page_of_who_has_much_more_than_others_reads_no_more_than_the_page(
+    watched: Watched, superuser: asyncpg.Connection
+) -> None:
+    # The planner knows what the average user has, and would read and sort as much of anybody's.
+    for _ in range(300):
+        await fill(superuser, Caller(uuid4(), uuid4()), 10)
+    caller = await new_caller(watched.database)
+    await fill(superuser, caller, 3_000, is_known=False)
+    search = SearchStore(watched.database)
+    many = await search.page(caller, Filter(), before=None, limit=2_000)
+    for before in (None, many[-1].id):
+        call = search.page(caller, Filter(), before=before, limit=20)
+        plan = await watched.plan(caller, "FROM memories", call)
+        assert plan.indexes == {"memories_pkey", "memory_scores_pkey"}
+        assert plan.buffers <= 150
 
 
 @pytest.mark.parametrize("place", range(len(SIZES)))
