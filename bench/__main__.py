@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from bench import calls, standing
+from bench.pace import pace
 from bench.table import Row, for_eyes, for_readme
 from local.layout import Layout
 from local.mesh import Mesh
@@ -32,12 +33,12 @@ def main(
 async def _measure() -> list[Row]:
     with TemporaryDirectory(prefix="kimberly-bench-") as directory:
         state = Path(directory)
-        rows = await standing.start_up(state)
+        rows = [pace(), *await standing.start_up(state)]
         async with Mesh(Layout(state)) as mesh:
             await mesh.wait_ready()
             rows += await calls.run(mesh)
             rows += standing.resident(mesh)
-        return rows
+        return [*rows, pace()]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from kimberly.users.v1 import users_pb2 as users
 from rich.console import Console
 
 from bench.measure import latency
+from bench.pace import pace
 from bench.progress import step
 from bench.table import Row, for_eyes, for_readme
 from bench.telling import Stub, address, bare_stub
@@ -66,7 +67,8 @@ async def _measure(memories: int) -> list[Row]:
                 )
                 metadata = (("authorization", f"Bearer {client.access_token}"),)
                 await _import_own(stub, metadata)
-                return [row async for row in _pages(stub, metadata, memories)]
+                before = pace()
+                return [before, *[row async for row in _pages(stub, metadata, memories)], pace()]
 
 
 async def _make_others(mesh: Mesh, memories: int) -> None:

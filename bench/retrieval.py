@@ -16,6 +16,7 @@ from bench.conversations import Conversation, DataError, Question
 from bench.findings import Findings, Pressed, Ranked
 from bench.judging import Answer, judge, mean
 from bench.load import CLIENTS, latency_of, press
+from bench.pace import pace
 from bench.peers import beside
 from bench.peers.beside import PeerError
 from bench.progress import notices, step
@@ -122,6 +123,7 @@ async def _ours(mesh: Mesh, tellers: Sequence[Teller], seconds: float, *, others
         who = f"ours, {leg}"
         findings += await _rank_ours(mesh, tellers, who, by_meaning=by_meaning, others=others)
         for clients in CLIENTS:
+            notices.print(f"{who}, {clients} clients; {pace()}")
             load = await press(mesh, tellers, clients, seconds, by_meaning=by_meaning)
             findings += Findings(pressed=[Pressed(who, others, load)])
     return findings

@@ -14,6 +14,10 @@ class Row:
     value: str
     beside: str = ""
 
+    def __str__(self) -> str:
+        """Return the figure for a line of text."""
+        return f"{self.what}: {self.value}"
+
 
 def for_eyes(rows: Iterable[Row]) -> Table:
     """Return the rows as a table for a terminal."""

@@ -34,6 +34,7 @@ _OUT_OF_REACH = (
 )
 _SETTINGS = {
     "jit": "off",
+    "plan_cache_mode": "force_generic_plan",
     "statement_timeout": "15s",
     "lock_timeout": "5s",
     "idle_in_transaction_session_timeout": "15s",

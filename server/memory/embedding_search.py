@@ -12,7 +12,7 @@ from server import consent
 from server.caller import Caller
 from server.database import Database
 from server.errors import ConsentMissing
-from server.memory import ranking
+from server.memory import filters, ranking
 from server.memory.conversation import REACH
 from server.memory.embeddings import Embedding, check_dimension
 from server.memory.model import Candidate, Filter
@@ -34,11 +34,6 @@ _GRAPH_SETTINGS: Final = """
     SET LOCAL enable_sort = off
 """
 
-_PASSES: Final = """
-    tier = ANY ($5) AND tags @> $6 AND ($7 = '' OR session_id = $7)
-    AND ($8::timestamptz IS NULL OR occurred_at >= $8)
-    AND ($9::timestamptz IS NULL OR occurred_at < $9)
-"""
 # Rows are looked up one by one (LATERAL, kept apart by OFFSET 0): of a user whom the statistics
 # have not met yet the planner expects one row, and would compare every vector with every memory.
 _VECTORS: Final = """
@@ -61,14 +56,14 @@ _OF_MODEL: Final = """
 _SMOOTHED: Final = f"""
     compared AS MATERIALIZED (
         SELECT memory.id, session_id, session_position, -(vector <#> $4) AS similarity,
-               {_PASSES} AS passes
+               {{passing}} AS passes
           FROM {_VECTORS}
          WHERE {_OF_MODEL} AND {{condition}}
     ), smoothed AS (
         SELECT id, passes,
-               ($11 * similarity + $12 * sum(similarity) OVER beside
-                                 + $13 * sum(similarity) OVER around)
-               / ($11 + $12 * count(*) OVER beside + $13 * count(*) OVER around) AS similarity
+               ($6 * similarity + $7 * sum(similarity) OVER beside
+                                + $8 * sum(similarity) OVER around)
+               / ($6 + $7 * count(*) OVER beside + $8 * count(*) OVER around) AS similarity
           FROM compared
         WINDOW talk AS (PARTITION BY session_id, CASE WHEN session_position IS NULL THEN id END
                             ORDER BY session_position),
@@ -79,7 +74,7 @@ _SMOOTHED: Final = f"""
           FROM smoothed
          WHERE passes
          ORDER BY similarity DESC, id
-         LIMIT $10
+         LIMIT $5
     )
     SELECT {CANDIDATE_ARRAYS}, {{reached}} AS reached
       FROM nearest
@@ -98,9 +93,20 @@ _SMOOTHED: Final = f"""
            ) AS scores
 """  # noqa: S608 - put together from constants
 
-# One row: what is known of the model, and beside it the candidates, if a look at every vector is
-# what finds them and the vectors can be compared.
-_SCAN: Final = f"""
+
+@cache
+def _scan_query(passing: str) -> str:
+    """Return the query that looks at every vector.
+
+    It brings one row: what is known of the model, and beside it the candidates, if a look at every
+    vector is what finds them and the vectors can be compared.
+    """
+    smoothed = _SMOOTHED.format(
+        passing=passing,
+        condition="known.may_embed AND known.dimension = $9 AND (NOT known.in_graph OR $10)",
+        reached="NULL",
+    )
+    return f"""
     SELECT known.*, candidate.*
       FROM (
            SELECT consented('memory.embed') AS may_embed, data_version, model.dimension,
@@ -115,22 +121,16 @@ _SCAN: Final = f"""
            OFFSET 0
            ) AS known
       CROSS JOIN LATERAL (
-           WITH {
-    _SMOOTHED.format(
-        condition='''
-            known.may_embed AND known.dimension = $14 AND (NOT known.in_graph OR $15)
-        ''',
-        reached="NULL",
-    )
-}
+           WITH {smoothed}
            ) AS candidate
-"""  # noqa: S608 - put together from constants
+    """  # noqa: S608 - put together from constants
 
 
 @cache
-def _graph_query(dimension: int) -> str:
+def _graph_query(dimension: int, passing: str) -> str:
     """Return the query that takes candidates from a graph, then looks at the turns around them."""
     smoothed = _SMOOTHED.format(
+        passing=passing,
         condition="embedding.memory_id = ANY (ARRAY(SELECT id FROM candidate))",
         reached="(SELECT count(*) FROM in_graph)",
     )
@@ -140,15 +140,15 @@ def _graph_query(dimension: int) -> str:
     WITH in_graph AS MATERIALIZED (
         SELECT memory.id, session_id, session_position
           FROM {_VECTORS}
-         WHERE {_OF_MODEL} AND in_graph AND dimension = {dimension} AND {_PASSES}
+         WHERE {_OF_MODEL} AND in_graph AND dimension = {dimension} AND {passing}
          ORDER BY vector::halfvec({dimension}) <#> $4::halfvec({dimension})
-         LIMIT $10
+         LIMIT $5
     ), outside AS MATERIALIZED (
         SELECT memory.id, session_id, session_position
           FROM {_VECTORS}
-         WHERE {_OF_MODEL} AND NOT in_graph AND {_PASSES}
+         WHERE {_OF_MODEL} AND NOT in_graph AND {passing}
          ORDER BY vector <#> $4
-         LIMIT $10
+         LIMIT $5
     ), found AS (
         SELECT * FROM in_graph UNION ALL SELECT * FROM outside
     ), candidate AS (
@@ -193,57 +193,56 @@ class EmbeddingSearch:
             ConsentMissing: The user has not consented to memory.embed.
             InvalidArgument: The vector has another dimension than those of its model.
         """
-        arguments = _arguments(embedding, which, limit)
-        scanned = await self._scan(caller, embedding, arguments, despite_graph=False)
+        scanned = await self._scan(caller, embedding, which, limit, despite_graph=False)
         version = scanned["data_version"]
         if scanned["dimension"] is None or not which.durable_tiers:
             return Nearest((), version)
         check_dimension(embedding, scanned["dimension"], "embedding.values")
         if not scanned["in_graph"]:
             return Nearest(candidates_from(scanned), version)
-        found = await self._search_graph(caller, embedding.dimension, arguments)
+        found = await self._search_graph(caller, embedding, which, limit)
         if found["reached"] < limit:
             # The graph gave up, or there are no more: only a look at every vector can tell.
-            found = await self._scan(caller, embedding, arguments, despite_graph=True)
+            found = await self._scan(caller, embedding, which, limit, despite_graph=True)
         return Nearest(candidates_from(found), version)
 
     async def _scan(
         self,
         caller: Caller,
         embedding: Embedding,
-        arguments: tuple[object, ...],
+        which: Filter,
+        limit: int,
         *,
         despite_graph: bool,
     ) -> asyncpg.Record:
         """Look at every vector, unless some are in a graph or the dimension is not the model's."""
+        passing, parameters = filters.passing(which, 11)
         (row,) = await self._database.fetch(
-            caller, _SCAN, *arguments, embedding.dimension, despite_graph
+            caller,
+            _scan_query(passing),
+            *_arguments(embedding, limit),
+            embedding.dimension,
+            despite_graph,
+            *parameters,
         )
         if not row["may_embed"]:
             raise ConsentMissing(consent.MEMORY_EMBED)
         return row
 
     async def _search_graph(
-        self, caller: Caller, dimension: int, arguments: tuple[object, ...]
+        self, caller: Caller, embedding: Embedding, which: Filter, limit: int
     ) -> asyncpg.Record:
+        passing, parameters = filters.passing(which, 9)
         async with self._database.transaction(caller) as connection:
             await connection.execute(_GRAPH_SETTINGS)
             return await connection.fetchrow(
-                _graph_query(dimension), caller.tenant_id, caller.user_id, *arguments
+                _graph_query(embedding.dimension, passing),
+                caller.tenant_id,
+                caller.user_id,
+                *_arguments(embedding, limit),
+                *parameters,
             )
 
 
-def _arguments(embedding: Embedding, which: Filter, limit: int) -> tuple[object, ...]:
-    return (
-        embedding.model,
-        HalfVector(embedding.values),
-        which.durable_tiers,
-        list(which.tags),
-        which.session_id,
-        which.occurred_after,
-        which.occurred_before,
-        limit,
-        _OWN,
-        _BESIDE,
-        _AROUND,
-    )
+def _arguments(embedding: Embedding, limit: int) -> tuple[object, ...]:
+    return (embedding.model, HalfVector(embedding.values), limit, _OWN, _BESIDE, _AROUND)

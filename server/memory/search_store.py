@@ -9,7 +9,7 @@ from server import consent, ids
 from server.caller import Caller
 from server.database import Database
 from server.errors import ConsentMissing
-from server.memory import ranking
+from server.memory import filters, ranking
 from server.memory.conversation import sparse
 from server.memory.model import Candidate, Filter, Memory
 from server.memory.rows import (
@@ -40,25 +40,30 @@ _STANDING: Final = """
 """
 
 # One row: that, and the candidates beside it. All of it is one snapshot.
+# The words are compared once for each row; all else is worked out for the few that are left. Scores
+# are looked up one by one (LATERAL, kept apart by OFFSET 0): of a user whom the statistics have not
+# met yet the planner expects one row, and would compare every memory with every score.
 _QUERY: Final = f"""
     SELECT standing.*, candidate.*
       FROM (SELECT {_STANDING} OFFSET 0) AS standing
       CROSS JOIN LATERAL (
            SELECT {CANDIDATE_ARRAYS}
              FROM (
-                  SELECT {CANDIDATE_COLUMNS}, -(terms <#> $3) AS amount
-                    FROM memories
-                   WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
-                     AND may_store
-                     AND archived_at IS NULL
-                     AND tier = ANY ($4)
-                     AND tags @> $5
-                     AND ($6 = '' OR session_id = $6)
-                     AND ($7::timestamptz IS NULL OR occurred_at >= $7)
-                     AND ($8::timestamptz IS NULL OR occurred_at < $8)
-                     AND (terms <#> $3) < 0
-                   ORDER BY terms <#> $3, id
-                   LIMIT $9
+                  SELECT {CANDIDATE_COLUMNS}, -distance AS amount
+                    FROM (
+                         SELECT *
+                           FROM (
+                                SELECT id, speaker, session_id, occurred_at, size_bytes, tags,
+                                       terms <#> $3 AS distance
+                                  FROM memories
+                                 WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+                                   AND may_store AND archived_at IS NULL AND {{passing}}
+                                OFFSET 0
+                                ) AS compared
+                          WHERE distance < 0
+                          ORDER BY distance, id
+                          LIMIT $4
+                         ) AS best
                   ) AS memory
              CROSS JOIN LATERAL (
                   SELECT score
@@ -88,12 +93,7 @@ class Words:
 
 
 class SearchStore:
-    """Finds memories of one user at a time. Every method is one transaction.
-
-    Scores are looked up for each memory (LATERAL, kept apart by OFFSET 0): of a user whom the
-    statistics have not met yet the planner expects one row, and would compare every memory with
-    every score.
-    """
+    """Finds memories of one user at a time. Every method is one transaction."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -102,6 +102,7 @@ class SearchStore:
         self, caller: Caller, which: Filter, *, before: UUID | None, limit: int
     ) -> list[Memory]:
         """Return memories with ids below `before`, highest first, at most `limit`."""
+        passing, parameters = filters.passing(which, 6)
         async with self._database.transaction(caller, in_index_order=True) as connection:
             rows = await connection.fetch(
                 f"""
@@ -114,26 +115,16 @@ class SearchStore:
                        OFFSET 0
                        ) AS scores
                  WHERE memory.tenant_id = $1 AND memory.user_id = $2
-                   AND memory.id < $3
-                   AND tier = ANY ($4)
-                   AND tags @> $5
-                   AND ($6 = '' OR session_id = $6)
-                   AND ($7::timestamptz IS NULL OR occurred_at >= $7)
-                   AND ($8::timestamptz IS NULL OR occurred_at < $8)
-                   AND (archived_at IS NOT NULL) = $9
+                   AND memory.id < $3 AND (archived_at IS NOT NULL) = $4 AND {passing}
                  ORDER BY memory.id DESC
-                 LIMIT $10
+                 LIMIT $5
                 """,  # noqa: S608 - constants
                 caller.tenant_id,
                 caller.user_id,
                 before or ids.ABOVE_ALL,
-                which.durable_tiers,
-                list(which.tags),
-                which.session_id,
-                which.occurred_after,
-                which.occurred_before,
                 which.archived,
                 limit,
+                *parameters,
             )
         return [memory_from(row) for row in rows]
 
@@ -164,17 +155,14 @@ class SearchStore:
         Raises:
             ConsentMissing: The user has not consented to memory.store.
         """
+        passing, parameters = filters.passing(which, 5)
         (row,) = await self._database.fetch(
             caller,
-            _QUERY,
+            _QUERY.format(passing=passing),
             sparse(terms),
-            which.durable_tiers,
-            list(which.tags),
-            which.session_id,
-            which.occurred_after,
-            which.occurred_before,
             # Postgres does not even begin to look for 0 memories.
             limit if terms and which.durable_tiers else 0,
+            *parameters,
         )
         if not row["may_store"]:
             raise ConsentMissing(consent.MEMORY_STORE)

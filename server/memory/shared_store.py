@@ -11,6 +11,7 @@ from server import ids
 from server.caller import Caller
 from server.database import Database
 from server.errors import NotFound
+from server.memory import filters
 from server.memory.conversation import sparse
 from server.memory.model import Filter, Found, Memory
 from server.memory.rows import MEMORY_COLUMNS, memory_from
@@ -21,11 +22,6 @@ _COLUMNS: Final = f"""
     NULL AS scored_at
 """
 _SHOWN: Final = "FROM shown_memories WHERE user_id <> $1"
-_PASSES: Final = """
-       AND tier = ANY ($2) AND tags @> $3 AND ($4 = '' OR session_id = $4)
-       AND ($5::timestamptz IS NULL OR occurred_at >= $5)
-       AND ($6::timestamptz IS NULL OR occurred_at < $6)
-"""
 
 
 class SharedStore:
@@ -58,17 +54,18 @@ class SharedStore:
         self, caller: Caller, which: Filter, *, before: UUID | None, limit: int
     ) -> list[Memory]:
         """Return memories with ids below `before`, highest first, at most `limit`."""
+        passing, parameters = filters.passing(which, 4)
         async with self._database.transaction(caller) as connection:
             rows = await connection.fetch(
                 f"""
-                SELECT {_COLUMNS} {_SHOWN} {_PASSES}
-                   AND id < $7
+                SELECT {_COLUMNS} {_SHOWN} AND id < $2 AND {passing}
                  ORDER BY id DESC
-                 LIMIT $8
+                 LIMIT $3
                 """,
-                *_arguments(caller, which),
+                caller.user_id,
                 before or ids.ABOVE_ALL,
                 limit,
+                *parameters,
             )
         return [_memory(row) for row in rows]
 
@@ -78,30 +75,21 @@ class SharedStore:
         """Return the memories that the weighted terms match best, best first."""
         if not terms:
             return []
+        passing, parameters = filters.passing(which, 4)
         async with self._database.transaction(caller) as connection:
             rows = await connection.fetch(
                 f"""
-                SELECT {_COLUMNS}, -(terms <#> $7) AS lexical {_SHOWN} {_PASSES}
-                   AND (terms <#> $7) < 0
-                 ORDER BY terms <#> $7, id
-                 LIMIT $8
+                SELECT {_COLUMNS}, -(terms <#> $2) AS lexical {_SHOWN} AND {passing}
+                   AND (terms <#> $2) < 0
+                 ORDER BY terms <#> $2, id
+                 LIMIT $3
                 """,
-                *_arguments(caller, which),
+                caller.user_id,
                 sparse(terms),
                 limit,
+                *parameters,
             )
         return [Found(_memory(row), row["lexical"]) for row in rows]
-
-
-def _arguments(caller: Caller, which: Filter) -> tuple[object, ...]:
-    return (
-        caller.user_id,
-        which.durable_tiers,
-        list(which.tags),
-        which.session_id,
-        which.occurred_after,
-        which.occurred_before,
-    )
 
 
 def _memory(row: asyncpg.Record) -> Memory:
