@@ -344,7 +344,9 @@ def match_to(match: Match) -> pb.Match:
 def answer_to(answer: Answer) -> pb.QueryMemoriesResponse:
     """Return the answer to a query as the contract shows it."""
     return pb.QueryMemoriesResponse(
-        matches=map(match_to, answer.matches), semantic_late=answer.semantic_late
+        matches=map(match_to, answer.matches),
+        semantic_late=answer.semantic_late,
+        short_term_late=answer.short_term_late,
     )
 
 

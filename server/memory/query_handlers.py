@@ -77,7 +77,7 @@ class QueryHandlers:
         answer = await self._queries.retrieval.query(caller, question, seconds_left)
         response = messages.answer_to(answer)
         # Sensitive text is in no store but the one that keeps it encrypted.
-        if look and not answer.semantic_late and not answer.is_sensitive:
+        if look and answer.is_whole and not answer.is_sensitive:
             self._queries.answers.keep(
                 look, response.SerializeToString(), answer.versions, now, answer.expires_at
             )

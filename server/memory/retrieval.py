@@ -15,7 +15,7 @@ from server.errors import StoreUnavailable
 from server.memory import ranking
 from server.memory.embedding_search import EmbeddingSearch, Nearest
 from server.memory.fusion import Match, Weights, candidate_of, explain, rank
-from server.memory.model import Candidate, Found, Memory
+from server.memory.model import Candidate, Filter, Found, Memory
 from server.memory.questions import Question
 from server.memory.search_store import SearchStore, Versions, Words
 from server.memory.sensitive import Opener
@@ -33,7 +33,7 @@ _GROUPED_CANDIDATES = 500
 """As many come when the answer may hold only a few turns of each conversation."""
 _PATIENCE_SECONDS = 1.0
 _MARGIN_SECONDS = 0.1
-"""Of the time of a call: what is left to answer in when the semantic leg is given up."""
+"""Of the time of a call: what is left to answer in when a leg is given up."""
 
 log = structlog.get_logger()
 
@@ -45,10 +45,17 @@ class Answer:
     matches: Sequence[Match]
     semantic_late: bool
     """Whether the vectors could not be compared in time."""
+    short_term_late: bool
+    """Whether the short-term memories could not be looked at in time."""
     versions: Versions
     """What it was made of, or older: of a later change it may hold a part."""
     expires_at: datetime | None
     """When the first of the memories that were compared expires; None: they last."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all was looked at that was asked for."""
+        return not self.semantic_late and not self.short_term_late
 
     @property
     def is_sensitive(self) -> bool:
@@ -65,6 +72,7 @@ class _Found:
     """What came with its text: short-term memories, and what others share."""
     near: Nearest | None
     """None: not asked for, or too late."""
+    short_term_late: bool
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -145,6 +153,7 @@ class Retrieval:
         return Answer(
             explain(order, whole, question, profile.language),
             semantic_late=question.embedding is not None and found.near is None,
+            short_term_late=found.short_term_late,
             versions=found.versions,
             expires_at=min(expiries, default=None),
         )
@@ -179,13 +188,13 @@ class Retrieval:
         try:
             async with asyncio.TaskGroup() as group:
                 durable = group.create_task(self._store.query(*asked))
-                short = group.create_task(self._short_term.query(*asked, profile.language))
+                short = group.create_task(self._short(*asked, profile.language, seconds_left))
                 near = group.create_task(self._nearest(caller, question, seconds_left))
                 shared = await self._shared.query(*asked) if question.include_shared else ()
         except ExceptionGroup as failures:
             # A group of problems is no problem that anyone knows: it would be told as INTERNAL.
             raise failures.exceptions[0] from None
-        whole = {one.memory.id: one for one in (*short.result(), *shared)}
+        whole = {one.memory.id: one for one in (*(short.result() or ()), *shared)}
         # What was promoted between two legs is in both; the later place is the right one.
         durable_ids = {candidate.id for candidate in durable.result().candidates}
         lasting = {
@@ -193,7 +202,30 @@ class Retrieval:
             for memory_id, one in whole.items()
             if memory_id not in durable_ids and _lasts(one.memory, question.as_of)
         }
-        return _Found(durable.result(), lasting, near.result())
+        return _Found(durable.result(), lasting, near.result(), short.result() is None)
+
+    async def _short(
+        self,
+        caller: Caller,
+        terms: Mapping[int, float],
+        which: Filter,
+        limit: int,
+        language: Language,
+        seconds_left: float | None,
+    ) -> list[Found] | None:
+        """Return the short-term memories that match; None if their store is out of reach.
+
+        Raises:
+            StoreUnavailable: It is, and nothing else was asked for.
+        """
+        try:
+            async with asyncio.timeout(_patience(seconds_left)):
+                return await self._short_term.query(caller, terms, which, limit, language)
+        except (TimeoutError, StoreUnavailable) as failure:
+            if not which.durable_tiers:
+                raise StoreUnavailable("the short-term store") from failure
+            log.warning("short-term leg given up", error=repr(failure))
+            return None
 
     async def _nearest(
         self, caller: Caller, question: Question, seconds_left: float | None
@@ -201,17 +233,21 @@ class Retrieval:
         """Return what is near in meaning; None if nobody asks, or if that takes too long."""
         if question.embedding is None:
             return None
-        patience = _PATIENCE_SECONDS
-        if seconds_left is not None:
-            patience = min(patience, seconds_left - _MARGIN_SECONDS)
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(_patience(seconds_left)):
                 return await self._embeddings.nearest(
                     caller, question.embedding, question.which, _candidates(question)
                 )
         except (TimeoutError, StoreUnavailable) as failure:
             log.warning("semantic leg given up", error=repr(failure))
             return None
+
+
+def _patience(seconds_left: float | None) -> float:
+    """Return for how many seconds a leg is waited for that an answer can do without."""
+    if seconds_left is None:
+        return _PATIENCE_SECONDS
+    return min(_PATIENCE_SECONDS, seconds_left - _MARGIN_SECONDS)
 
 
 def _lasts(memory: Memory, as_of: datetime) -> bool:

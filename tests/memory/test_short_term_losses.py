@@ -289,6 +289,10 @@ async def test_without_redis_durable_memories_are_written_read_found_and_listed(
         got = await memories.GetMemory(pb.GetMemoryRequest(id=durable.id), metadata=bearer(caller))
         assert got.memory.content == "kiwi pie"
         assert await found(memories, caller, LONG) == ["kiwi pie", "kiwi tea"]
+        everything = pb.QueryMemoriesRequest(query="kiwi")
+        answer = await memories.QueryMemories(everything, metadata=bearer(caller))
+        assert answer.short_term_late
+        assert len(answer.matches) == 2
         assert await listed(memories, caller, LONG) == [("kiwi tea", LONG), ("kiwi pie", LONG)]
         for call in (
             keep(memories, caller, "kiwi two"),
@@ -297,6 +301,7 @@ async def test_without_redis_durable_memories_are_written_read_found_and_listed(
             memories.GetMemory(pb.GetMemoryRequest(id=short.id), metadata=bearer(caller)),
             say(memories, caller, "kiwi one"),
             end(memories, caller),
+            found(memories, caller, SHORT),
             listed(memories, caller),
             used(memories, caller),
         ):
@@ -305,3 +310,6 @@ async def test_without_redis_durable_memories_are_written_read_found_and_listed(
         hidden.rename(doomed.valkey.acl)
     await doomed.process.wait_ready()
     assert (await keep(memories, caller, "kiwi again")).tier == SHORT
+    answer = await memories.QueryMemories(everything, metadata=bearer(caller))
+    assert not answer.short_term_late
+    assert "kiwi again" in {match.memory.content for match in answer.matches}
