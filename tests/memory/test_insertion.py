@@ -21,7 +21,9 @@ from tests.conftest import FakeClock, data_keys_of, new_caller
 class OneStatementOnly(Database):
     """A database that refuses transactions of several statements."""
 
-    def transaction(self, caller: Caller) -> AbstractAsyncContextManager[Connection]:
+    def transaction(
+        self, caller: Caller, *, in_index_order: bool = False
+    ) -> AbstractAsyncContextManager[Connection]:
         raise AssertionError("one statement was to do")
 
 
