@@ -47,6 +47,9 @@ bench: ready ## Print the figures of the README's table
 bench-retrieval: ready build/peers/installed ## Compare what is found, and how fast: make bench-retrieval CROWD=500000
 	@$(BIN)/python -m bench.retrieval --crowd $(CROWD)
 
+bench-jobs: ready build/peers/installed ## Compare how fast jobs are enqueued, begun and done
+	@$(BIN)/python -m bench.jobs
+
 check: ready lint types imports api drift ## Check style, types, imports, API and generated code
 
 gen: $(GOOGLEAPIS)/.copied build/kimberly.binpb ## Generate client/kimberly/*/v1 from proto/
@@ -115,4 +118,4 @@ PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo up down status test faults model bench bench-retrieval check gen lock lint types imports api drift ready
+.PHONY: help demo up down status test faults model bench bench-retrieval bench-jobs check gen lock lint types imports api drift ready

@@ -18,7 +18,7 @@ from local.mesh import Mesh
 from local.postgres import SUPERUSER
 
 HOME = CHECKOUT / "build" / "peers"
-"""The environment that `make bench-retrieval` installs them into."""
+"""The environment that `make bench-retrieval` and `make bench-jobs` install them into."""
 
 MODULES = ("langgraph_store", "mem0_memory")
 """The peers; the database of each has the same name."""
@@ -37,6 +37,10 @@ class Peer:
     def __init__(self, process: asyncio.subprocess.Process, name: str) -> None:
         self.name = name
         self._process = process
+
+    async def exchange(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request and return its answer."""
+        return await _exchange(self._process, request)
 
     async def tell(self, conversations: Sequence[Conversation]) -> None:
         """Store the turns of each conversation as one user's."""
@@ -61,14 +65,16 @@ class Peer:
 
 
 @asynccontextmanager
-async def running(python: Path, module: str, mesh: Mesh, dimensions: int) -> AsyncIterator[Peer]:
+async def running(
+    python: Path, module: str, mesh: Mesh, dimensions: int = 0
+) -> AsyncIterator[Peer]:
     """Run a peer on a database of its own.
 
     Raises:
         PeerError: It is not installed, or does not start.
     """
     if not python.exists():
-        raise PeerError(f"{python} is missing: `make bench-retrieval` installs the peers")
+        raise PeerError(f"{python} is missing: `make build/peers/installed` installs the peers")
     await _on_database(mesh, "postgres", f'CREATE DATABASE "{module}"')
     log = mesh.layout.logs / f"{module}.log"
     with log.open("wb") as errors:
