@@ -1,10 +1,6 @@
 """`kimberly audit`: a user who takes nobody's word for the log, and how the command ends."""
 
-import asyncio
-import datetime as dt
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +15,6 @@ from kimberly.users.v1 import users_pb2 as pb
 from kimberly.users.v1 import users_pb2_grpc as rpc
 from typer.testing import CliRunner
 
-from local.certificates import Names, make_leaf, make_root
-from local.ports import LOOPBACK
 from server import audit, ids
 from server.blobs import Blobs
 from server.caller import Caller
@@ -34,6 +28,7 @@ from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
 from server.users.service import UserService
 from server.users.store import UserStore
+from tests.commands import Command, command_of
 from tests.conftest import FakeClock, Serve, Urls, bearer, new_caller
 from tests.users.conftest import Users
 from tests.users.tampering import CARELESS, EVENTS, THOROUGH, act, tampered
@@ -281,47 +276,6 @@ async def test_links_are_listed_in_pages_and_tokens_fit_one_user(
 # --- the command -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """What came of a command."""
-
-    status: int
-    output: str
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """The `kimberly` command of one user, against a service behind TLS."""
-
-    address: str
-    directory: Path
-
-    async def __call__(self, *arguments: str, token: str, **environment: str) -> Ended:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "kimberly.cli",
-            *arguments,
-            env={
-                "PATH": os.defpath,
-                "PYTHONPATH": str(CHECKOUT / "client"),
-                "HOME": str(self.directory),
-                "COLUMNS": "200",
-                "KIMBERLY_ADDRESS": self.address,
-                "KIMBERLY_CA": str(self.directory / "ca.crt"),
-                "KIMBERLY_TOKEN": token,
-                "GRPC_VERBOSITY": "NONE",
-                **environment,
-            },
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        output, error = await process.communicate()
-        assert process.returncode is not None
-        return Ended(process.returncode, output.decode(), error.decode())
-
-
 Open = Callable[[AuditLog], Any]
 
 
@@ -330,20 +284,10 @@ async def open_command(serve: Serve, database: Database, tmp_path: Path) -> Open
     """Serve an audit log behind TLS, as the edge would."""
 
     async def start(audit_log: AuditLog) -> Command:
-        now = dt.datetime.now(dt.UTC)
-        root = make_root("the edge's authority", now=now)
-        leaf = make_leaf(root, Names(dns_names=("localhost",), addresses=(LOOPBACK,)), now=now)
-        (tmp_path / "ca.crt").write_bytes(root.certificate_pem)
-        credentials = grpc.ssl_server_credentials([(leaf.key_pem, leaf.certificate_pem)])
-        ports = []
-
-        def register(server: grpc.aio.Server) -> None:
-            service = UserService(UserStore(database), audit_log)
-            rpc.add_UserServiceServicer_to_server(service, server)
-            ports.append(server.add_secure_port(f"{LOOPBACK}:0", credentials))
-
-        await serve(register)
-        return Command(f"localhost:{ports[0]}", tmp_path)
+        service = UserService(UserStore(database), audit_log)
+        return await command_of(
+            serve, tmp_path, lambda server: rpc.add_UserServiceServicer_to_server(service, server)
+        )
 
     return start
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from kimberly.cli import audit
+from kimberly.cli import audit, jobs
 
 app = typer.Typer(
     help=(
@@ -15,3 +15,4 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(audit.app, name="audit")
+app.add_typer(jobs.app, name="jobs")
