@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,10 +34,13 @@ from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.enqueue import enqueue
 from server.jobs.doorbell import Doorbell
-from server.jobs.queue import Queue
+from server.jobs.forgetting import Forgetting
+from server.jobs.queue import PLANS_OF_QUEUE, Queue
+from server.jobs.schedule_store import ScheduleStore
 from server.jobs.schedules import Planner, Schedule
 from server.jobs.service import JobService
 from server.jobs.store import JobStore
+from server.jobs.watching import JobFeed
 from server.jobs.worker_service import WorkerService
 from server.kms import Kms
 from server.kms.local import LocalKms
@@ -129,7 +132,7 @@ class Application:
 
 @asynccontextmanager
 async def _databases(
-    settings: Settings, name: str
+    settings: Settings, name: str, system_settings: Mapping[str, str] | None = None
 ) -> AsyncIterator[tuple[Database, SystemDatabase]]:
     """Open both pools: one user's rows, and everything."""
     url = settings.database_url.get_secret_value()
@@ -137,7 +140,10 @@ async def _databases(
     async with (
         await open_pool(url, size=settings.database_connections, name=name) as pool,
         await open_pool(
-            system_url, size=settings.system_database_connections, name=f"{name}-system"
+            system_url,
+            size=settings.system_database_connections,
+            name=f"{name}-system",
+            settings=system_settings,
         ) as system_pool,
     ):
         yield Database(pool), SystemDatabase(system_pool)
@@ -271,23 +277,38 @@ def _watch_seconds(settings: Settings) -> float:
 
 
 async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
-    database, system = await stack.enter_async_context(_databases(settings, "jobs"))
+    database, system = await stack.enter_async_context(_databases(settings, "jobs", PLANS_OF_QUEUE))
     keys = await _remote_keys(settings, stack)
     doorbell = Doorbell(settings.system_database_url.get_secret_value())
-    queue = Queue(system, settings.lease_seconds)
+    queue = Queue(system, settings.lease_seconds, settings.job_limits)
     workers = WorkerService(
         queue,
         doorbell,
         lease_seconds=settings.lease_seconds,
         session_seconds=settings.stream_seconds * _SESSION_PART,
     )
-    nightly = Schedule("meditation.nightly", settings.meditation_schedule, "meditation.plan")
+    nightly = Schedule(
+        "meditation.nightly",
+        settings.meditation_schedule,
+        "meditation.plan",
+        settings.meditation_time_zone,
+    )
     rewrapping = Schedule("keys.rewrap", settings.rewrap_schedule, REWRAP)
     sweeping = Schedule("attachments.sweep", settings.sweep_schedule, "attachments.sweep")
     retention = Schedule("memories.sweep", settings.retention_schedule, "memories.sweep")
     promotion = Schedule("short_term.promote", settings.promotion_schedule, "short_term.promote")
-    planner = Planner(system, [nightly, rewrapping, sweeping, retention, promotion])
-    jobs = JobService(JobStore(database))
+    schedules = ScheduleStore(database, system)
+    planner = Planner(system, [nightly, rewrapping, sweeping, retention, promotion], schedules)
+    store = JobStore(database, system)
+    feed = JobFeed(store, session_seconds=_watch_seconds(settings))
+    jobs = JobService(store, feed, schedules)
+    forgetting = Forgetting(
+        queue, timedelta(days=settings.done_job_days), timedelta(days=settings.dead_job_days)
+    )
+
+    def announce_drain() -> None:
+        workers.drain()
+        feed.drain()
 
     def register(server: grpc.aio.Server) -> None:
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
@@ -296,8 +317,8 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     return Application(
         register,
         keys,
-        loops=[keys.run, workers.run, planner.run],
-        announce_drain=workers.drain,
+        loops=[keys.run, workers.run, planner.run, feed.run, forgetting.run],
+        announce_drain=announce_drain,
     )
 
 

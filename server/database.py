@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     asynccontextmanager,
@@ -49,13 +49,22 @@ async def _keep(_connection: asyncpg.Connection) -> None:
     """Reset nothing: all state that we set is local to a transaction."""
 
 
-async def open_pool(url: str, *, size: int, name: str) -> asyncpg.Pool:
-    """Open a pool of at most `size` connections; `name` shows in pg_stat_activity."""
+async def open_pool(
+    url: str, *, size: int, name: str, settings: Mapping[str, str] | None = None
+) -> asyncpg.Pool:
+    """Open a pool of at most `size` connections.
+
+    Args:
+        url: Whom to connect to, and as whom.
+        size: How many connections at most.
+        name: Shows in pg_stat_activity.
+        settings: Further settings of PostgreSQL that its connections have.
+    """
     return await asyncpg.create_pool(
         url,
         min_size=min(2, size),
         max_size=size,
-        server_settings={**_SETTINGS, "application_name": name},
+        server_settings={**_SETTINGS, **(settings or {}), "application_name": name},
         init=type_codecs,
         reset=_keep,
         command_timeout=30,
@@ -143,6 +152,17 @@ class SystemDatabase:
             StoreUnavailable: As in `Database.transaction`.
         """
         return _transaction(self._pool, "BEGIN")
+
+    async def fetch_alone(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+        """Run one statement that is a transaction of its own, in a single round trip.
+
+        Raises:
+            StoreUnavailable: As in `Database.transaction`.
+        """
+        with _translated():
+            async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+                rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
+        return rows
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ because one lock orders writes and whoever looks at what they leave behind:
 """
 
 from typing import Final
+from uuid import UUID
 
 from server.caller import Caller
 from server.database import Connection
@@ -20,7 +21,7 @@ from server.enqueue import enqueue
 KIND: Final = "memories.embed"
 
 
-async def ask_for_embedding(connection: Connection, caller: Caller) -> None:
+async def ask_for_embedding(connection: Connection, caller: Caller) -> UUID | None:
     """Enqueue the job that gives memories their vectors, if the user wants that.
 
     Does nothing for users who chose no local model or have not consented. To be called last in
@@ -30,9 +31,13 @@ async def ask_for_embedding(connection: Connection, caller: Caller) -> None:
         connection: A transaction of the caller's that adds memories, changes their texts or
             brings them back, or changes whether they may have vectors.
         caller: Whose memories they are.
+
+    Returns:
+        Id of the job, or of the unfinished one; None if the user does not want it.
     """
-    if await connection.fetchval("SELECT wants_embedding()"):
-        await enqueue(connection, kind=KIND, payload={}, caller=caller, unique_key=_key(caller))
+    if not await connection.fetchval("SELECT wants_embedding()"):
+        return None
+    return await enqueue(connection, kind=KIND, payload={}, caller=caller, unique_key=_key(caller))
 
 
 async def wait_for_writes(connection: Connection, caller: Caller) -> None:

@@ -32,7 +32,7 @@ class NewJob:
     run_at: datetime | None = None
     """Not before; None for at once."""
     priority: int = 0
-    """Greater comes first."""
+    """Greater comes first, whosever it is; -1000 to 1000."""
     max_attempts: int = USUAL_ATTEMPTS
 
 
@@ -56,7 +56,7 @@ async def enqueue(
         caller: Whose job it is; None for the system's own, which only the system role can make.
         unique_key: At most one unfinished job has it.
         run_at: Not before; None for at once.
-        priority: Greater comes first.
+        priority: Greater comes first, whosever it is; -1000 to 1000.
         max_attempts: How often it may be leased before it is given up.
 
     Returns:
@@ -91,10 +91,11 @@ async def _insert(
     inserted = await connection.fetch(
         f"""
         WITH inserted AS (
-            INSERT INTO jobs (id, tenant_id, user_id, kind, priority, run_at, max_attempts,
+            INSERT INTO jobs (id, tenant_id, user_id, kind, priority, run_at, due, max_attempts,
                               payload, unique_key)
             SELECT job.id, $8, $9, job.kind, job.priority, coalesce(job.run_at, now()),
-                   job.max_attempts, job.payload, job.unique_key
+                   coalesce(job.run_at <= now(), true), job.max_attempts, job.payload,
+                   job.unique_key
               FROM unnest($1::uuid[], $2::text[], $3::smallint[], $4::timestamptz[],
                           $5::integer[], $6::jsonb[], $7::text[])
                    AS job (id, kind, priority, run_at, max_attempts, payload, unique_key)

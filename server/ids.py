@@ -15,6 +15,7 @@ MEMORY: Final = "mem"
 ATTACHMENT: Final = "att"
 MEDITATION: Final = "med"
 JOB: Final = "job"
+SCHEDULE: Final = "sch"
 AUDIT_EVENT: Final = "aud"
 
 ABOVE_ALL: Final = UUID(int=(1 << 128) - 1)

@@ -84,11 +84,19 @@ class Settings(BaseSettings):
     sweep_schedule: str = "17 * * * *"
     """When the object store is swept: a cron expression in UTC."""
     lease_seconds: Seconds = 15.0
+    job_limits: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """How many jobs of a kind run at once in the whole mesh, as JSON; other kinds: any number."""
+    done_job_days: float = Field(default=7, gt=0)
+    """How long jobs are kept that succeeded or were cancelled."""
+    dead_job_days: float = Field(default=30, gt=0)
+    """How long jobs are kept that were given up."""
     audit_seal_seconds: Seconds = 1.0
     audit_checkpoint_seconds: Seconds = 300.0
     """How long a change of the whole audit log by the database's owner may go unnoticed."""
     meditation_schedule: str = "0 2 * * *"
-    """When the nightly meditation starts: a cron expression in UTC."""
+    """When the nightly meditation starts: a cron expression."""
+    meditation_time_zone: str = "UTC"
+    """Where that is read: an IANA name such as "Europe/Berlin"."""
     promotion_schedule: str = "30 * * * *"
     """When short-term memories that have earned it move to the long term."""
     rewrap_schedule: str = "30 3 * * 0"

@@ -12,6 +12,7 @@ import random
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -25,7 +26,12 @@ _MOST_CREDIT: Final = 1000
 _STREAM_SECONDS: Final = 900.0
 _LONGEST_PAUSE_SECONDS: Final = 2.0
 _WATCH_SECONDS: Final = 0.25
+_PROGRESS_SECONDS: Final = 1.0
 _BROKEN = (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError)
+
+
+def _nobody_listens(progress: float) -> None:
+    """Report to nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,8 @@ class Task:
     kind: str
     payload: Mapping[str, Any]
     attempt: int
+    report: Callable[[float], None] = _nobody_listens
+    """Tells how far the job is, 0 to 1: for people, so soon rather than at once."""
 
 
 Handler = Callable[[Task], Awaitable[Mapping[str, Any]]]
@@ -52,6 +60,9 @@ class _Held:
     expires_at: float
     """By the clock of the event loop."""
     work: asyncio.Task[None] | None = None
+    progress: float = 0.0
+    is_cancelled: bool = False
+    """The job is not wanted any more."""
     outcome: pb.Outcome | None = None
     sent_on: "_Session | None" = None
     """The stream that carried the outcome."""
@@ -68,6 +79,10 @@ class _Session:
     """Granted and not yet used."""
     is_draining: bool = False
     """The server asked us to finish and to connect again."""
+    beat_at: float = 0.0
+    """When the next heartbeat is due, by the clock of the event loop."""
+    progress_at: float = 0.0
+    """When progress may be told the next time."""
 
 
 class Worker:
@@ -102,6 +117,7 @@ class Worker:
         self._called = asyncio.Event()
         self._drained = asyncio.Event()
         self._give_up_at: float | None = None
+        self._has_progress = False
 
     def drain(self) -> None:
         """Take no more jobs; `run` returns when those at hand are done or handed back."""
@@ -178,6 +194,8 @@ class Worker:
                 case "lease_lost":
                     log.warning("leases lost", jobs=list(response.lease_lost.job_ids))
                     self._forget(response.lease_lost.job_ids)
+                case "cancel":
+                    self._cancel(response.cancel.job_ids)
                 case "drain":
                     session.is_draining = True
             self._called.set()
@@ -195,14 +213,39 @@ class Worker:
         outcome = pb.Outcome(job_id=lease.job_id, lease_token=lease.lease_token)
         try:
             payload = json.loads(lease.payload_json)
-            task = Task(lease.job_id, lease.lease_token, lease.kind, payload, lease.attempt)
+            task = Task(
+                lease.job_id,
+                lease.lease_token,
+                lease.kind,
+                payload,
+                lease.attempt,
+                partial(self._report, held),
+            )
             result = await self._handlers[lease.kind](task)
             outcome.completed.result_json = json.dumps(result)
+        except asyncio.CancelledError:
+            if not held.is_cancelled:
+                raise
+            outcome.stopped.SetInParent()
         except Exception as error:
             log.warning("job failed", job=lease.job_id, kind=lease.kind, exc_info=error)
             outcome.failed.error = _brief(error)
         held.outcome = outcome
         self._called.set()
+
+    def _report(self, held: _Held, progress: float) -> None:
+        held.progress = min(max(progress, 0.0), 1.0)
+        self._has_progress = True
+        self._called.set()
+
+    def _cancel(self, job_ids: Iterable[str]) -> None:
+        """Stop work that is not wanted any more; its leases are ours until that is settled."""
+        for job_id in job_ids:
+            held = self._held.get(job_id)
+            if held is not None and held.work is not None and held.outcome is None:
+                log.info("job cancelled", job=job_id)
+                held.is_cancelled = True
+                held.work.cancel()
 
     def _forget(self, job_ids: Iterable[str]) -> None:
         """Drop leases that are settled or no longer ours, and stop their work."""
@@ -226,7 +269,6 @@ class Worker:
     async def _send(self, session: _Session) -> None:
         """Send outcomes, credit and heartbeats until everything is said."""
         try:
-            beat_at = _now()
             while True:
                 self._called.clear()
                 await self._settle(session)
@@ -234,10 +276,9 @@ class Worker:
                     await session.call.done_writing()
                     return
                 await self._grant(session)
-                if _now() >= beat_at:
-                    beat_at = _now() + session.heartbeat_seconds
+                if self._next_beat(session) <= _now():
                     await self._beat(session)
-                await self._wait(beat_at)
+                await self._wait(self._next_beat(session))
         except _BROKEN:
             # The receiving side learns of it too, and says so.
             return
@@ -275,12 +316,21 @@ class Worker:
             session.credit += room
             await session.call.write(pb.WorkRequest(credit=pb.Credit(jobs=room)))
 
+    def _next_beat(self, session: _Session) -> float:
+        """Return when a heartbeat is due: it also tells progress, which need not wait so long."""
+        if self._has_progress:
+            return min(session.beat_at, session.progress_at)
+        return session.beat_at
+
     async def _beat(self, session: _Session) -> None:
+        self._has_progress = False
+        session.beat_at = _now() + session.heartbeat_seconds
+        session.progress_at = _now() + _PROGRESS_SECONDS
         beating = {
             job_id: held for job_id, held in self._held.items() if held.sent_on is not session
         }
         leases = [
-            pb.LeaseProgress(job_id=job_id, lease_token=held.token)
+            pb.LeaseProgress(job_id=job_id, lease_token=held.token, progress=held.progress)
             for job_id, held in beating.items()
         ]
         sent_at = _now()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+from server.jobs.ticks import Missed
+
 
 class JobState(enum.Enum):
     """Where a job stands."""
@@ -13,6 +15,12 @@ class JobState(enum.Enum):
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     DEAD = "dead"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the job has ended."""
+        return self not in {JobState.WAITING, JobState.RUNNING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +34,30 @@ class Job:
     max_attempts: int
     progress: float
     error: str
+    result: str | None
+    """A JSON object."""
     created_at: datetime
+    run_at: datetime
+    cancelled_at: datetime | None
+    """When somebody asked for its end."""
     finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class UserSchedule:
+    """When a user's jobs are made of their own accord."""
+
+    id: UUID
+    kind: str
+    cron: str
+    time_zone: str
+    missed: Missed
+    next_run_at: datetime | None = None
+    """None while it is paused."""
+    last_run_at: datetime | None = None
+    last_job_id: UUID | None = None
+    created_at: datetime | None = None
+    """None until it is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +102,20 @@ class Failed:
     error: str
 
 
-Outcome = Completed | Failed
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The work was stopped because its end was asked for."""
+
+    held: Held
+
+
+Outcome = Completed | Failed | Stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """What became of leases that were to be kept alive."""
+
+    lost: frozenset[Held]
+    cancelled: frozenset[Held]
+    """Alive, but the work is not wanted any more."""

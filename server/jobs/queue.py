@@ -1,122 +1,152 @@
 """The queue in Postgres, as workers use it.
 
 Every write about a job carries its lease token, and the worker's id, which only that process
-knows: a lease that passed on, or was never the worker's, meets no row.
+knows: a lease that passed on, or was never the worker's, meets no row. Only running jobs have a
+worker; no statement says so besides, lest the planner should read all running jobs to find one.
 """
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Final
+from uuid import UUID
 
-from server.database import SystemDatabase
+import asyncpg
+
+from server.database import Connection, SystemDatabase
 from server.enqueue import DOORBELL
-from server.jobs.model import Beat, Completed, Failed, Held, Lease, Outcome
-from server.jobs.retries import retry_seconds
+from server.jobs.model import Beat, Completed, Extended, Failed, Held, Lease, Outcome, Stopped
+from server.jobs.retries import LADDER, part_of_delay
 
 _LAPSED: Final = "the worker stopped answering"
-_RECLAIM_AT_ONCE = 1000
+_AT_ONCE: Final = 1000
+_NEVER_FULL: Final = 2**31 - 1
+_ANYWHERE: Final = UUID(int=0)
+
+PLANS_OF_QUEUE: Final = {"enable_seqscan": "off", "enable_bitmapscan": "off"}
+"""Settings of the connections that the queue is used by: what was planned while there were few jobs
+is also done when there are many."""
 
 
 class Queue:
     """Leases jobs and takes outcomes. One method, one statement; the clock is Postgres's."""
 
-    def __init__(self, database: SystemDatabase, lease_seconds: float) -> None:
+    def __init__(
+        self,
+        database: SystemDatabase,
+        lease_seconds: float,
+        limits: Mapping[str, int] | None = None,
+    ) -> None:
+        """Open the queue.
+
+        Args:
+            database: Where the jobs are.
+            lease_seconds: How long a lease lives without a heartbeat.
+            limits: How many jobs of a kind run at once, in the whole mesh; kinds that are not
+                named have no limit.
+        """
         self._database = database
         self._lease_seconds = lease_seconds
+        self._limits = dict(limits or {})
+        self._places: dict[str, UUID] = {}
+        """The lane whose turn was the last, by kind. Each replica goes round by itself."""
 
     async def lease(self, worker_id: str, kinds: Sequence[str], limit: int) -> list[Lease]:
-        """Lease up to `limit` jobs of these kinds that are due, the most urgent first.
+        """Lease up to `limit` jobs of these kinds that are due.
 
-        Two workers that lease at once get different jobs, and do not wait for each other.
+        The most urgent come first. Among these, kinds and users take turns: whoever has many
+        waiting gets no more at a time than somebody with one. There may be more of them when
+        fewer than `limit` come. Two workers that lease at once get different jobs, and wait for
+        each other only at kinds that have a limit.
         """
-        async with self._database.transaction() as connection:
-            rows = await connection.fetch(
-                """
-                WITH due AS (
-                    SELECT job.id
-                      FROM unnest($2::text[]) AS wanted (kind)
-                     CROSS JOIN LATERAL (
-                           SELECT id, priority, run_at
-                             FROM jobs
-                            WHERE state = 'waiting' AND kind = wanted.kind AND run_at <= now()
-                            ORDER BY priority DESC, run_at, id
-                            LIMIT $3
-                              FOR UPDATE SKIP LOCKED
-                           ) AS job
-                     ORDER BY job.priority DESC, job.run_at, job.id
-                     LIMIT $3
-                )
-                UPDATE jobs
-                   SET state = 'running', attempt = attempt + 1, progress = 0, worker_id = $1,
-                       lease_token = nextval('lease_tokens'),
-                       lease_expires_at = clock_timestamp() + make_interval(secs => $4)
-                  FROM due
-                 WHERE jobs.id = due.id
-                RETURNING jobs.id, lease_token, kind, payload, attempt
-                """,
-                worker_id,
-                list(kinds),
-                limit,
-                self._lease_seconds,
-            )
+        # By chance, so that no kind always comes first where there is room for few.
+        kinds = random.sample(kinds, len(kinds))
+        rooms = [self._limits.get(kind, _NEVER_FULL) for kind in kinds]
+        limited = sorted(self._limits.keys() & set(kinds))
+        places = [self._places.get(kind, _ANYWHERE) for kind in kinds]
+        arguments = (worker_id, kinds, rooms, places, limit, self._lease_seconds)
+        if limited:
+            async with self._database.transaction() as connection:
+                await _take_turns(connection, limited)
+                rows = await connection.fetch(LEASE, *arguments)
+        else:
+            rows = await self._database.fetch_alone(LEASE, *arguments)
+        self._move_on(rows)
         return [
-            Lease(Held(row["id"], row["lease_token"]), row["kind"], row["payload"], row["attempt"])
-            for row in rows
+            Lease(Held(job_id, token), kind, payload, attempt)
+            for job_id, token, kind, payload, attempt, _ in rows
         ]
 
-    async def extend(self, worker_id: str, beats: Sequence[Beat]) -> set[Held]:
-        """Keep leases of a worker alive for another lease duration; return those that are lost.
+    def _move_on(self, rows: Sequence[asyncpg.Record]) -> None:
+        """Note, for each kind, how far round the ring of lanes this has come."""
+        turns: dict[str, Counter[UUID]] = {}
+        for _, _, kind, _, _, lane in rows:
+            turns.setdefault(kind, Counter())[lane] += 1
+        for kind, lanes in turns.items():
+            begin, rounds = self._places.get(kind, _ANYWHERE), max(lanes.values())
+            last_round = (lane for lane, jobs in lanes.items() if jobs == rounds)
+            _, self._places[kind] = max((lane <= begin, lane) for lane in last_round)
+
+    async def extend(self, worker_id: str, beats: Sequence[Beat]) -> Extended:
+        """Keep leases of a worker alive for another lease duration.
 
         A lease whose time is over but whose job nobody took since is alive again.
         """
-        async with self._database.transaction() as connection:
-            rows = await connection.fetch(
-                """
-                UPDATE jobs
-                   SET lease_expires_at = clock_timestamp() + make_interval(secs => $4),
-                       progress = beat.progress
-                  FROM unnest($1::uuid[], $2::bigint[], $3::real[]) AS beat (id, token, progress)
-                 WHERE jobs.id = beat.id AND lease_token = beat.token AND state = 'running'
-                   AND worker_id = $5
-                RETURNING jobs.id, lease_token
-                """,
-                [beat.held.job_id for beat in beats],
-                [beat.held.token for beat in beats],
-                [beat.progress for beat in beats],
-                self._lease_seconds,
-                worker_id,
-            )
-        return {beat.held for beat in beats} - {Held(*row) for row in rows}
+        rows = await self._database.fetch_alone(
+            """
+            UPDATE jobs
+               SET lease_expires_at = clock_timestamp() + make_interval(secs => $4),
+                   progress = beat.progress
+              FROM unnest($1::uuid[], $2::bigint[], $3::real[]) AS beat (id, token, progress)
+             WHERE jobs.id = beat.id AND lease_token = beat.token
+               AND worker_id = $5
+            RETURNING jobs.id, lease_token, cancelled_at IS NOT NULL AS is_cancelled
+            """,
+            [beat.held.job_id for beat in beats],
+            [beat.held.token for beat in beats],
+            [beat.progress for beat in beats],
+            self._lease_seconds,
+            worker_id,
+        )
+        alive = {Held(row["id"], row["lease_token"]): row["is_cancelled"] for row in rows}
+        return Extended(
+            lost=frozenset(beat.held for beat in beats) - alive.keys(),
+            cancelled=frozenset(held for held, is_cancelled in alive.items() if is_cancelled),
+        )
 
     async def settle(self, worker_id: str, outcomes: Sequence[Outcome]) -> set[Held]:
         """Write how leases of a worker ended and return those for which that now stands.
 
         The others are lost, and nothing is written about them. A failed job waits to be tried
-        again, or is dead after its last attempt.
+        again, or is dead after its last attempt. One whose end was asked for is cancelled, and
+        no other outcome of it stands.
         """
         completed = [outcome for outcome in outcomes if isinstance(outcome, Completed)]
         failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+        stopped = [outcome for outcome in outcomes if isinstance(outcome, Stopped)]
         standing = await self._complete(worker_id, completed) if completed else set()
-        return standing | (await self._fail(worker_id, failed) if failed else set())
+        standing |= await self._fail(worker_id, failed) if failed else set()
+        return standing | (await self._stop(worker_id, stopped) if stopped else set())
 
     async def release(self, worker_id: str, leases: Sequence[Held]) -> set[Held]:
         """Give back leases whose work was not done: their jobs wait again, no attempt is lost."""
-        async with self._database.transaction() as connection:
-            rows = await connection.fetch(
-                """
-                UPDATE jobs
-                   SET state = 'waiting', attempt = attempt - 1, progress = 0, worker_id = NULL,
-                       lease_expires_at = NULL
-                  FROM unnest($1::uuid[], $2::bigint[]) AS lease (id, token)
-                 WHERE jobs.id = lease.id AND lease_token = lease.token AND state = 'running'
-                   AND worker_id = $4
-                RETURNING jobs.id, lease_token, pg_notify($3, '')
-                """,
-                [held.job_id for held in leases],
-                [held.token for held in leases],
-                DOORBELL,
-                worker_id,
-            )
+        rows = await self._database.fetch_alone(
+            """
+            UPDATE jobs
+               SET state = CASE WHEN cancelled_at IS NULL THEN 'waiting' ELSE 'cancelled' END,
+                   finished_at = CASE WHEN cancelled_at IS NOT NULL THEN now() END,
+                   attempt = attempt - 1, progress = 0, worker_id = NULL, lease_expires_at = NULL
+              FROM unnest($1::uuid[], $2::bigint[]) AS lease (id, token)
+             WHERE jobs.id = lease.id AND lease_token = lease.token
+               AND worker_id = $4
+            RETURNING jobs.id, lease_token, pg_notify($3, '')
+            """,
+            [held.job_id for held in leases],
+            [held.token for held in leases],
+            DOORBELL,
+            worker_id,
+        )
         return {Held(row["id"], row["lease_token"]) for row in rows}
 
     async def reclaim(self) -> int:
@@ -124,81 +154,246 @@ class Queue:
 
         A job that lost its worker at its last attempt is dead: it may well be what killed it.
         """
-        async with self._database.transaction() as connection:
-            rows = await connection.fetch(
-                """
-                WITH lapsed AS (
-                    SELECT id, lease_token
-                      FROM jobs
-                     WHERE state = 'running' AND lease_expires_at < clock_timestamp()
-                     LIMIT $2
-                       FOR UPDATE SKIP LOCKED
-                )
-                UPDATE jobs
-                   SET state = CASE WHEN attempt < max_attempts THEN 'waiting' ELSE 'dead' END,
-                       finished_at = CASE WHEN attempt < max_attempts THEN NULL ELSE now() END,
-                       error = $1, worker_id = NULL, lease_expires_at = NULL
-                  FROM lapsed
-                 WHERE jobs.id = lapsed.id AND jobs.lease_token = lapsed.lease_token
-                RETURNING state, pg_notify($3, '')
-                """,
-                _LAPSED,
-                _RECLAIM_AT_ONCE,
-                DOORBELL,
+        rows = await self._database.fetch_alone(
+            """
+            WITH lapsed AS (
+                SELECT id, lease_token,
+                       CASE WHEN cancelled_at IS NOT NULL THEN 'cancelled'
+                            WHEN attempt < max_attempts THEN 'waiting'
+                            ELSE 'dead' END AS next
+                  FROM jobs
+                 WHERE state = 'running' AND lease_expires_at < clock_timestamp()
+                 LIMIT $2
+                   FOR UPDATE SKIP LOCKED
             )
+            UPDATE jobs
+               SET state = lapsed.next,
+                   finished_at = CASE WHEN lapsed.next <> 'waiting' THEN now() END,
+                   error = $1, worker_id = NULL, lease_expires_at = NULL
+              FROM lapsed
+             WHERE jobs.id = lapsed.id AND jobs.lease_token = lapsed.lease_token
+            RETURNING state, pg_notify($3, '')
+            """,
+            _LAPSED,
+            _AT_ONCE,
+            DOORBELL,
+        )
         return sum(row["state"] == "waiting" for row in rows)
 
-    async def _complete(self, worker_id: str, outcomes: Sequence[Completed]) -> set[Held]:
-        async with self._database.transaction() as connection:
-            rows = await connection.fetch(
-                """
-                UPDATE jobs
-                   SET state = 'succeeded', result = outcome.result, progress = 1,
-                       finished_at = now(), worker_id = NULL, lease_expires_at = NULL
-                  FROM unnest($1::uuid[], $2::bigint[], $3::jsonb[]) AS outcome (id, token, result)
-                 WHERE jobs.id = outcome.id AND lease_token = outcome.token AND state = 'running'
-                   AND worker_id = $4
-                RETURNING jobs.id, lease_token
-                """,
-                [outcome.held.job_id for outcome in outcomes],
-                [outcome.held.token for outcome in outcomes],
-                [outcome.result_json for outcome in outcomes],
-                worker_id,
+    async def admit(self) -> int:
+        """Let jobs be leased whose time has come, and return how many these are, at most 1000."""
+        rows = await self._database.fetch_alone(
+            """
+            WITH ripe AS (
+                SELECT id
+                  FROM jobs
+                 WHERE state = 'waiting' AND NOT due AND run_at <= now()
+                 ORDER BY run_at
+                 LIMIT $1
+                   FOR UPDATE SKIP LOCKED
             )
-        return {Held(*row) for row in rows}
+            UPDATE jobs SET due = true
+              FROM ripe
+             WHERE jobs.id = ripe.id
+            RETURNING pg_notify($2, '')
+            """,
+            _AT_ONCE,
+            DOORBELL,
+        )
+        return len(rows)
+
+    async def forget(self, done_for: timedelta, given_up_for: timedelta) -> int:
+        """Delete jobs that ended long ago and return how many these are, at most 1000.
+
+        Args:
+            done_for: How long jobs are kept that succeeded or were cancelled.
+            given_up_for: How long dead ones are.
+        """
+        rows = await self._database.fetch_alone(
+            """
+            WITH old AS (
+                SELECT id
+                  FROM jobs
+                 WHERE id < uuidv7(-least($1::interval, $2::interval))
+                   AND finished_at < now() - CASE state WHEN 'dead' THEN $2 ELSE $1 END
+                 ORDER BY id
+                 LIMIT $3
+                   FOR UPDATE SKIP LOCKED
+            )
+            DELETE FROM jobs USING old WHERE jobs.id = old.id
+            RETURNING 1
+            """,
+            done_for,
+            given_up_for,
+            _AT_ONCE,
+        )
+        return len(rows)
+
+    async def _complete(self, worker_id: str, outcomes: Sequence[Completed]) -> set[Held]:
+        rows = await self._database.fetch_alone(
+            """
+            UPDATE jobs
+               SET state = CASE WHEN cancelled_at IS NULL THEN 'succeeded' ELSE 'cancelled' END,
+                   result = CASE WHEN cancelled_at IS NULL THEN outcome.result END,
+                   progress = CASE WHEN cancelled_at IS NULL THEN 1 ELSE progress END,
+                   finished_at = now(), worker_id = NULL, lease_expires_at = NULL
+              FROM unnest($1::uuid[], $2::bigint[], $3::jsonb[])
+                   WITH ORDINALITY AS outcome (id, token, result, place)
+             WHERE jobs.id = outcome.id AND lease_token = outcome.token
+               AND worker_id = $4
+            RETURNING outcome.place, cancelled_at IS NULL
+            """,
+            [outcome.held.job_id for outcome in outcomes],
+            [outcome.held.token for outcome in outcomes],
+            [outcome.result_json for outcome in outcomes],
+            worker_id,
+        )
+        return {outcomes[place - 1].held for place, stands in rows if stands}
 
     async def _fail(self, worker_id: str, outcomes: Sequence[Failed]) -> set[Held]:
-        """Two statements in one transaction: how long a job waits depends on its attempt."""
-        errors = {outcome.held: outcome.error for outcome in outcomes}
-        async with self._database.transaction() as connection:
-            rows = await connection.fetch(
-                """
-                SELECT id, lease_token, attempt
+        rows = await self._database.fetch_alone(
+            """
+            WITH ended AS (
+                SELECT outcome.*, jobs.cancelled_at IS NULL AS stands,
+                       CASE WHEN jobs.cancelled_at IS NOT NULL THEN 'cancelled'
+                            WHEN jobs.attempt < jobs.max_attempts THEN 'waiting'
+                            ELSE 'dead' END AS next,
+                       now() + make_interval(secs => outcome.part
+                           * ($5::float8[])[least(jobs.attempt, cardinality($5))]) AS next_run_at
                   FROM jobs
-                  JOIN unnest($1::uuid[], $2::bigint[]) AS outcome (job_id, token)
-                    ON id = job_id AND lease_token = token
-                 WHERE state = 'running' AND worker_id = $3
-                 ORDER BY id
+                  JOIN unnest($1::uuid[], $2::bigint[], $3::text[], $6::float8[])
+                       WITH ORDINALITY AS outcome (id, token, error, part, place)
+                    ON jobs.id = outcome.id AND lease_token = outcome.token
+                 WHERE jobs.worker_id = $4
                    FOR UPDATE OF jobs
-                """,
-                [held.job_id for held in errors],
-                [held.token for held in errors],
-                worker_id,
             )
-            standing = [Held(row["id"], row["lease_token"]) for row in rows]
-            await connection.execute(
-                """
-                UPDATE jobs
-                   SET state = CASE WHEN attempt < max_attempts THEN 'waiting' ELSE 'dead' END,
-                       finished_at = CASE WHEN attempt < max_attempts THEN NULL ELSE now() END,
-                       run_at = now() + make_interval(secs => outcome.delay),
-                       error = outcome.error, worker_id = NULL, lease_expires_at = NULL
-                  FROM unnest($1::uuid[], $2::double precision[], $3::text[])
-                       AS outcome (id, delay, error)
-                 WHERE jobs.id = outcome.id
-                """,
-                [held.job_id for held in standing],
-                [retry_seconds(row["attempt"], random.random()) for row in rows],  # noqa: S311
-                [errors[held] for held in standing],
-            )
-        return set(standing)
+            UPDATE jobs
+               SET state = ended.next, error = ended.error,
+                   finished_at = CASE WHEN ended.next <> 'waiting' THEN now() END,
+                   run_at = CASE ended.next WHEN 'waiting' THEN next_run_at ELSE run_at END,
+                   due = ended.next <> 'waiting', worker_id = NULL, lease_expires_at = NULL
+              FROM ended
+             WHERE jobs.id = ended.id
+            RETURNING ended.place, ended.stands
+            """,
+            [outcome.held.job_id for outcome in outcomes],
+            [outcome.held.token for outcome in outcomes],
+            [outcome.error for outcome in outcomes],
+            worker_id,
+            LADDER,
+            [part_of_delay(random.random()) for _ in outcomes],  # noqa: S311 - no secret
+        )
+        return {outcomes[place - 1].held for place, stands in rows if stands}
+
+    async def _stop(self, worker_id: str, outcomes: Sequence[Stopped]) -> set[Held]:
+        rows = await self._database.fetch_alone(
+            """
+            UPDATE jobs
+               SET state = 'cancelled', finished_at = now(), worker_id = NULL,
+                   lease_expires_at = NULL
+              FROM unnest($1::uuid[], $2::bigint[]) AS lease (id, token)
+             WHERE jobs.id = lease.id AND lease_token = lease.token
+               AND worker_id = $3 AND cancelled_at IS NOT NULL
+            RETURNING jobs.id, lease_token
+            """,
+            [outcome.held.job_id for outcome in outcomes],
+            [outcome.held.token for outcome in outcomes],
+            worker_id,
+        )
+        return {Held(row["id"], row["lease_token"]) for row in rows}
+
+
+async def _take_turns(connection: Connection, kinds: Sequence[str]) -> None:
+    """Count and take jobs of these kinds one after the other: two that count at once exceed."""
+    await connection.execute(
+        """
+        SELECT pg_advisory_xact_lock(hashtextextended('jobs/' || kind, 0))
+          FROM unnest($1::text[]) AS kind
+        """,
+        kinds,
+    )
+
+
+LEASE: Final = """
+    WITH RECURSIVE asked AS (
+        SELECT asked.kind, asked.begin, first.urgency,
+               room - CASE room WHEN 2147483647 THEN 0 ELSE (
+                   SELECT count(*) FROM jobs WHERE state = 'running' AND kind = asked.kind
+               ) END AS room
+          FROM unnest($2::text[], $3::integer[], $4::uuid[]) AS asked (kind, room, begin)
+         CROSS JOIN LATERAL (
+               SELECT urgency
+                 FROM jobs
+                WHERE state = 'waiting' AND due AND kind = asked.kind
+                ORDER BY urgency
+                LIMIT 1
+               ) AS first
+    ),
+    open AS (
+        SELECT kind, begin, urgency, room FROM asked WHERE room > 0
+    ),
+    -- Round the ring of lanes, from where the last turn ended.
+    walk (kind, begin, urgency, room, lane, is_round, step) AS (
+        SELECT kind, begin, urgency, room, begin, false, 0
+          FROM open
+         WHERE urgency = (SELECT min(urgency) FROM open)
+         UNION ALL
+        SELECT kind, begin, urgency, room, next.lane, next.is_round, step + 1
+          FROM walk
+         CROSS JOIN LATERAL (
+               (SELECT lane, walk.is_round
+                  FROM jobs
+                 WHERE state = 'waiting' AND due AND kind = walk.kind
+                   AND urgency = walk.urgency
+                   AND lane > walk.lane AND (lane <= walk.begin OR NOT walk.is_round)
+                 ORDER BY lane
+                 LIMIT 1)
+                 UNION ALL
+               (SELECT lane, true
+                  FROM jobs
+                 WHERE state = 'waiting' AND due AND kind = walk.kind
+                   AND urgency = walk.urgency
+                   AND lane <= walk.begin AND NOT walk.is_round
+                 ORDER BY lane
+                 LIMIT 1)
+                 ORDER BY is_round
+                 LIMIT 1
+               ) AS next (lane, is_round)
+    ),
+    lanes AS MATERIALIZED (
+        SELECT kind, urgency, room, lane, step FROM walk WHERE step > 0 LIMIT $5
+    ),
+    taken AS MATERIALIZED (
+        SELECT job.row, job.id, job.run_at, lanes.kind, lanes.room, lanes.step
+          FROM lanes
+         CROSS JOIN LATERAL (
+               SELECT ctid AS row, id, run_at
+                 FROM jobs
+                WHERE state = 'waiting' AND due AND kind = lanes.kind
+                  AND jobs.urgency = lanes.urgency AND jobs.lane = lanes.lane AND run_at <= now()
+                ORDER BY run_at, id
+                LIMIT (SELECT ceil($5::float8 / count(*)) FROM lanes)
+                  FOR UPDATE SKIP LOCKED
+               ) AS job
+    ),
+    ranked AS (
+        SELECT row, kind, room, step,
+               row_number() OVER (PARTITION BY kind, step ORDER BY run_at, id) AS round
+          FROM taken
+    ),
+    fitting AS (
+        SELECT row, room, round, step,
+               row_number() OVER (PARTITION BY kind ORDER BY round, step) AS place
+          FROM ranked
+    )
+    UPDATE jobs
+       SET state = 'running', attempt = attempt + 1, progress = 0, worker_id = $1,
+           lease_token = nextval('lease_tokens'),
+           lease_expires_at = clock_timestamp() + make_interval(secs => $6)
+     -- By where they lie: they are locked, and so they lie still. Whatever the planner expects,
+     -- there is no other way to look them up.
+     WHERE ctid = ANY (ARRAY(
+               SELECT row FROM fitting WHERE place <= room ORDER BY round, step LIMIT $5))
+    RETURNING id, lease_token, kind, payload, attempt, lane
+"""
+"""Worker; kinds, how many jobs of each may run, the lane of its last turn; how many; seconds."""

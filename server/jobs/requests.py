@@ -8,7 +8,7 @@ from kimberly.jobs.v1 import jobs_pb2 as pb
 
 from server import ids
 from server.errors import InvalidArgument
-from server.jobs.model import Beat, Completed, Failed, Held, Outcome
+from server.jobs.model import Beat, Completed, Failed, Held, Outcome, Stopped
 
 MOST_JOBS: Final = 1000
 """How many jobs one worker may hold or have room for."""
@@ -91,8 +91,10 @@ def _outcome(outcome: pb.Outcome, field: str) -> Outcome:
         case "failed":
             # Postgres stores no NUL.
             return Failed(held, outcome.failed.error.replace("\0", "")[:_LONGEST_ERROR])
+        case "stopped":
+            return Stopped(held)
         case _:
-            raise InvalidArgument(f"{field}.result", "must be completed or failed")
+            raise InvalidArgument(f"{field}.result", "must be completed, failed or stopped")
 
 
 def _held(message: pb.Outcome | pb.LeaseProgress, field: str) -> Held:

@@ -4,18 +4,20 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 import structlog
-from cronsim import CronSim
 
 from server.database import Connection, SystemDatabase
 from server.enqueue import enqueue
 from server.errors import StoreUnavailable
+from server.jobs.schedule_store import ScheduleStore
+from server.jobs.ticks import Missed, is_to_run, next_ticks
 
 log = structlog.get_logger()
 
-_LONGEST_SLEEP_SECONDS = 10.0
-_AGAIN_SECONDS = 1.0
+_LONGEST_SLEEP_SECONDS: Final = 10.0
+_AGAIN_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,29 +26,28 @@ class Schedule:
 
     name: str
     cron: str
-    """Cron expression in UTC, such as "0 2 * * *"."""
+    """Cron expression, such as "0 2 * * *"."""
     kind: str
-
-
-def next_tick(cron: str, after: datetime) -> datetime:
-    """Return the first tick after an instant.
-
-    Args:
-        cron: Five fields, as crontab(5) has them.
-        after: With time zone; the expression is read in it.
-
-    Raises:
-        cronsim.CronSimError: It is no cron expression.
-    """
-    return next(CronSim(cron, after))
+    time_zone: str = "UTC"
+    missed: Missed = Missed.RUN_ONCE
 
 
 class Planner:
-    """Enqueues a job at every tick. Ticks that were missed make one job together."""
+    """Enqueues a job at every tick."""
 
-    def __init__(self, database: SystemDatabase, schedules: Sequence[Schedule]) -> None:
+    def __init__(
+        self, database: SystemDatabase, schedules: Sequence[Schedule], users: ScheduleStore
+    ) -> None:
+        """Serve schedules.
+
+        Args:
+            database: Where those of the mesh are.
+            schedules: The mesh's own.
+            users: Those of users.
+        """
         self._database = database
         self._schedules = tuple(schedules)
+        self._users = users
 
     async def run(self) -> None:
         """Store the schedules, then tick until cancelled."""
@@ -56,29 +57,32 @@ class Planner:
                 if not stored:
                     await self.store()
                     stored = True
-                pause = await self.tick()
+                pause = min(await self.tick(), await self.tick_for_users())
             except (StoreUnavailable, TimeoutError) as error:
                 log.warning("schedules out of reach", error=repr(error))
                 pause = _AGAIN_SECONDS
             await asyncio.sleep(pause)
 
     async def store(self) -> None:
-        """Store the schedules; one whose expression is as it was keeps its next tick."""
+        """Store the schedules; one whose ticks are as they were keeps its next tick."""
         async with self._database.transaction() as connection:
             now: datetime = await connection.fetchval("SELECT now()")
             for schedule in self._schedules:
                 await connection.execute(
                     """
-                    INSERT INTO schedules (name, cron, kind, next_run_at)
-                    VALUES ($1, $2, $3, $4)
+                    INSERT INTO schedules (name, cron, kind, next_run_at, time_zone, missed)
+                    VALUES ($1, $2, $3, $4, $5, $6)
                         ON CONFLICT (name) DO UPDATE
-                       SET cron = $2, kind = $3, next_run_at = $4
-                     WHERE schedules.cron <> $2 OR schedules.kind <> $3
+                       SET cron = $2, kind = $3, next_run_at = $4, time_zone = $5, missed = $6
+                     WHERE (schedules.cron, schedules.kind, schedules.time_zone, schedules.missed)
+                           <> ($2, $3, $5, $6)
                     """,
                     schedule.name,
                     schedule.cron,
                     schedule.kind,
-                    next_tick(schedule.cron, now),
+                    next_ticks(schedule.cron, schedule.time_zone, now)[0],
+                    schedule.time_zone,
+                    schedule.missed.value,
                 )
 
     async def tick(self) -> float:
@@ -87,27 +91,45 @@ class Planner:
             # Another replica that holds the row is enqueueing its job: there is nothing to do.
             due = await connection.fetch(
                 """
-                SELECT name, cron, kind, now() AS ticked_at
+                SELECT name, cron, kind, time_zone, missed, next_run_at, now() AS now
                   FROM schedules
                  WHERE next_run_at <= now()
                    FOR UPDATE SKIP LOCKED
                 """
             )
             for row in due:
-                schedule = Schedule(row["name"], row["cron"], row["kind"])
-                await _run(connection, schedule, row["ticked_at"])
+                schedule = Schedule(
+                    *(row["name"], row["cron"], row["kind"], row["time_zone"]),
+                    Missed(row["missed"]),
+                )
+                await _run(connection, schedule, row["next_run_at"], row["now"])
             seconds = await connection.fetchval(
                 "SELECT extract(epoch FROM min(next_run_at) - now())::float8 FROM schedules"
             )
-        return min(max(seconds or _LONGEST_SLEEP_SECONDS, _AGAIN_SECONDS), _LONGEST_SLEEP_SECONDS)
+        return _pause(seconds)
+
+    async def tick_for_users(self) -> float:
+        """Do the same for the schedules of users."""
+        due, seconds = await self._users.due()
+        for each in due:
+            if job_id := await self._users.tick(each):
+                log.info("schedule ticked", schedule=str(each.id), job=str(job_id))
+        return _pause(seconds)
 
 
-async def _run(connection: Connection, schedule: Schedule, now: datetime) -> None:
+def _pause(seconds: float | None) -> float:
+    return min(max(seconds or _LONGEST_SLEEP_SECONDS, _AGAIN_SECONDS), _LONGEST_SLEEP_SECONDS)
+
+
+async def _run(connection: Connection, schedule: Schedule, due_at: datetime, now: datetime) -> None:
     await connection.execute(
         "UPDATE schedules SET next_run_at = $2, last_run_at = now() WHERE name = $1",
         schedule.name,
-        next_tick(schedule.cron, now),
+        next_ticks(schedule.cron, schedule.time_zone, now)[0],
     )
+    if not is_to_run(schedule.missed, due_at, now):
+        log.info("schedule missed a tick", schedule=schedule.name)
+        return
     # A job of an earlier tick that nobody has done yet does for this tick as well.
     job_id = await enqueue(
         connection, kind=schedule.kind, payload={}, unique_key=f"schedule/{schedule.name}"

@@ -36,6 +36,7 @@ class Session:
         self._leases: set[Held] = set()
         self._outcomes: list[Outcome] = []
         self._beats: list[Beat] = []
+        self._cancelled: set[Held] = set()
         self._failure: Exception | None = None
         self._has_all = False
         self._is_draining = False
@@ -67,6 +68,12 @@ class Session:
         except TimeoutError:
             raise LeaseLost from None
 
+    def hear_cancellation(self, held: Held) -> None:
+        """Have the next turn tell the worker, if it is this one, that a job is not wanted."""
+        if held in self._leases:
+            self._cancelled.add(held)
+            self.called.set()
+
     def drain(self) -> None:
         """Lease no more; the next turn tells the worker to finish."""
         self._is_draining = True
@@ -82,7 +89,7 @@ class Session:
         # Looked at before the messages are: afterwards there may be more of them.
         has_all, failure = self._has_all, self._failure
         self._take_in()
-        responses = [*await self._settle(), *await self._extend()]
+        responses = [*await self._settle(), *await self._extend(), *self._cancel()]
         if failure is not None:
             raise failure
         if has_all:
@@ -124,11 +131,16 @@ class Session:
         if not self._beats:
             return []
         beats, self._beats = self._beats, []
-        lost = await self._queue.extend(self._worker_id, beats)
+        extended = await self._queue.extend(self._worker_id, beats)
         # A worker that comes back on a new stream brings its leases with it.
         self._leases |= {beat.held for beat in beats}
-        self._leases -= lost
-        return _lost(lost)
+        self._leases -= extended.lost
+        self._cancelled |= extended.cancelled
+        return _lost(extended.lost)
+
+    def _cancel(self) -> list[pb.WorkResponse]:
+        held, self._cancelled = self._cancelled & self._leases, set()
+        return [pb.WorkResponse(cancel=pb.Cancel(job_ids=_shown(held)))] if held else []
 
     def _drain(self) -> list[pb.WorkResponse]:
         if self._is_told:
@@ -145,8 +157,8 @@ class Session:
             return []
         self._credit -= len(leases)
         self._leases |= {lease.held for lease in leases}
-        if len(leases) == limit:
-            # There may be more.
+        if self._credit:
+            # There may be more: whoever has many waiting gets only some of them at a time.
             self.called.set()
         return [pb.WorkResponse(leased=pb.Leased(leases=map(lease_to, leases)))]
 

@@ -24,6 +24,7 @@ log = structlog.get_logger()
 
 _HEARTBEATS_A_LEASE = 3
 _SWEEPS_A_LEASE = 15
+_ADMIT_SECONDS = 0.25
 
 
 class WorkerService(rpc.WorkerServiceServicer):
@@ -50,11 +51,12 @@ class WorkerService(rpc.WorkerServiceServicer):
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
-        """Take back lapsed leases, ring the doorbell and read the streams until cancelled."""
+        """Keep the queue, ring the doorbell and read the streams until cancelled."""
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._tasks.create_task(self._doorbell.run())
                 self._tasks.create_task(self._sweep())
+                self._tasks.create_task(self._admit())
         finally:
             self._tasks = None
 
@@ -95,7 +97,10 @@ class WorkerService(rpc.WorkerServiceServicer):
         if self._is_draining:
             session.drain()
         try:
-            with self._doorbell.heard_by(session.called):
+            with (
+                self._doorbell.heard_by(session.called),
+                self._doorbell.cancellations_heard_by(session.hear_cancellation),
+            ):
                 yield
         finally:
             self._sessions.discard(session)
@@ -116,6 +121,15 @@ class WorkerService(rpc.WorkerServiceServicer):
             except (StoreUnavailable, TimeoutError) as error:
                 log.warning("lapsed leases out of reach", error=repr(error))
             await asyncio.sleep(self._lease_seconds / _SWEEPS_A_LEASE)
+
+    async def _admit(self) -> None:
+        while True:
+            try:
+                while await self._queue.admit():
+                    pass
+            except (StoreUnavailable, TimeoutError) as error:
+                log.warning("delayed jobs out of reach", error=repr(error))
+            await asyncio.sleep(_ADMIT_SECONDS)
 
 
 async def _first(requests: AsyncIterator[pb.WorkRequest]) -> pb.WorkRequest:

@@ -79,6 +79,13 @@ async def work(user: User) -> str:
     return job
 
 
+async def schedule(user: User) -> str:
+    """Make a schedule and return its id."""
+    request = jobs.CreateScheduleRequest(kind="memories.embed", cron="0 0 1 1 *")
+    made: str = (await user.grpc(request)).schedule.id
+    return made
+
+
 async def talk(user: User) -> str:
     """Begin a conversation and return what it is called."""
     name = secrets.token_hex(4)
@@ -119,6 +126,7 @@ STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.ATTACHMENT: {"pending": announce, "complete": attach},
     Means.MEDITATION: {"over": meditate},
     Means.JOB: {"done": work},
+    Means.SCHEDULE: {"made": schedule},
     Means.SESSION: {"begun": talk, "ended": write_down},
     Means.TRANSCRIPT: {"written": write_down},
     Means.IMPORT: {"begun": import_},

@@ -12,6 +12,7 @@ from google.protobuf.descriptor import Descriptor, MethodDescriptor
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.memory.v1 import memory_pb2 as pb
 
 from tests.transports import public_methods
@@ -24,6 +25,7 @@ class Means(enum.Enum):
     ATTACHMENT = "att"
     MEDITATION = "med"
     JOB = "job"
+    SCHEDULE = "sch"
     SESSION = "a conversation that was begun"
     TRANSCRIPT = "a conversation that was written down"
     IMPORT = "an import that was begun"
@@ -35,7 +37,7 @@ class Means(enum.Enum):
     SECRET = "speaks for whoever shows it: tests/abuse/test_tokens"
 
 
-IDS: Final = (Means.MEMORY, Means.ATTACHMENT, Means.MEDITATION, Means.JOB)
+IDS: Final = (Means.MEMORY, Means.ATTACHMENT, Means.MEDITATION, Means.JOB, Means.SCHEDULE)
 """What the server names, by ids that say the kind."""
 NAMED: Final = (Means.SESSION, Means.TRANSCRIPT, Means.IMPORT)
 """What users name, each in a space of their own."""
@@ -46,16 +48,19 @@ TEXT: Final = frozenset(
         "content",
         "content_hash",
         "content_type",
+        "cron",
         "display_name",
         "email",
         "embedding_model",
         "etag",
         "file_name",
+        "kind",
         "password",
         "query",
         "sha256",
         "speaker",
         "tags",
+        "time_zone",
     }
 )
 """Fields that name nothing that somebody has."""
@@ -111,6 +116,15 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "GetMeditation": {"id": Means.MEDITATION},
     "GetJob": {"id": Means.JOB},
     "ListJobs": {"page_token": Means.PLACE},
+    "RetryJob": {"id": Means.JOB},
+    "CancelJob": {"id": Means.JOB},
+    "WatchJob": {"id": Means.JOB},
+    "CreateSchedule": {"request_id": Means.FREE},
+    "GetSchedule": {"id": Means.SCHEDULE},
+    "ListSchedules": {"page_token": Means.PLACE},
+    "PauseSchedule": {"id": Means.SCHEDULE},
+    "ResumeSchedule": {"id": Means.SCHEDULE},
+    "DeleteSchedule": {"id": Means.SCHEDULE},
 }
 """By method, and by the path of the field in its request."""
 
@@ -138,6 +152,8 @@ FILLED: Final[Mapping[str, Message]] = {
         size_bytes=1,
         sha256=hashlib.sha256(b"x").hexdigest(),
     ),
+    "CreateJob": jobs.CreateJobRequest(kind="memories.embed"),
+    "CreateSchedule": jobs.CreateScheduleRequest(kind="memories.embed", cron="0 0 1 1 *"),
     "AppendToSession": pb.AppendToSessionRequest(
         session_id="ours", turns=[pb.SessionTurn(content="mine")]
     ),

@@ -46,6 +46,7 @@ FIXED: Final[Mapping[str, Mapping[str, object]]] = {
     },
     "sessions": {"expires_at": "infinity"},
     "subscriptions": {"plan": "free"},
+    "user_schedules": {"cron": "0 0 * * *", "time_zone": "UTC", "missed": "run_once"},
 }
 """What the checks of a table want to see in it; everything else is made up by type."""
 

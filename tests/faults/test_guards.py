@@ -49,6 +49,9 @@ class Without:
         async with self._database.transaction() as connection:
             yield Unguarded(connection, self)
 
+    async def fetch_alone(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+        return await self._database.fetch_alone(self.strip(statement), *arguments)
+
     def strip(self, statement: str) -> str:
         for guard, instead in self._removed:
             if guard in statement:

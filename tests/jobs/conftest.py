@@ -12,7 +12,8 @@ import pytest_asyncio
 from kimberly.jobs.v1 import jobs_pb2 as pb
 from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
 
-from server.database import SystemDatabase
+from server.caller import Caller
+from server.database import Database, SystemDatabase
 from server.jobs.doorbell import Doorbell
 from server.jobs.queue import Queue
 from server.jobs.worker_service import WorkerService
@@ -49,6 +50,29 @@ async def workers(serve: Serve, worker_service: WorkerService) -> rpc.WorkerServ
         lambda server: rpc.add_WorkerServiceServicer_to_server(worker_service, server)
     )
     return rpc.WorkerServiceStub(channel)
+
+
+async def want_vectors(database: Database, caller: Caller) -> None:
+    """Have a user be one whose memories get vectors: they may ask for the job that makes them."""
+    async with database.transaction(caller) as connection:
+        await connection.execute(
+            """
+            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
+            VALUES ($1, $2, 'memory.embed', 1, true)
+            """,
+            caller.tenant_id,
+            caller.user_id,
+        )
+        await connection.execute(
+            """
+            INSERT INTO settings (tenant_id, user_id, language, scoring_preset,
+                                  relevance_to_goals, emotional_weight, predictive_value,
+                                  recency_frequency, embedding_model, version)
+            VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 'small', 1)
+            """,
+            caller.tenant_id,
+            caller.user_id,
+        )
 
 
 class Stream:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from datetime import timedelta
 from uuid import UUID
 
 import asyncpg
@@ -11,8 +13,9 @@ import pytest
 from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.enqueue import NewJob, enqueue, enqueue_all
-from server.jobs.model import Beat, Completed, Failed, Held
-from server.jobs.queue import Queue
+from server.jobs.model import Beat, Completed, Failed, Held, Lease, Stopped
+from server.jobs.queue import LEASE, PLANS_OF_QUEUE, Queue
+from tests.conftest import Urls, new_caller
 
 
 async def enqueue_one(database: SystemDatabase, **arguments: object) -> UUID:
@@ -24,6 +27,12 @@ async def let_lapse(owner: asyncpg.Connection) -> None:
     await owner.execute(
         "UPDATE jobs SET lease_expires_at = now() - interval '1 s' WHERE state = 'running'"
     )
+
+
+async def come_due(queue: Queue, owner: asyncpg.Connection) -> None:
+    """Let all delays be over."""
+    await owner.execute("UPDATE jobs SET run_at = now() WHERE NOT due")
+    await queue.admit()
 
 
 async def row(owner: asyncpg.Connection, job_id: UUID) -> asyncpg.Record:
@@ -115,7 +124,7 @@ async def test_outcome_of_a_zombie_is_refused(
     await queue.reclaim()
     (lease,) = await queue.lease("a", ["test"], 1)
     assert await queue.settle("a", [how(zombie.held, "{}")]) == set()
-    assert await queue.extend("a", [Beat(zombie.held, 0.5)]) == {zombie.held}
+    assert (await queue.extend("a", [Beat(zombie.held, 0.5)])).lost == {zombie.held}
     assert await queue.release("a", [zombie.held]) == set()
     assert (await row(owner, job_id))["state"] == "running"
     assert await queue.settle("a", [Completed(lease.held, '{"by": "b"}')]) == {lease.held}
@@ -137,7 +146,7 @@ async def test_lease_of_another_worker_is_out_of_reach(
     (lease,) = await queue.lease("a", ["test"], 1)
     assert await queue.settle("thief", [Completed(lease.held, None)]) == set()
     assert await queue.settle("thief", [Failed(lease.held, "")]) == set()
-    assert await queue.extend("thief", [Beat(lease.held, 0)]) == {lease.held}
+    assert (await queue.extend("thief", [Beat(lease.held, 0)])).lost == {lease.held}
     assert await queue.release("thief", [lease.held]) == set()
     assert await queue.settle("a", [Completed(lease.held, None)]) == {lease.held}
 
@@ -148,7 +157,7 @@ async def test_heartbeat_keeps_a_lease_alive(
     job_id = await enqueue_one(system_database)
     (lease,) = await queue.lease("a", ["test"], 1)
     await let_lapse(owner)
-    assert await queue.extend("a", [Beat(lease.held, 0.25)]) == set()
+    assert not (await queue.extend("a", [Beat(lease.held, 0.25)])).lost
     assert await queue.reclaim() == 0
     assert (await row(owner, job_id))["progress"] == 0.25
 
@@ -165,7 +174,7 @@ async def test_failed_job_waits_longer_each_time_and_dies_at_its_last_attempt(
         "no luck",
         True,
     )
-    await owner.execute("UPDATE jobs SET run_at = now()")
+    await come_due(queue, owner)
     (second,) = await queue.lease("a", ["test"], 1)
     await queue.settle("a", [Failed(second.held, "no luck again")])
     dead = await row(owner, job_id)
@@ -274,26 +283,249 @@ async def test_application_role_cannot_say_how_a_job_ended(
             await connection.execute("UPDATE jobs SET state = 'waiting'")
 
 
-async def test_lease_statement_reads_only_what_it_leases(
-    system_database: SystemDatabase, owner: asyncpg.Connection
+# --- turns, limits, ends ------------------------------------------------------------------------
+
+
+async def enqueue_for(
+    database: Database, caller: Caller, count: int = 1, kind: str = "test", **options: object
+) -> list[UUID]:
+    jobs = [NewJob(kind, **options)] * count  # type: ignore[arg-type]
+    async with database.transaction(caller) as connection:
+        return await enqueue_all(connection, jobs, caller=caller)
+
+
+async def test_many_jobs_of_one_user_do_not_keep_another_waiting(
+    queue: Queue, database: Database, caller: Caller
 ) -> None:
+    await enqueue_for(database, caller, 2000)
+    others = [await new_caller(database) for _ in range(3)]
+    theirs = {(await enqueue_for(database, other))[0] for other in others}
+    for limit in (4, 2, 1):
+        leased = [await queue.lease("a", ["test"], limit) for _ in range(4 // limit)]
+        held = [lease.held for leases in leased for lease in leases]
+        if limit == 4:
+            assert theirs < {each.job_id for each in held}
+        await queue.release("a", held)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 8])
+async def test_users_take_turns_however_few_are_leased_at_a_time(
+    limit: int, queue: Queue, database: Database, owner: asyncpg.Connection
+) -> None:
+    users = [await new_caller(database) for _ in range(5)]
+    for user in users:
+        await enqueue_for(database, user, 100)
+    for _ in range(40 // limit):
+        await queue.lease("a", ["test"], limit)
+    shares = await owner.fetch(
+        "SELECT count(*) AS jobs FROM jobs WHERE state = 'running' GROUP BY user_id"
+    )
+    assert len(shares) == 5
+    assert max(row["jobs"] for row in shares) - min(row["jobs"] for row in shares) <= 2
+
+
+async def test_kinds_take_turns_where_there_is_room_for_one(
+    queue: Queue, system_database: SystemDatabase
+) -> None:
+    async with system_database.transaction() as connection:
+        await enqueue_all(connection, [NewJob("test")] * 100)
+        await enqueue_all(connection, [NewJob("other")] * 100)
+    leases = [lease for _ in range(80) for lease in await queue.lease("a", ["test", "other"], 1)]
+    # By chance: a half, give or take five standard deviations.
+    assert 17 < sum(lease.kind == "other" for lease in leases) < 63
+
+
+async def test_urgent_jobs_of_one_user_come_before_the_usual_ones_of_others(
+    queue: Queue, database: Database, caller: Caller
+) -> None:
+    other = await new_caller(database)
+    await enqueue_for(database, other, 5)
+    urgent = await enqueue_for(database, caller, 3, priority=1)
+    leases = [lease for _ in range(3) for lease in await queue.lease("a", ["test"], 1)]
+    assert {lease.held.job_id for lease in leases} == set(urgent)
+
+
+async def test_many_jobs_of_one_kind_do_not_keep_another_kind_waiting(
+    queue: Queue, system_database: SystemDatabase
+) -> None:
+    async with system_database.transaction() as connection:
+        await enqueue_all(connection, [NewJob("test")] * 1000)
+        await enqueue_all(connection, [NewJob("other")] * 2)
+    leases = await queue.lease("a", ["test", "other"], 4)
+    assert sorted(lease.kind for lease in leases) == ["other", "other", "test", "test"]
+
+
+async def test_no_more_jobs_of_a_kind_run_than_its_limit(
+    system_database: SystemDatabase,
+) -> None:
+    queue = Queue(system_database, 30, {"test": 3})
+    async with system_database.transaction() as connection:
+        await enqueue_all(connection, [NewJob("test")] * 20 + [NewJob("other")] * 5)
+    start = asyncio.Barrier(4)
+
+    async def lease(worker: str) -> list[Lease]:
+        await start.wait()
+        return await queue.lease(worker, ["test", "other"], 10)
+
+    shares = await asyncio.gather(*(lease(f"worker {n}") for n in range(4)))
+    leases = [lease for share in shares for lease in share]
+    assert sorted(lease.kind for lease in leases) == ["other"] * 5 + ["test"] * 3
+    mine = [lease.held for lease in shares[0] if lease.kind == "test"]
+    await queue.settle("worker 0", [Completed(held, None) for held in mine])
+    assert len(await queue.lease("worker 0", ["test"], 10)) == len(mine)
+
+
+async def test_without_turns_the_limit_is_exceeded(
+    system_database: SystemDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_turns(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr("server.jobs.queue._take_turns", no_turns)
+    exceeded = 0
+    for _ in range(20):
+        async with system_database.transaction() as connection:
+            await enqueue_all(connection, [NewJob("test")] * 20)
+        queue, start = Queue(system_database, 30, {"test": 3}), asyncio.Barrier(4)
+
+        async def lease(
+            worker: str, queue: Queue = queue, start: asyncio.Barrier = start
+        ) -> list[Lease]:
+            await start.wait()
+            return await queue.lease(worker, ["test"], 10)
+
+        shares = await asyncio.gather(*(lease(f"worker {n}") for n in range(4)))
+        exceeded += sum(map(len, shares)) > 3
+        async with system_database.transaction() as connection:
+            await connection.execute("DELETE FROM jobs")
+    assert exceeded
+
+
+async def test_job_is_leased_when_its_time_has_come(
+    queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    in_an_hour = await owner.fetchval("SELECT now() + interval '1 h'")
+    later = await enqueue_one(system_database, run_at=in_an_hour)
+    assert await queue.admit() == 0
+    assert await queue.lease("a", ["test"], 1) == []
+    await owner.execute("UPDATE jobs SET run_at = now()")
+    assert await queue.admit() == 1
+    (lease,) = await queue.lease("a", ["test"], 1)
+    assert lease.held.job_id == later
+
+
+async def cancel_running(owner: asyncpg.Connection) -> None:
+    await owner.execute("UPDATE jobs SET cancelled_at = now() WHERE state = 'running'")
+
+
+@pytest.mark.parametrize("how", [Completed, Failed])
+async def test_no_outcome_of_a_cancelled_job_stands_but_that_it_was_stopped(
+    how: type[Completed] | type[Failed],
+    queue: Queue,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    job_id = await enqueue_one(system_database, unique_key="k")
+    (lease,) = await queue.lease("a", ["test"], 1)
+    await cancel_running(owner)
+    assert (await queue.extend("a", [Beat(lease.held, 0.5)])).cancelled == {lease.held}
+    # Until its worker has stopped, nobody may begin the same.
+    assert await enqueue_one(system_database, unique_key="k") == job_id
+    assert await queue.settle("a", [how(lease.held, "{}")]) == set()
+    ended = await row(owner, job_id)
+    assert (ended["state"], ended["result"]) == ("cancelled", None)
+    assert await enqueue_one(system_database, unique_key="k") != job_id
+
+
+async def test_cancelled_job_is_settled_as_stopped_by_its_worker_alone(
+    queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    job_id = await enqueue_one(system_database)
+    (lease,) = await queue.lease("a", ["test"], 1)
+    assert await queue.settle("a", [Stopped(lease.held)]) == set()
+    await cancel_running(owner)
+    assert await queue.settle("thief", [Stopped(lease.held)]) == set()
+    assert (await row(owner, job_id))["state"] == "running"
+    assert await queue.settle("a", [Stopped(lease.held)]) == {lease.held}
+    assert (await row(owner, job_id))["state"] == "cancelled"
+
+
+@pytest.mark.parametrize("gone", ["lapsed", "released"])
+async def test_cancelled_job_whose_worker_goes_is_not_done_again(
+    gone: str, queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    job_id = await enqueue_one(system_database)
+    (lease,) = await queue.lease("a", ["test"], 1)
+    await cancel_running(owner)
+    if gone == "lapsed":
+        await let_lapse(owner)
+        await queue.reclaim()
+    else:
+        await queue.release("a", [lease.held])
+    assert (await row(owner, job_id))["state"] == "cancelled"
+
+
+async def test_ended_jobs_are_forgotten_in_time_and_dead_ones_later(
+    queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    days = {"succeeded": 8, "cancelled": 8, "dead": 31}
+    for state, age in days.items():
+        for older in (0, -2):
+            await owner.execute(
+                """
+                INSERT INTO jobs (id, kind, max_attempts, payload, state, finished_at)
+                VALUES (uuidv7(make_interval(days => -$2::integer)), 'test', 1, '{}', $1,
+                        now() - make_interval(days => $2::integer))
+                """,
+                state,
+                age + older,
+            )
     await owner.execute(
         """
-        INSERT INTO jobs (id, kind, max_attempts, payload, state, finished_at)
-        SELECT gen_random_uuid(), 'test', 1, '{}', 'succeeded', now()
-          FROM generate_series(1, 5000);
         INSERT INTO jobs (id, kind, max_attempts, payload)
-        SELECT gen_random_uuid(), 'test', 1, '{}' FROM generate_series(1, 20000);
-        ANALYZE jobs;
+        VALUES (uuidv7(interval '-99 days'), 'test', 1, '{}')
         """
     )
-    plan = await owner.fetch(
-        """
-        EXPLAIN SELECT id FROM jobs
-         WHERE state = 'waiting' AND kind = 'test' AND run_at <= now()
-         ORDER BY priority DESC, run_at, id LIMIT 10 FOR UPDATE SKIP LOCKED
-        """
-    )
-    text = "\n".join(line[0] for line in plan)
-    assert "jobs_waiting" in text
-    assert "Sort" not in text
+    assert await queue.forget(timedelta(days=7), timedelta(days=30)) == 3
+    assert await queue.forget(timedelta(days=7), timedelta(days=30)) == 0
+    left = await owner.fetch("SELECT state, count(*) FROM jobs GROUP BY state ORDER BY state")
+    states = ["cancelled", "dead", "succeeded", "waiting"]
+    assert [tuple(each) for each in left] == [(state, 1) for state in states]
+
+
+async def pages_read_to_lease(urls: Urls, limit: int) -> int:
+    """Return how many pages the lease statement looks at, as the jobs service runs it."""
+    connection = await asyncpg.connect(urls.system, server_settings=PLANS_OF_QUEUE)
+    try:
+        text = await connection.fetchval(
+            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {LEASE}",
+            *("worker", ["test", "other"], [2**31 - 1, 5], [UUID(int=7)] * 2, limit, 30.0),
+        )
+    finally:
+        await connection.close()
+    plan = json.loads(text)[0]["Plan"]
+    assert plan["Actual Rows"] == limit
+    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+
+@pytest.mark.parametrize("users", [1, 20_000])
+async def test_lease_statement_reads_only_what_it_leases(
+    users: int, urls: Urls, owner: asyncpg.Connection
+) -> None:
+    fill = """
+        INSERT INTO jobs (id, tenant_id, user_id, kind, max_attempts, payload, state, finished_at,
+                          run_at, due)
+        SELECT uuidv7(), user_id, user_id, 'test', 1, '{}', state,
+               CASE state WHEN 'succeeded' THEN now() END,
+               now() + make_interval(hours => hours), hours = 0
+          FROM generate_series(1, $1::integer) AS number
+         CROSS JOIN (VALUES ('succeeded', 0), ('waiting', 0), ('waiting', 1)) AS each (state, hours)
+         CROSS JOIN LATERAL (
+               SELECT lpad(to_hex(number % $2::integer), 32, '0')::uuid AS user_id) AS own
+    """
+    await owner.execute(fill, 500, min(users, 500))
+    few = await pages_read_to_lease(urls, 100)
+    await owner.execute(fill, 20_000, users)
+    many = await pages_read_to_lease(urls, 100)
+    # A tree that is deeper by a level or two; what waits is forty times as much.
+    assert many < 2 * few

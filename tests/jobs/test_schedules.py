@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+from collections.abc import Callable
 
 import asyncpg
 import pytest
+import pytest_asyncio
 from cronsim import CronSimError
 
-from server.database import SystemDatabase
+from server import ids
+from server.caller import Caller
+from server.database import Database, SystemDatabase
+from server.jobs.model import UserSchedule
 from server.jobs.queue import Queue
-from server.jobs.schedules import Planner, Schedule, next_tick
+from server.jobs.schedule_store import ScheduleStore
+from server.jobs.schedules import Planner, Schedule
+from server.jobs.ticks import Missed, next_ticks
+from tests.jobs.conftest import want_vectors
 
 NIGHTLY = Schedule("test.nightly", "0 2 * * *", "test")
+
+
+Plan = Callable[..., Planner]
+
+
+@pytest.fixture
+def schedules(database: Database, system_database: SystemDatabase) -> ScheduleStore:
+    return ScheduleStore(database, system_database)
+
+
+@pytest.fixture
+def planner_of(system_database: SystemDatabase, schedules: ScheduleStore) -> Plan:
+    return lambda *own: Planner(system_database, own, schedules)
 
 
 async def make_due(owner: asyncpg.Connection) -> None:
@@ -30,27 +51,43 @@ async def make_due(owner: asyncpg.Connection) -> None:
 )
 def test_next_tick_comes_after_now(cron: str, expected: str) -> None:
     now = dt.datetime(2026, 5, 4, 12, tzinfo=dt.UTC)
-    assert next_tick(cron, now).isoformat() == expected
+    assert next_ticks(cron, "UTC", now)[0].isoformat() == expected
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        # In winter, and over the night in which clocks are put forward: 02:30 is not.
+        ("2026-01-10T12:00", "2026-01-11T02:30+01:00"),
+        ("2026-03-28T12:00", "2026-03-29T03:00+02:00"),
+        ("2026-03-29T12:00", "2026-03-30T02:30+02:00"),
+        # Clocks are put back: 02:30 is twice, and ticks once.
+        ("2026-10-24T12:00", "2026-10-25T02:30+02:00"),
+        ("2026-10-25T01:00", "2026-10-26T02:30+01:00"),
+    ],
+)
+def test_tick_is_read_in_its_time_zone(after: str, expected: str) -> None:
+    instant = dt.datetime.fromisoformat(f"{after}+00:00")
+    (tick,) = next_ticks("30 2 * * *", "Europe/Berlin", instant)
+    assert tick == dt.datetime.fromisoformat(expected)
 
 
 def test_nonsense_is_no_schedule() -> None:
     with pytest.raises(CronSimError):
-        next_tick("every night", dt.datetime(2026, 5, 4, tzinfo=dt.UTC))
+        next_ticks("every night", "UTC", dt.datetime(2026, 5, 4, tzinfo=dt.UTC))
 
 
-async def test_nothing_happens_before_the_tick(
-    system_database: SystemDatabase, queue: Queue
-) -> None:
-    planner = Planner(system_database, [NIGHTLY])
+async def test_nothing_happens_before_the_tick(planner_of: Plan, queue: Queue) -> None:
+    planner = planner_of(NIGHTLY)
     await planner.store()
     assert 0 < await planner.tick() <= 10
     assert await queue.lease("w", ["test"], 10) == []
 
 
 async def test_missed_ticks_make_one_job(
-    system_database: SystemDatabase, queue: Queue, owner: asyncpg.Connection
+    planner_of: Plan, queue: Queue, owner: asyncpg.Connection
 ) -> None:
-    planner = Planner(system_database, [NIGHTLY])
+    planner = planner_of(NIGHTLY)
     await planner.store()
     await make_due(owner)
     await planner.tick()
@@ -60,9 +97,9 @@ async def test_missed_ticks_make_one_job(
 
 
 async def test_many_planners_make_one_job_a_tick(
-    system_database: SystemDatabase, queue: Queue, owner: asyncpg.Connection
+    planner_of: Plan, queue: Queue, owner: asyncpg.Connection
 ) -> None:
-    planners = [Planner(system_database, [NIGHTLY]) for _ in range(4)]
+    planners = [planner_of(NIGHTLY) for _ in range(4)]
     await asyncio.gather(*(planner.store() for planner in planners))
     for expected in (1, 2, 3):
         await make_due(owner)
@@ -82,9 +119,9 @@ async def test_many_planners_make_one_job_a_tick(
 
 
 async def test_tick_waits_for_the_job_of_the_tick_before(
-    system_database: SystemDatabase, owner: asyncpg.Connection
+    planner_of: Plan, owner: asyncpg.Connection
 ) -> None:
-    planner = Planner(system_database, [NIGHTLY])
+    planner = planner_of(NIGHTLY)
     await planner.store()
     for _ in range(2):
         await make_due(owner)
@@ -93,14 +130,118 @@ async def test_tick_waits_for_the_job_of_the_tick_before(
 
 
 async def test_restart_keeps_the_next_tick_and_a_new_expression_moves_it(
-    system_database: SystemDatabase, owner: asyncpg.Connection
+    planner_of: Plan, owner: asyncpg.Connection
 ) -> None:
-    await Planner(system_database, [NIGHTLY]).store()
+    await planner_of(NIGHTLY).store()
     await make_due(owner)
-    await Planner(system_database, [NIGHTLY]).store()
+    await planner_of(NIGHTLY).store()
     assert await owner.fetchval("SELECT next_run_at < now() FROM schedules")
-    await Planner(system_database, [Schedule("test.nightly", "0 3 * * *", "test")]).store()
+    await planner_of(Schedule("test.nightly", "0 3 * * *", "test")).store()
     assert await owner.fetchval(
         "SELECT next_run_at > now() AND extract(hour FROM next_run_at AT TIME ZONE 'UTC') = 3 "
         "FROM schedules"
     )
+
+
+async def test_missed_tick_is_skipped_if_that_is_wanted(
+    planner_of: Plan, queue: Queue, owner: asyncpg.Connection
+) -> None:
+    planner = planner_of(Schedule("test.nightly", "0 2 * * *", "test", missed=Missed.SKIP))
+    await planner.store()
+    await make_due(owner)
+    await planner.tick()
+    assert await queue.lease("w", ["test"], 10) == []
+    await owner.execute("UPDATE schedules SET next_run_at = now() - interval '1 s'")
+    await planner.tick()
+    assert len(await queue.lease("w", ["test"], 10)) == 1
+
+
+# --- schedules of users -----------------------------------------------------------------------
+
+KIND = "memories.embed"
+
+
+@pytest_asyncio.fixture
+async def embedded(database: Database, caller: Caller) -> Caller:
+    """A user who wants vectors."""
+    await want_vectors(database, caller)
+    return caller
+
+
+async def make_users_due(owner: asyncpg.Connection, age: str = "1 s") -> None:
+    await owner.execute(
+        "UPDATE user_schedules SET next_run_at = now() - $1::text::interval "
+        "WHERE next_run_at IS NOT NULL",
+        age,
+    )
+
+
+async def schedule(schedules: ScheduleStore, caller: Caller, **fields: object) -> UserSchedule:
+    usual = {"cron": "0 2 * * *", "time_zone": "UTC", "missed": Missed.RUN_ONCE}
+    wanted = UserSchedule(ids.new_id(), KIND, **{**usual, **fields})  # type: ignore[arg-type]
+    return await schedules.create(caller, wanted, "", b"")
+
+
+async def test_many_planners_make_one_job_of_a_users_tick(
+    planner_of: Plan, schedules: ScheduleStore, embedded: Caller, owner: asyncpg.Connection
+) -> None:
+    made = await schedule(schedules, embedded)
+    for expected in (1, 2, 3):
+        await make_users_due(owner, "3 days")
+        await asyncio.gather(*(planner_of().tick_for_users() for _ in range(4)))
+        assert await owner.fetchval("SELECT count(*) FROM jobs") == expected
+        # Another tick makes another job only when the one before is done.
+        await make_users_due(owner)
+        await planner_of().tick_for_users()
+        job = await owner.fetchrow("SELECT id, kind, user_id FROM jobs ORDER BY id DESC LIMIT 1")
+        assert (job["kind"], job["user_id"]) == (KIND, embedded.user_id)
+        assert await owner.fetchval("SELECT count(*) FROM jobs") == expected
+        now = await schedules.get(embedded, made.id)
+        assert now.last_job_id == job["id"]
+        assert now.next_run_at
+        assert now.next_run_at > dt.datetime.now(dt.UTC)
+        await owner.execute("UPDATE jobs SET state = 'succeeded', finished_at = now()")
+
+
+async def test_tick_of_a_user_who_withdrew_makes_no_job(
+    planner_of: Plan, schedules: ScheduleStore, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    made = await schedule(schedules, caller)
+    await make_users_due(owner)
+    await planner_of().tick_for_users()
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 0
+    assert (await schedules.get(caller, made.id)).last_job_id is None
+
+
+async def test_paused_schedule_does_not_tick_and_a_resumed_one_missed_nothing(
+    planner_of: Plan, schedules: ScheduleStore, embedded: Caller, owner: asyncpg.Connection
+) -> None:
+    made = await schedule(schedules, embedded)
+    await make_users_due(owner)
+    assert (await schedules.pause(embedded, made.id)).next_run_at is None
+    assert (await schedules.pause(embedded, made.id)).next_run_at is None
+    await planner_of().tick_for_users()
+    resumed = await schedules.resume(embedded, made.id)
+    assert await schedules.resume(embedded, made.id) == resumed
+    await planner_of().tick_for_users()
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 0
+    assert resumed.next_run_at
+    assert resumed.next_run_at > dt.datetime.now(dt.UTC)
+    actions = await owner.fetch("SELECT action FROM audit_events ORDER BY id")
+    assert [row["action"] for row in actions][-3:] == [
+        "schedule.create",
+        "schedule.pause",
+        "schedule.resume",
+    ]
+
+
+async def test_users_missed_tick_is_skipped_if_that_is_wanted(
+    planner_of: Plan, schedules: ScheduleStore, embedded: Caller, owner: asyncpg.Connection
+) -> None:
+    await schedule(schedules, embedded, missed=Missed.SKIP)
+    await make_users_due(owner, "2 minutes")
+    await planner_of().tick_for_users()
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 0
+    await make_users_due(owner)
+    await planner_of().tick_for_users()
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 1

@@ -214,6 +214,7 @@ async def test_failed_attempt_is_settled_and_tried_again_later(
         await stream.settle(failed(lease, "no\0 luck"))
         assert (await stream.hear("settled")).job_ids == [job_id]
         await owner.execute("UPDATE jobs SET run_at = now()")
+        # Let in by the service, of its own accord.
         again = await stream.lease()
     assert again.attempt == 2
     assert again.lease_token > lease.lease_token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,9 @@ async def enqueue(mesh: Mesh, *kinds: str, max_attempts: int = 5) -> list[UUID]:
             connection,
             [NewJob(kind, {"n": n}, max_attempts=max_attempts) for n, kind in enumerate(kinds)],
         )
+
+
+COUNTED = "SELECT count(*) FILTER (WHERE kind = 'count' AND state = 'succeeded') = 50 FROM jobs"
 
 
 class Handled:
@@ -74,6 +78,8 @@ async def test_worker_does_jobs_and_settles_them(
     async with mesh.working(handled.all) as (worker, running):
         await enqueue(mesh, "wait")
         await asyncio.wait_for(handled.started.wait(), 10)
+        # Kinds take turns: the last job came before some of the others.
+        await until(lambda: owner.fetchval(COUNTED))
         worker.drain()
         handled.go_on.set()
         await running
@@ -236,3 +242,113 @@ async def test_worker_returns_after_the_service_asked_it_to_connect_again(
         await asyncio.wait_for(handled.started.wait(), 10)
         worker.drain()
         await running
+
+
+# --- cancelling, progress, poison ---------------------------------------------------------------
+
+
+async def cancel(mesh: Mesh, job_id: UUID) -> None:
+    """Ask for the end of a running job, as JobStore does."""
+    async with mesh.database.transaction() as connection:
+        await connection.execute(
+            """
+            UPDATE jobs SET cancelled_at = now()
+             WHERE id = $1 AND state = 'running'
+            RETURNING pg_notify('jobs_cancelled', id || '/' || lease_token)
+            """,
+            job_id,
+        )
+
+
+async def test_worker_is_told_that_its_job_is_cancelled_and_stops(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    cancelled, other = await enqueue(mesh, "wait", "wait")
+    async with mesh.working(handled.all) as (worker, running):
+        await until(lambda: owner.fetchval("SELECT count(*) = 2 FROM jobs WHERE attempt = 1"))
+        await asyncio.wait_for(handled.started.wait(), 10)
+        await cancel(mesh, cancelled)
+        await asyncio.wait_for(handled.stopped.wait(), 10)
+        await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'cancelled'"))
+        worker.drain()
+        handled.go_on.set()
+        await running
+    rows = await owner.fetch("SELECT id, state FROM jobs")
+    assert {row["id"]: row["state"] for row in rows} == {cancelled: "cancelled", other: "succeeded"}
+
+
+async def test_heartbeat_tells_of_a_cancellation_that_was_not_heard(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    await enqueue(mesh, "wait")
+    async with mesh.working(handled.all):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        await owner.execute("UPDATE jobs SET cancelled_at = now()")
+        await asyncio.wait_for(handled.stopped.wait(), 10)
+        await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'cancelled'"))
+
+
+async def test_result_of_a_handler_that_will_not_stop_does_not_stand(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    async def stubborn(task: Task) -> Mapping[str, Any]:
+        handled.started.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await handled.go_on.wait()
+        return {"done": True}
+
+    (job_id,) = await enqueue(mesh, "stubborn")
+    async with mesh.working({"stubborn": stubborn}):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        await cancel(mesh, job_id)
+        await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'cancelled'"))
+    assert await owner.fetchval("SELECT result FROM jobs") is None
+
+
+async def test_progress_is_seen_while_the_job_runs(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    async def half(task: Task) -> Mapping[str, Any]:
+        task.report(0.5)
+        await handled.go_on.wait()
+        task.report(2.0)
+        return {}
+
+    await enqueue(mesh, "half")
+    async with mesh.working({"half": half}) as (worker, running):
+        await until(lambda: owner.fetchval("SELECT progress = 0.5 FROM jobs"))
+        handled.go_on.set()
+        worker.drain()
+        await running
+    assert await owner.fetchval("SELECT progress = 1 FROM jobs")
+
+
+async def test_poison_job_is_given_up_and_others_do_not_notice(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    """Whoever takes the poison dies of it; beside, somebody else works all the while."""
+
+    async def wait(owner: asyncpg.Connection) -> float:
+        started = time.perf_counter()
+        (job_id,) = await enqueue(mesh, "count")
+        done = "SELECT true FROM jobs WHERE id = $1 AND state = 'succeeded'"
+        await until(lambda: owner.fetchval(done, job_id))
+        return time.perf_counter() - started
+
+    async with mesh.working({"count": handled.count}):
+        usual = [await wait(owner) for _ in range(40)]
+        await enqueue(mesh, "wait", max_attempts=3)
+        meanwhile: list[float] = []
+        for attempt in (1, 2, 3):
+            handled.started.clear()
+            async with mesh.working({"wait": handled.wait}):
+                while not handled.started.is_set():
+                    meanwhile.append(await wait(owner))
+            # Left: it was killed, and nobody handed anything back.
+            assert len(handled.tasks) - len(usual) - len(meanwhile) == attempt
+        while not await owner.fetchval("SELECT true FROM jobs WHERE state = 'dead'"):
+            meanwhile.append(await wait(owner))
+    poison = await owner.fetchrow("SELECT state, attempt, error FROM jobs WHERE kind = 'wait'")
+    assert tuple(poison) == ("dead", 3, "the worker stopped answering")
+    # The ninth of ten is steadier than the last of all; a lease of the poison lasts a second.
+    assert sorted(meanwhile)[len(meanwhile) * 9 // 10] < sorted(usual)[36] * 2 + 0.05

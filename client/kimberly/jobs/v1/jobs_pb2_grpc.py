@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class JobServiceStub:
-    """Shows a user the jobs that run for them.
+    """Shows a user the jobs that run for them, and lets them have a say.
     """
 
     def __init__(self, channel):
@@ -35,6 +35,11 @@ class JobServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.CreateJob = channel.unary_unary(
+                '/kimberly.jobs.v1.JobService/CreateJob',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/kimberly.jobs.v1.JobService/GetJob',
                 request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.GetJobRequest.SerializeToString,
@@ -45,11 +50,65 @@ class JobServiceStub:
                 request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListJobsRequest.SerializeToString,
                 response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListJobsResponse.FromString,
                 _registered_method=True)
+        self.RetryJob = channel.unary_unary(
+                '/kimberly.jobs.v1.JobService/RetryJob',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobResponse.FromString,
+                _registered_method=True)
+        self.CancelJob = channel.unary_unary(
+                '/kimberly.jobs.v1.JobService/CancelJob',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
+        self.WatchJob = channel.unary_stream(
+                '/kimberly.jobs.v1.JobService/WatchJob',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobResponse.FromString,
+                _registered_method=True)
+        self.CreateSchedule = channel.unary_unary(
+                '/kimberly.jobs.v1.JobService/CreateSchedule',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateScheduleRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateScheduleResponse.FromString,
+                _registered_method=True)
+        self.GetSchedule = channel.unary_unary(
+                '/kimberly.jobs.v1.JobService/GetSchedule',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.GetScheduleRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.GetScheduleResponse.FromString,
+                _registered_method=True)
+        self.ListSchedules = channel.unary_unary(
+                '/kimberly.jobs.v1.JobService/ListSchedules',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListSchedulesRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListSchedulesResponse.FromString,
+                _registered_method=True)
+        self.PauseSchedule = channel.unary_unary(
+                '/kimberly.jobs.v1.JobService/PauseSchedule',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.PauseScheduleRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.PauseScheduleResponse.FromString,
+                _registered_method=True)
+        self.ResumeSchedule = channel.unary_unary(
+                '/kimberly.jobs.v1.JobService/ResumeSchedule',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ResumeScheduleRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ResumeScheduleResponse.FromString,
+                _registered_method=True)
+        self.DeleteSchedule = channel.unary_unary(
+                '/kimberly.jobs.v1.JobService/DeleteSchedule',
+                request_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.DeleteScheduleRequest.SerializeToString,
+                response_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.DeleteScheduleResponse.FromString,
+                _registered_method=True)
 
 
 class JobServiceServicer:
-    """Shows a user the jobs that run for them.
+    """Shows a user the jobs that run for them, and lets them have a say.
     """
+
+    def CreateJob(self, request, context):
+        """Asks for a job of one of the kinds that users may ask for: see `Job.kind`.
+
+        While a job of the same purpose is not finished, that one is returned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
         """Returns one job of the user.
@@ -65,9 +124,88 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetryJob(self, request, context):
+        """Has a job that was given up or cancelled done again, with all its attempts before it.
+
+        One that waits or runs is returned as it is. STATE_CONFLICT if it succeeded, or if another
+        job of the same purpose has begun since.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelJob(self, request, context):
+        """Cancels a job.
+
+        One that waits is cancelled at once. One that runs stays so until its worker, which is told,
+        has stopped; whatever that worker says about it later, the job ends as cancelled. A cancelled
+        one is returned as it is. STATE_CONFLICT if it ended otherwise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchJob(self, request, context):
+        """Shows how a job goes on: first as it is, then whenever that has changed.
+
+        The server ends the stream with `end`: when the job has ended, or when the stream has lasted
+        as long as it may and the client is to open another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateSchedule(self, request, context):
+        """Has a job made at every tick of a cron expression, for as long as the schedule is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSchedule(self, request, context):
+        """Returns one schedule of the user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSchedules(self, request, context):
+        """Lists the user's schedules, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseSchedule(self, request, context):
+        """Makes no jobs until the schedule is resumed. One that is paused is returned as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeSchedule(self, request, context):
+        """Makes jobs again, from the next tick on: those in the pause were not missed. One that is not
+        paused is returned as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSchedule(self, request, context):
+        """Deletes a schedule. Jobs that it made stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'CreateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateJob,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobResponse.SerializeToString,
+            ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
                     request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.GetJobRequest.FromString,
@@ -78,6 +216,51 @@ def add_JobServiceServicer_to_server(servicer, server):
                     request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListJobsRequest.FromString,
                     response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListJobsResponse.SerializeToString,
             ),
+            'RetryJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryJob,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobResponse.SerializeToString,
+            ),
+            'CancelJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJob,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'WatchJob': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJob,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'CreateSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateSchedule,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateScheduleRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateScheduleResponse.SerializeToString,
+            ),
+            'GetSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSchedule,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.GetScheduleRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.GetScheduleResponse.SerializeToString,
+            ),
+            'ListSchedules': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSchedules,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListSchedulesRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListSchedulesResponse.SerializeToString,
+            ),
+            'PauseSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseSchedule,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.PauseScheduleRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.PauseScheduleResponse.SerializeToString,
+            ),
+            'ResumeSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeSchedule,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ResumeScheduleRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ResumeScheduleResponse.SerializeToString,
+            ),
+            'DeleteSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSchedule,
+                    request_deserializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.DeleteScheduleRequest.FromString,
+                    response_serializer=kimberly_dot_jobs_dot_v1_dot_jobs__pb2.DeleteScheduleResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'kimberly.jobs.v1.JobService', rpc_method_handlers)
@@ -87,8 +270,35 @@ def add_JobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class JobService:
-    """Shows a user the jobs that run for them.
+    """Shows a user the jobs that run for them, and lets them have a say.
     """
+
+    @staticmethod
+    def CreateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/CreateJob',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetJob(request,
@@ -134,6 +344,249 @@ class JobService:
             '/kimberly.jobs.v1.JobService/ListJobs',
             kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListJobsRequest.SerializeToString,
             kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/RetryJob',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/CancelJob',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/WatchJob',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/CreateSchedule',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateScheduleRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.CreateScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/GetSchedule',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.GetScheduleRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.GetScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSchedules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/ListSchedules',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListSchedulesRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ListSchedulesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/PauseSchedule',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.PauseScheduleRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.PauseScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/ResumeSchedule',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ResumeScheduleRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.ResumeScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.jobs.v1.JobService/DeleteSchedule',
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.DeleteScheduleRequest.SerializeToString,
+            kimberly_dot_jobs_dot_v1_dot_jobs__pb2.DeleteScheduleResponse.FromString,
             options,
             channel_credentials,
             insecure,

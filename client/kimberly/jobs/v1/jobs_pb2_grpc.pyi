@@ -27,29 +27,116 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class JobServiceStub:
-    """Shows a user the jobs that run for them."""
+    """Shows a user the jobs that run for them, and lets them have a say."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> JobServiceAsyncStub: ...
+    CreateJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _jobs_pb2.CreateJobResponse]
+    """Asks for a job of one of the kinds that users may ask for: see `Job.kind`.
+
+    While a job of the same purpose is not finished, that one is returned.
+    """
     GetJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]
     """Returns one job of the user."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
     """Lists the user's jobs, newest first."""
+    RetryJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.RetryJobRequest, _jobs_pb2.RetryJobResponse]
+    """Has a job that was given up or cancelled done again, with all its attempts before it.
+
+    One that waits or runs is returned as it is. STATE_CONFLICT if it succeeded, or if another
+    job of the same purpose has begun since.
+    """
+    CancelJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.CancelJobResponse]
+    """Cancels a job.
+
+    One that waits is cancelled at once. One that runs stays so until its worker, which is told,
+    has stopped; whatever that worker says about it later, the job ends as cancelled. A cancelled
+    one is returned as it is. STATE_CONFLICT if it ended otherwise.
+    """
+    WatchJob: _grpc.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]
+    """Shows how a job goes on: first as it is, then whenever that has changed.
+
+    The server ends the stream with `end`: when the job has ended, or when the stream has lasted
+    as long as it may and the client is to open another.
+    """
+    CreateSchedule: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateScheduleRequest, _jobs_pb2.CreateScheduleResponse]
+    """Has a job made at every tick of a cron expression, for as long as the schedule is there."""
+    GetSchedule: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetScheduleRequest, _jobs_pb2.GetScheduleResponse]
+    """Returns one schedule of the user."""
+    ListSchedules: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListSchedulesRequest, _jobs_pb2.ListSchedulesResponse]
+    """Lists the user's schedules, newest first."""
+    PauseSchedule: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.PauseScheduleRequest, _jobs_pb2.PauseScheduleResponse]
+    """Makes no jobs until the schedule is resumed. One that is paused is returned as it is."""
+    ResumeSchedule: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ResumeScheduleRequest, _jobs_pb2.ResumeScheduleResponse]
+    """Makes jobs again, from the next tick on: those in the pause were not missed. One that is not
+    paused is returned as it is.
+    """
+    DeleteSchedule: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DeleteScheduleRequest, _jobs_pb2.DeleteScheduleResponse]
+    """Deletes a schedule. Jobs that it made stay."""
 
 @_typing.type_check_only
 class JobServiceAsyncStub(JobServiceStub):
-    """Shows a user the jobs that run for them."""
+    """Shows a user the jobs that run for them, and lets them have a say."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    CreateJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _jobs_pb2.CreateJobResponse]  # type: ignore[assignment]
+    """Asks for a job of one of the kinds that users may ask for: see `Job.kind`.
+
+    While a job of the same purpose is not finished, that one is returned.
+    """
     GetJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]  # type: ignore[assignment]
     """Returns one job of the user."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
     """Lists the user's jobs, newest first."""
+    RetryJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.RetryJobRequest, _jobs_pb2.RetryJobResponse]  # type: ignore[assignment]
+    """Has a job that was given up or cancelled done again, with all its attempts before it.
+
+    One that waits or runs is returned as it is. STATE_CONFLICT if it succeeded, or if another
+    job of the same purpose has begun since.
+    """
+    CancelJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.CancelJobResponse]  # type: ignore[assignment]
+    """Cancels a job.
+
+    One that waits is cancelled at once. One that runs stays so until its worker, which is told,
+    has stopped; whatever that worker says about it later, the job ends as cancelled. A cancelled
+    one is returned as it is. STATE_CONFLICT if it ended otherwise.
+    """
+    WatchJob: _aio.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]  # type: ignore[assignment]
+    """Shows how a job goes on: first as it is, then whenever that has changed.
+
+    The server ends the stream with `end`: when the job has ended, or when the stream has lasted
+    as long as it may and the client is to open another.
+    """
+    CreateSchedule: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateScheduleRequest, _jobs_pb2.CreateScheduleResponse]  # type: ignore[assignment]
+    """Has a job made at every tick of a cron expression, for as long as the schedule is there."""
+    GetSchedule: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetScheduleRequest, _jobs_pb2.GetScheduleResponse]  # type: ignore[assignment]
+    """Returns one schedule of the user."""
+    ListSchedules: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListSchedulesRequest, _jobs_pb2.ListSchedulesResponse]  # type: ignore[assignment]
+    """Lists the user's schedules, newest first."""
+    PauseSchedule: _aio.UnaryUnaryMultiCallable[_jobs_pb2.PauseScheduleRequest, _jobs_pb2.PauseScheduleResponse]  # type: ignore[assignment]
+    """Makes no jobs until the schedule is resumed. One that is paused is returned as it is."""
+    ResumeSchedule: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ResumeScheduleRequest, _jobs_pb2.ResumeScheduleResponse]  # type: ignore[assignment]
+    """Makes jobs again, from the next tick on: those in the pause were not missed. One that is not
+    paused is returned as it is.
+    """
+    DeleteSchedule: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DeleteScheduleRequest, _jobs_pb2.DeleteScheduleResponse]  # type: ignore[assignment]
+    """Deletes a schedule. Jobs that it made stay."""
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Shows a user the jobs that run for them."""
+    """Shows a user the jobs that run for them, and lets them have a say."""
+
+    @_abc_1.abstractmethod
+    def CreateJob(
+        self,
+        request: _jobs_pb2.CreateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.CreateJobResponse, _abc.Awaitable[_jobs_pb2.CreateJobResponse]]:
+        """Asks for a job of one of the kinds that users may ask for: see `Job.kind`.
+
+        While a job of the same purpose is not finished, that one is returned.
+        """
 
     @_abc_1.abstractmethod
     def GetJob(
@@ -66,6 +153,93 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.ListJobsResponse, _abc.Awaitable[_jobs_pb2.ListJobsResponse]]:
         """Lists the user's jobs, newest first."""
+
+    @_abc_1.abstractmethod
+    def RetryJob(
+        self,
+        request: _jobs_pb2.RetryJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.RetryJobResponse, _abc.Awaitable[_jobs_pb2.RetryJobResponse]]:
+        """Has a job that was given up or cancelled done again, with all its attempts before it.
+
+        One that waits or runs is returned as it is. STATE_CONFLICT if it succeeded, or if another
+        job of the same purpose has begun since.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelJob(
+        self,
+        request: _jobs_pb2.CancelJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.CancelJobResponse, _abc.Awaitable[_jobs_pb2.CancelJobResponse]]:
+        """Cancels a job.
+
+        One that waits is cancelled at once. One that runs stays so until its worker, which is told,
+        has stopped; whatever that worker says about it later, the job ends as cancelled. A cancelled
+        one is returned as it is. STATE_CONFLICT if it ended otherwise.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchJob(
+        self,
+        request: _jobs_pb2.WatchJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_jobs_pb2.WatchJobResponse], _abc.AsyncIterator[_jobs_pb2.WatchJobResponse]]:
+        """Shows how a job goes on: first as it is, then whenever that has changed.
+
+        The server ends the stream with `end`: when the job has ended, or when the stream has lasted
+        as long as it may and the client is to open another.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateSchedule(
+        self,
+        request: _jobs_pb2.CreateScheduleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.CreateScheduleResponse, _abc.Awaitable[_jobs_pb2.CreateScheduleResponse]]:
+        """Has a job made at every tick of a cron expression, for as long as the schedule is there."""
+
+    @_abc_1.abstractmethod
+    def GetSchedule(
+        self,
+        request: _jobs_pb2.GetScheduleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.GetScheduleResponse, _abc.Awaitable[_jobs_pb2.GetScheduleResponse]]:
+        """Returns one schedule of the user."""
+
+    @_abc_1.abstractmethod
+    def ListSchedules(
+        self,
+        request: _jobs_pb2.ListSchedulesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.ListSchedulesResponse, _abc.Awaitable[_jobs_pb2.ListSchedulesResponse]]:
+        """Lists the user's schedules, newest first."""
+
+    @_abc_1.abstractmethod
+    def PauseSchedule(
+        self,
+        request: _jobs_pb2.PauseScheduleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.PauseScheduleResponse, _abc.Awaitable[_jobs_pb2.PauseScheduleResponse]]:
+        """Makes no jobs until the schedule is resumed. One that is paused is returned as it is."""
+
+    @_abc_1.abstractmethod
+    def ResumeSchedule(
+        self,
+        request: _jobs_pb2.ResumeScheduleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.ResumeScheduleResponse, _abc.Awaitable[_jobs_pb2.ResumeScheduleResponse]]:
+        """Makes jobs again, from the next tick on: those in the pause were not missed. One that is not
+        paused is returned as it is.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteSchedule(
+        self,
+        request: _jobs_pb2.DeleteScheduleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.DeleteScheduleResponse, _abc.Awaitable[_jobs_pb2.DeleteScheduleResponse]]:
+        """Deletes a schedule. Jobs that it made stay."""
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
