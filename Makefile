@@ -7,6 +7,7 @@ CODE := client server workers local bench tests
 FILE ?=
 WORKERS ?= 2
 CROWD ?= 0
+KILLS ?= 200
 STEPS ?= 10000
 SEED ?= 0
 # What the API must stay compatible with: the last main that was shared, or our own.
@@ -46,6 +47,9 @@ bench: ready ## Print the figures of the README's table
 
 bench-retrieval: ready build/peers/installed ## Compare what is found, and how fast: make bench-retrieval CROWD=500000
 	@$(BIN)/python -m bench.retrieval --crowd $(CROWD)
+
+faults-jobs: ready ## Kill what does jobs and wake zombies: make faults-jobs KILLS=200 (slow)
+	@KILLS=$(KILLS) $(BIN)/python -m pytest tests/faults/test_jobs_under_fire.py
 
 bench-jobs: ready build/peers/installed ## Compare how fast jobs are enqueued, begun and done
 	@$(BIN)/python -m bench.jobs
@@ -118,4 +122,4 @@ PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo up down status test faults model bench bench-retrieval bench-jobs check gen lock lint types imports api drift ready
+.PHONY: help demo up down status test faults model bench bench-retrieval bench-jobs faults-jobs check gen lock lint types imports api drift ready

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from server.caller import Caller
-from server.database import Database, SystemDatabase
+from server.database import Database, SystemDatabase, open_pool
 from server.enqueue import NewJob, enqueue, enqueue_all
 from server.jobs.model import Beat, Completed, Failed, Held, Lease, Stopped
 from server.jobs.queue import LEASE, PLANS_OF_QUEUE, Queue
@@ -495,14 +495,18 @@ async def test_ended_jobs_are_forgotten_in_time_and_dead_ones_later(
 
 async def pages_read_to_lease(urls: Urls, limit: int) -> int:
     """Return how many pages the lease statement looks at, as the jobs service runs it."""
-    connection = await asyncpg.connect(urls.system, server_settings=PLANS_OF_QUEUE)
-    try:
+    async with (
+        await open_pool(urls.system, size=1, name="test", settings=PLANS_OF_QUEUE) as pool,
+        pool.acquire() as connection,
+    ):
+        await connection.execute(f"PREPARE lease AS {LEASE}")
         text = await connection.fetchval(
-            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {LEASE}",
-            *("worker", ["test", "other"], [2**31 - 1, 5], [UUID(int=7)] * 2, limit, 30.0),
+            f"""
+            EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON)
+            EXECUTE lease ('worker', '{{test,other}}', '{{2147483647,5}}',
+                           '{{{UUID(int=7)},{UUID(int=7)}}}', {limit}, 30)
+            """
         )
-    finally:
-        await connection.close()
     plan = json.loads(text)[0]["Plan"]
     assert plan["Actual Rows"] == limit
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])

@@ -47,6 +47,7 @@ class Mesh:
 
     def __init__(self, database: SystemDatabase, users: Database, urls: Urls, socket: Path) -> None:
         self.database = database
+        self.users = users
         self.queue = Queue(database, self.lease_seconds)
         self.service = WorkerService(
             self.queue,

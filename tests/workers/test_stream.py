@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -13,6 +14,7 @@ import asyncpg
 import pytest
 
 from server.enqueue import NewJob, enqueue_all
+from tests.conftest import Urls
 from tests.workers.conftest import Mesh, until
 from workers.stream import Handler, Task
 
@@ -352,3 +354,35 @@ async def test_poison_job_is_given_up_and_others_do_not_notice(
     assert tuple(poison) == ("dead", 3, "the worker stopped answering")
     # The ninth of ten is steadier than the last of all; a lease of the poison lasts a second.
     assert sorted(meanwhile)[len(meanwhile) * 9 // 10] < sorted(usual)[36] * 2 + 0.05
+
+
+async def test_two_replicas_and_four_workers_go_on_whichever_of_them_dies(
+    mesh: Mesh, urls: Urls, handled: Handled, owner: asyncpg.Connection, socket: Path
+) -> None:
+    replica = Mesh(mesh.database, mesh.users, urls, socket.with_name("replica"))
+    sweeping = asyncio.create_task(replica.service.run())
+    await replica.start()
+
+    async def some_done(more: int) -> None:
+        done = "SELECT count(*) >= $1 FROM jobs WHERE state = 'succeeded'"
+        await until(lambda: owner.fetchval(done, more))
+
+    async with contextlib.AsyncExitStack() as survivors:
+        for home in (mesh, replica):
+            await survivors.enter_async_context(home.working({"count": handled.count}))
+        dying = [home.working({"count": handled.count}) for home in (mesh, replica)]
+        for each in dying:
+            await each.__aenter__()
+        await enqueue(mesh, *["count"] * 100)
+        await some_done(20)
+        for number, each in enumerate(dying):
+            await each.__aexit__(None, None, None)
+            await enqueue(mesh, *["count"] * 100)
+            await some_done(120 + 100 * number)
+        await replica.break_down()
+        await enqueue(mesh, *["count"] * 100)
+        # All of them, once the leases of the dead have lapsed.
+        await some_done(400)
+    sweeping.cancel()
+    await asyncio.wait([sweeping])
+    assert await owner.fetchval("SELECT count(*) FROM jobs WHERE state <> 'succeeded'") == 0

@@ -1,0 +1,168 @@
+"""Workers, the jobs service and Postgres are killed while jobs are done; zombies come back late."""
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import mkdtemp
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from local.fleet import Commands
+from local.layout import CHECKOUT, Layout
+from local.mesh import Mesh, in_background
+from tests.faults.chaos import BACKEND
+from tests.faults.conftest import COMMANDS, LEASE_SECONDS
+from tests.faults.figures import Figures
+from tests.faults.jobs import Work
+from tests.faults.reach import as_superuser, until
+
+KILLS = int(os.environ.get("KILLS", "20"))
+JOBS = 10_000
+ZOMBIES = 100
+AT_ONCE = 10
+"""Leases that one zombie has."""
+WORKERS = tuple(f"worker-{number}" for number in range(1, 5))
+TARGETS = (*WORKERS, "jobs", "memory", "jobs-sidecar", "worker-1-sidecar", "postgres", BACKEND)
+BACK_SECONDS = 60.0
+REST_SECONDS = 240.0
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """A durable mesh whose four workers do one kind of job."""
+    state = Path(mkdtemp(prefix="kimberly-faults-"))
+    state.chmod(0o755)
+    commands = Commands(
+        service=COMMANDS.service, worker=(sys.executable, "-m", "tests.faults.busy_worker")
+    )
+    with in_background(Mesh(Layout(state), workers=4, durable=True, commands=commands)) as running:
+        yield running
+    shutil.rmtree(state)
+
+
+@pytest_asyncio.fixture(scope="module")
+async def work(mesh: Mesh) -> Work:
+    work = Work(mesh)
+    await work.count()
+    return work
+
+
+async def pid_of(mesh: Mesh, target: str) -> int:
+    if target != BACKEND:
+        pid = mesh.process(target).pid
+        assert pid is not None
+        return pid
+    async with as_superuser(mesh) as superuser:
+        found: int = await superuser.fetchval(
+            """
+            SELECT pid FROM pg_stat_activity
+             WHERE application_name LIKE 'jobs%' AND pid <> pg_backend_pid()
+             ORDER BY random() LIMIT 1
+            """
+        )
+    return found
+
+
+async def back(mesh: Mesh, work: Work, before: int, started: float) -> float:
+    """Return when jobs were done again, in seconds after a kill."""
+
+    async def is_back() -> bool:
+        return mesh.is_ready and await work.done() > before
+
+    await until(is_back, BACK_SECONDS)
+    return time.monotonic() - started
+
+
+@pytest.mark.timeout(300 + 20 * KILLS)
+async def test_every_job_is_done_and_settled_once_whatever_is_killed(
+    mesh: Mesh, work: Work, figures: Figures
+) -> None:
+    chance = random.Random(figures.seed)
+    targets = [TARGETS[number % len(TARGETS)] for number in range(KILLS)]
+    chance.shuffle(targets)
+    for number, target in enumerate(targets):
+        await work.make(JOBS * (number + 1) // KILLS - JOBS * number // KILLS)
+        await asyncio.sleep(chance.uniform(0, 0.3))
+        # What still waits tells that jobs are done again.
+        before = min(await work.done(), JOBS * (number + 1) // KILLS - 1)
+        started = time.monotonic()
+        os.kill(await pid_of(mesh, target), signal.SIGKILL)
+        seconds = await back(mesh, work, before, started)
+        figures.inject(f"SIGKILL {target}, doing jobs", service_seconds=seconds)
+
+    async def all_done() -> bool:
+        return await work.done() >= JOBS
+
+    await until(all_done, REST_SECONDS, pause=0.2)
+    tally = await work.tally()
+    figures.operations += tally.made
+    figures.lost += tally.made - tally.done
+    figures.duplicated += tally.settled_twice
+    assert (tally.made, tally.done) == (JOBS, JOBS)
+    assert (tally.settled_twice, tally.by_old_lease) == (0, 0)
+    figures.guards.append(f"jobs: {KILLS} kills over {JOBS} jobs, each settled once")
+
+
+@pytest.mark.timeout(300)
+async def test_zombies_settle_nothing_after_their_leases_have_passed_on(
+    mesh: Mesh, work: Work, figures: Figures
+) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        zombies = [
+            tasks.create_task(zombie(mesh, work, figures)) for _ in range(ZOMBIES // AT_ONCE)
+        ]
+    refused = sum(each.result()["lost"] for each in zombies)
+    assert sum(each.result()["settled"] for each in zombies) == 0
+    assert refused == ZOMBIES
+
+    async def all_done() -> bool:
+        tally = await work.tally()
+        return tally.done == tally.made
+
+    await until(all_done, REST_SECONDS, pause=0.2)
+    tally = await work.tally()
+    assert tally.made == tally.done
+    assert (tally.settled_twice, tally.by_old_lease) == (0, 0)
+    figures.guards.append(f"zombie settlements refused: {refused}/{ZOMBIES}")
+
+
+async def zombie(mesh: Mesh, work: Work, figures: Figures) -> dict[str, int]:
+    """Have leases pass on while their worker is stopped; return what it was told afterwards."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.faults.zombie_worker"),
+        *(str(mesh.layout.outbound_socket(WORKERS[0])), str(AT_ONCE)),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=CHECKOUT,
+    )
+    assert process.stdout
+    # Others take most of what there is: it gets its share in turns.
+    feeding = asyncio.create_task(feed(work))
+    assert await process.stdout.readline() == f"{AT_ONCE}\n".encode()
+    feeding.cancel()
+    stopped_at = time.monotonic()
+    await until(lambda: is_stopped(process.pid), 10)
+    await asyncio.sleep(1.5 * LEASE_SECONDS)
+    os.kill(process.pid, signal.SIGCONT)
+    told: dict[str, int] = json.loads(await process.stdout.readline())
+    await process.wait()
+    figures.inject("SIGSTOP past its lease", service_seconds=time.monotonic() - stopped_at)
+    return told
+
+
+async def is_stopped(pid: int) -> bool:
+    return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+
+
+async def feed(work: Work) -> None:
+    while True:
+        await work.make(50)
+        await asyncio.sleep(0.2)
