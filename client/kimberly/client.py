@@ -33,10 +33,23 @@ _SAFE_TO_REPEAT = [
         "GetImport",
         "GetMeditation",
     )
-] + [
-    {"service": "kimberly.users.v1.UserService"},
-    {"service": "kimberly.jobs.v1.JobService"},
 ]
+_SAFE_TO_REPEAT += [
+    {"service": "kimberly.jobs.v1.JobService", "method": method}
+    for method in (
+        "CreateJob",
+        "GetJob",
+        "ListJobs",
+        "RetryJob",
+        "CancelJob",
+        "WatchJob",
+        "GetSchedule",
+        "ListSchedules",
+        "PauseSchedule",
+        "ResumeSchedule",
+    )
+]
+_SAFE_TO_REPEAT += [{"service": "kimberly.users.v1.UserService"}]
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [

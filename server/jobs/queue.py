@@ -7,7 +7,7 @@ worker; no statement says so besides, lest the planner should read all running j
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Final
 from uuid import UUID
@@ -51,6 +51,10 @@ class Queue:
         self._limits = dict(limits or {})
         self._places: dict[str, UUID] = {}
         """The lane whose turn was the last, by kind. Each replica goes round by itself."""
+
+    def is_limited(self, kinds: Iterable[str]) -> bool:
+        """Tell whether one of these kinds has a limit."""
+        return not self._limits.keys().isdisjoint(kinds)
 
     async def lease(self, worker_id: str, kinds: Sequence[str], limit: int) -> list[Lease]:
         """Lease up to `limit` jobs of these kinds that are due.
@@ -356,7 +360,7 @@ LEASE: Final = """
                    AND lane <= walk.begin AND NOT walk.is_round
                  ORDER BY lane
                  LIMIT 1)
-                 ORDER BY is_round
+                 -- The second is looked for where the first is not found.
                  LIMIT 1
                ) AS next (lane, is_round)
     ),

@@ -89,14 +89,24 @@ class Session:
         # Looked at before the messages are: afterwards there may be more of them.
         has_all, failure = self._has_all, self._failure
         self._take_in()
-        responses = [*await self._settle(), *await self._extend(), *self._cancel()]
-        if failure is not None:
-            raise failure
+        is_leasing = not (has_all or failure or self._is_draining)
+        # Both at once: neither looks at what the other writes, and each waits for a disk.
+        outcomes = await asyncio.gather(
+            self._write(), self._lease() if is_leasing else _nothing(), return_exceptions=True
+        )
+        responses: list[pb.WorkResponse] = []
+        for outcome in (*outcomes, failure or []):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            responses += outcome
         if has_all:
             await self._give_back()
-        else:
-            responses += self._drain() if self._is_draining else await self._lease()
+        elif self._is_draining:
+            responses += self._drain()
         return responses, has_all
+
+    async def _write(self) -> list[pb.WorkResponse]:
+        return [*await self._settle(), *await self._extend(), *self._cancel()]
 
     def _take_in(self) -> None:
         while not self._unread.empty():
@@ -124,6 +134,9 @@ class Session:
         standing = await self._queue.settle(self._worker_id, outcomes)
         self._leases -= held
         self._beats = [beat for beat in self._beats if beat.held not in held]
+        if self._credit and self._queue.is_limited(self._kinds):
+            # There may be room now, where there was none.
+            self.called.set()
         settled = [pb.WorkResponse(settled=pb.Settled(job_ids=_shown(standing)))]
         return [*(settled if standing else []), *_lost(held - standing)]
 
@@ -176,6 +189,10 @@ def lease_to(lease: Lease) -> pb.Lease:
         payload_json=lease.payload_json,
         attempt=lease.attempt,
     )
+
+
+async def _nothing() -> list[pb.WorkResponse]:
+    return []
 
 
 def _shown(held: Iterable[Held]) -> list[str]:
