@@ -46,7 +46,11 @@ STRANGER: Final = "of another tenant"
 Whose = Literal["of the same tenant", "of another tenant"]
 
 REFERENCES: Final = fields_that_mean(*IDS, *NAMED)
-OWN_REFUSALS: Final = {"CompleteAttachment": "UPLOAD_MISMATCH"}
+OWN_REFUSALS: Final = {
+    "CompleteAttachment": "UPLOAD_MISMATCH",
+    "RetryJob": "STATE_CONFLICT",
+    "CancelJob": "STATE_CONFLICT",
+}
 """What an owner is told because of the state of the thing."""
 
 _ANY_ID: Final = re.compile(rb"(?:mem|att|med|job|sch|usr|aud)_[0-9a-f]{32}")
