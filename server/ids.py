@@ -14,6 +14,7 @@ TENANT: Final = "ten"
 MEMORY: Final = "mem"
 ATTACHMENT: Final = "att"
 MEDITATION: Final = "med"
+GOAL: Final = "goa"
 JOB: Final = "job"
 AUDIT_EVENT: Final = "aud"
 

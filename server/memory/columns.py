@@ -31,6 +31,10 @@ _FIELDS: Final = (
     ("useful_count", ">i4"),
     ("feedback", ">f4"),
     ("sentiment", ">f4"),
+    ("score", ">f4"),
+    ("relevance_to_goals", ">f4"),
+    ("goals_key", ">i8"),
+    ("scorer_version", ">i4"),
 )
 _ROW: Final = np.dtype(
     [("fields", ">i2")]
@@ -63,6 +67,10 @@ class Rows:
         """Return the first rows only."""
         return Rows(self.table[:size])
 
+    def only(self, indexes: Column | slice) -> "Rows":
+        """Return some rows."""
+        return Rows(self.table[indexes])
+
     def column(self, name: str, kind: str) -> Column:
         """Return a column, converted."""
         return self.table[name].astype(kind)
@@ -82,7 +90,7 @@ class Rows:
     def memory_ids(self, indexes: Column | None = None) -> list[pgproto.UUID]:
         """Return the ids of all memories, or of some."""
         column = self.table["memory_id"]
-        return _uuids(column if indexes is None else column[indexes])
+        return uuids(column if indexes is None else column[indexes])
 
     def user_ids(self, indexes: Column | None = None) -> list[pgproto.UUID]:
         """Return the user of each memory, or of some; few objects, many references."""
@@ -91,13 +99,15 @@ class Rows:
             column if indexes is None else column[indexes], return_inverse=True
         )
         objects = np.empty(len(users), dtype=object)
-        objects[:] = _uuids(users)
+        objects[:] = uuids(users)
         listed: list[pgproto.UUID] = objects[places].tolist()
         return listed
 
-    def by_user(self, usual: Sequence[float], of_users: Mapping[UUID, Sequence[float]]) -> Floats:
+    def by_user(
+        self, usual: Sequence[float], of_users: Mapping[UUID, Sequence[float]], kind: str = "<f4"
+    ) -> Column:
         """Return some numbers for each memory: those of its user, or else the usual ones."""
-        numbers = np.tile(np.array(usual, np.float32), (len(self), 1))
+        numbers = np.tile(np.array(usual, kind), (len(self), 1))
         users = np.array([user.bytes for user in of_users], "S16")
         column = self.table["user_id"]
         # A user's memories stand together: one search for each user, not one for each memory.
@@ -108,7 +118,7 @@ class Rows:
 
     def users(self) -> list[pgproto.UUID]:
         """Return every user once."""
-        return _uuids(np.unique(self.table["user_id"]))
+        return uuids(np.unique(self.table["user_id"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +133,15 @@ class ScoreColumns:
     recency_frequency: Floats
     sentiment: Floats
     """NaN where there is none."""
+
+    def only(self, indexes: Column | slice) -> "ScoreColumns":
+        """Return the scores of some memories."""
+        chosen = (column[indexes] for column in (*self.components(), self.sentiment))
+        return ScoreColumns(self.scorer_version, *chosen)
+
+    def sum(self) -> float:
+        """Return the sum of the scores."""
+        return float(self.score.sum(dtype=np.float64))
 
     def components(self) -> Sequence[Floats]:
         """Return the columns that are never NaN."""
@@ -144,6 +163,7 @@ class ScoreColumns:
         )
 
 
-def _uuids(column: Column) -> list[pgproto.UUID]:
+def uuids(column: Column) -> list[pgproto.UUID]:
+    """Return a column of 16 bytes each as ids."""
     raw = column.tobytes()
     return [pgproto.UUID(raw[start : start + 16]) for start in range(0, len(raw), 16)]

@@ -232,7 +232,7 @@ async def test_same_inputs_give_bit_equal_scores_on_any_number_of_workers(
     )
     found: list[list[Any]] = []
     for size in (1, 5):
-        await ScoringStore(mesh.database, shards=3).plan_all(ids.new_id())
+        await ScoringStore(mesh.database, shards=3).plan_all(ids.new_id(), full_run=True)
         await owner.execute("UPDATE meditations SET as_of = '2030-01-01'")
         async with mesh.working(meditating(size)), mesh.working(meditating(size + 1)):
             await until(
