@@ -9,6 +9,7 @@ WORKERS ?= 2
 CROWD ?= 0
 STEPS ?= 10000
 SEED ?= 0
+MEMORIES ?= 1000000
 # What the API must stay compatible with: the last main that was shared, or our own.
 BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse -q --verify main || echo HEAD)
 export PYTHONPATH := .:client
@@ -46,6 +47,9 @@ bench: ready ## Print the figures of the README's table
 
 bench-retrieval: ready build/peers/installed ## Compare what is found, and how fast: make bench-retrieval CROWD=500000
 	@$(BIN)/python -m bench.retrieval --crowd $(CROWD)
+
+bench-meditation: ready ## Measure a night's scoring: make bench-meditation MEMORIES=200000
+	@$(BIN)/python -m bench.meditation --memories $(MEMORIES)
 
 check: ready lint types imports api drift ## Check style, types, imports, API and generated code
 
@@ -115,4 +119,4 @@ PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo up down status test faults model bench bench-retrieval check gen lock lint types imports api drift ready
+.PHONY: help demo up down status test faults model bench bench-retrieval bench-meditation check gen lock lint types imports api drift ready

@@ -242,7 +242,7 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     retention = RetentionStore(system)
     rounds = PromotionRounds(system, short_term, promotion, utc_now)
     scoring = ScoringService(
-        ScoringStore(system, settings.meditation_shards),
+        ScoringStore(system, settings.meditation_shards, writers=settings.scoring_writers),
         Tidying(
             system,
             retention,

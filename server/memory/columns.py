@@ -19,7 +19,7 @@ _DAY_MICROSECONDS = 86_400e6
 
 # COPY's binary format: a header, each field after its length, a trailer. No column is NULL, so
 # that every row has the same size and the whole answer is one array.
-_HEADER_BYTES: Final = 19
+_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _TRAILER: Final = struct.pack(">h", -1)
 _FIELDS: Final = (
     ("user_id", "S16"),
@@ -36,10 +36,34 @@ _FIELDS: Final = (
     ("goals_key", ">i8"),
     ("scorer_version", ">i4"),
 )
-_ROW: Final = np.dtype(
-    [("fields", ">i2")]
-    + [item for name, kind in _FIELDS for item in ((f"{name}_bytes", ">i4"), (name, kind))]
+_SCORED_FIELDS: Final = (
+    ("user_id", "S16"),
+    ("memory_id", "S16"),
+    ("text_version", ">i4"),
+    ("goals_key", ">i8"),
+    ("score", ">f4"),
+    ("relevance_to_goals", ">f4"),
+    ("emotional_weight", ">f4"),
+    ("predictive_value", ">f4"),
+    ("recency_frequency", ">f4"),
+    ("sentiment", ">f4"),
 )
+
+
+SCORED_COLUMNS: Final = [name for name, _ in _SCORED_FIELDS]
+"""What `ScoreColumns.to_copy` writes."""
+
+
+def _row(fields: Sequence[tuple[str, str]]) -> np.dtype[np.void]:
+    """Return a row as COPY writes it: how many fields, and each after its length."""
+    return np.dtype(
+        [("fields", ">i2")]
+        + [item for name, kind in fields for item in ((f"{name}_bytes", ">i4"), (name, kind))]
+    )
+
+
+_ROW: Final = _row(_FIELDS)
+_SCORED_ROW: Final = _row(_SCORED_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +82,7 @@ class Rows:
         """
         if not copied.endswith(_TRAILER):
             raise ValueError("COPY ended early")
-        return cls(np.frombuffer(copied[_HEADER_BYTES : -len(_TRAILER)], _ROW))
+        return cls(np.frombuffer(copied[len(_HEADER) : -len(_TRAILER)], _ROW))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -118,7 +142,11 @@ class Rows:
 
     def users(self) -> list[pgproto.UUID]:
         """Return every user once."""
-        return uuids(np.unique(self.table["user_id"]))
+        column = self.table["user_id"]
+        # A user's memories stand together: there is nothing to sort.
+        is_first = np.ones(len(column), dtype=bool)
+        np.not_equal(column[1:], column[:-1], out=is_first[1:])
+        return uuids(column[is_first])
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +180,24 @@ class ScoreColumns:
             self.predictive_value,
             self.recency_frequency,
         )
+
+    def to_copy(self, rows: Rows, goals_keys: Column) -> bytes:
+        """Return what COPY … WITH (FORMAT binary) takes: the columns of `SCORED_COLUMNS`.
+
+        Args:
+            rows: The memories that the scores are of.
+            goals_keys: Which goals they were matched with.
+        """
+        table = np.zeros(len(rows), _SCORED_ROW)
+        table["fields"] = len(_SCORED_FIELDS)
+        for name, kind in _SCORED_FIELDS:
+            table[f"{name}_bytes"] = np.dtype(kind).itemsize
+        for name in ("user_id", "memory_id", "text_version"):
+            table[name] = rows.table[name]
+        table["goals_key"] = goals_keys
+        for name in SCORED_COLUMNS[4:]:
+            table[name] = getattr(self, name)
+        return _HEADER + table.tobytes() + _TRAILER
 
     def is_sound(self, size: int) -> bool:
         """Tell whether there are `size` of each, and every number is 0 to 1."""

@@ -1,5 +1,7 @@
 """Scoring in Postgres: runs of all users, shards under a fence, batches applied once."""
 
+import asyncio
+import io
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 from uuid import UUID
@@ -9,7 +11,7 @@ import structlog
 
 from server import ids
 from server.database import Connection, SystemDatabase
-from server.memory.columns import Column, Rows, ScoreColumns
+from server.memory.columns import SCORED_COLUMNS, Column, Rows, ScoreColumns
 from server.memory.meditation_store import enqueue_shards, take_turns
 from server.memory.score_batches import Batch, read_batch
 from server.memory.shards import Cursor, Shard, claim, hold_at
@@ -21,14 +23,43 @@ T = TypeVar("T")
 
 _DEADLOCK_TRIES: Final = 5
 
+# Arrays as parameters cost the event loop an object and a check for each element; a temporary table
+# takes columns as they lie in memory, and writes no log. Row by row through the primary key: the
+# planner would rather read the whole table of scores.
+_TABLE_OF_A_BATCH: Final = """
+    SET LOCAL client_min_messages = warning;
+    SET LOCAL enable_hashjoin = off;
+    SET LOCAL enable_mergejoin = off;
+    CREATE TEMPORARY TABLE IF NOT EXISTS scored (
+        user_id            uuid    NOT NULL,
+        memory_id          uuid    NOT NULL,
+        text_version       integer NOT NULL,
+        goals_key          bigint  NOT NULL,
+        score              real    NOT NULL,
+        relevance_to_goals real    NOT NULL,
+        emotional_weight   real    NOT NULL,
+        predictive_value   real    NOT NULL,
+        recency_frequency  real    NOT NULL,
+        sentiment          real    NOT NULL
+    ) ON COMMIT DELETE ROWS
+"""
+
 
 class ScoringStore:
     """Sees the memories of all users, as the system role."""
 
-    def __init__(self, database: SystemDatabase, shards: int) -> None:
-        """Score by a database; runs of all users are cut into this many shards."""
+    def __init__(self, database: SystemDatabase, shards: int, *, writers: int = 2) -> None:
+        """Score by a database.
+
+        Args:
+            database: Where the memories are.
+            shards: Into how many a run of all users is cut.
+            writers: How many batches are stored at the same time. Each keeps a core of the database
+                busy, which whoever asks a question meanwhile would like to have.
+        """
         self._database = database
         self._shards = shards
+        self._turn = asyncio.Semaphore(writers)
 
     async def plan_all(self, job_id: UUID, *, full_run: bool = False) -> tuple[UUID, int]:
         """Start a run of all users and enqueue its shards.
@@ -109,7 +140,8 @@ class ScoringStore:
                     scores.scorer_version,
                 )
 
-        await _despite_deadlocks(attempt)
+        async with self._turn:
+            await _despite_deadlocks(attempt)
 
     async def finish(self, shard: Shard, cursor: Cursor, tally: Tally | None = None) -> Shard:
         """Mark a shard as done, and with the last one its run as succeeded.
@@ -186,39 +218,37 @@ async def _store(
     """
     if not len(rows):
         return 0
-    # Row by row through the primary key: the planner would rather read the whole table.
-    await connection.execute("SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off")
+    await connection.execute(_TABLE_OF_A_BATCH)
+    await connection.copy_to_table(
+        "scored",
+        schema_name="pg_temp",
+        source=io.BytesIO(scores.to_copy(rows, goals_keys)),
+        columns=SCORED_COLUMNS,
+        format="binary",
+    )
     status = await connection.execute(
         """
         WITH consenting AS MATERIALIZED (
             SELECT tenant_id, user_id
               FROM (SELECT DISTINCT ON (user_id, tenant_id) user_id, tenant_id, granted
                       FROM consents
-                     WHERE purpose = 'memory.store' AND user_id = ANY ($11::uuid[])
+                     WHERE purpose = 'memory.store' AND user_id = ANY ($1::uuid[])
                      ORDER BY user_id, tenant_id, version DESC) AS consent
              WHERE granted
         )
         UPDATE memory_scores AS memory
-           SET score = batch.score, relevance_to_goals = batch.relevance_to_goals,
-               emotional_weight = batch.emotional_weight,
-               predictive_value = batch.predictive_value,
-               recency_frequency = batch.recency_frequency,
-               sentiment = nullif(batch.sentiment, 'NaN'),
-               goals_key = nullif(batch.goals_key, 0), scorer_version = $12, scored_at = $13
-          FROM unnest($1::uuid[], $2::uuid[], $3::integer[], $4::bigint[], $5::real[], $6::real[],
-                      $7::real[], $8::real[], $9::real[], $10::real[])
-               AS batch (user_id, memory_id, text_version, goals_key, score, relevance_to_goals,
-                         emotional_weight, predictive_value, recency_frequency, sentiment)
-         WHERE memory.user_id = batch.user_id AND memory.memory_id = batch.memory_id
-           AND memory.text_version = batch.text_version
+           SET score = scored.score, relevance_to_goals = scored.relevance_to_goals,
+               emotional_weight = scored.emotional_weight,
+               predictive_value = scored.predictive_value,
+               recency_frequency = scored.recency_frequency,
+               sentiment = nullif(scored.sentiment, 'NaN'),
+               goals_key = nullif(scored.goals_key, 0), scorer_version = $2, scored_at = $3
+          FROM pg_temp.scored
+         WHERE memory.user_id = scored.user_id AND memory.memory_id = scored.memory_id
+           AND memory.text_version = scored.text_version
            AND ((memory.tenant_id, memory.user_id) IN (SELECT tenant_id, user_id
                                                          FROM consenting)) IS TRUE
         """,
-        rows.user_ids(),
-        rows.memory_ids(),
-        rows.table["text_version"].tolist(),
-        goals_keys.tolist(),
-        *(column.tolist() for column in (*scores.components(), scores.sentiment)),
         rows.users(),
         scores.scorer_version,
         shard.as_of,

@@ -2,7 +2,7 @@
 
 import typer
 
-from kimberly.cli import audit
+from kimberly.cli import audit, meditations
 
 app = typer.Typer(
     help=(
@@ -15,3 +15,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(audit.app, name="audit")
+app.command()(meditations.meditate)
+app.add_typer(meditations.app, name="meditations")
