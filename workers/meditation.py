@@ -22,7 +22,7 @@ log = structlog.get_logger()
 PLAN: Final = "meditation.plan"
 SHARD: Final = "meditation.shard"
 
-WINDOW = 4
+WINDOW = 2
 BATCH_SIZE = 16_384
 
 _PLAN_SECONDS = 30.0

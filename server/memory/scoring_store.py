@@ -1,8 +1,7 @@
 """Scoring in Postgres: runs of all users, shards under a fence, batches applied once."""
 
 import asyncio
-import io
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, TypeVar
 from uuid import UUID
 
@@ -48,7 +47,7 @@ _TABLE_OF_A_BATCH: Final = """
 class ScoringStore:
     """Sees the memories of all users, as the system role."""
 
-    def __init__(self, database: SystemDatabase, shards: int, *, writers: int = 2) -> None:
+    def __init__(self, database: SystemDatabase, shards: int, *, writers: int = 1) -> None:
         """Score by a database.
 
         Args:
@@ -222,7 +221,7 @@ async def _store(
     await connection.copy_to_table(
         "scored",
         schema_name="pg_temp",
-        source=io.BytesIO(scores.to_copy(rows, goals_keys)),
+        source=_whole(scores.to_copy(rows, goals_keys)),
         columns=SCORED_COLUMNS,
         format="binary",
     )
@@ -254,6 +253,11 @@ async def _store(
         shard.as_of,
     )
     return int(status.removeprefix("UPDATE "))
+
+
+async def _whole(data: bytes) -> AsyncIterator[bytes]:
+    """Yield data as one piece; around a file, asyncpg makes a cycle that keeps what was in it."""
+    yield data
 
 
 async def _keep_tally(connection: Connection, shard: Shard, tally: Tally) -> None:
