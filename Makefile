@@ -10,6 +10,7 @@ CROWD ?= 0
 KILLS ?= 200
 STEPS ?= 10000
 SEED ?= 0
+MEMORIES ?= 1000000
 # What the API must stay compatible with: the last main that was shared, or our own.
 BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse -q --verify main || echo HEAD)
 export PYTHONPATH := .:client
@@ -53,6 +54,9 @@ faults-jobs: ready ## Kill what does jobs and wake zombies: make faults-jobs KIL
 
 bench-jobs: ready build/peers/installed ## Compare how fast jobs are enqueued, begun and done
 	@$(BIN)/python -m bench.jobs
+
+bench-meditation: ready ## Measure a night's scoring: make bench-meditation MEMORIES=200000
+	@$(BIN)/python -m bench.meditation --memories $(MEMORIES)
 
 check: ready lint types imports api drift ## Check style, types, imports, API and generated code
 
@@ -122,4 +126,4 @@ PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo up down status test faults model bench bench-retrieval bench-jobs faults-jobs check gen lock lint types imports api drift ready
+.PHONY: help demo up down status test faults model bench bench-retrieval bench-jobs faults-jobs check gen lock lint types imports api drift ready bench-meditation

@@ -269,6 +269,7 @@ class PostgreSQL:
                 f"""
                 REVOKE ALL ON DATABASE "{database}" FROM PUBLIC;
                 GRANT CONNECT ON DATABASE "{database}" TO {APPLICATION}, {SYSTEM};
+                GRANT TEMPORARY ON DATABASE "{database}" TO {SYSTEM};
                 """
             )
         async with self._connected(database) as connection:

@@ -57,6 +57,7 @@ from server.memory.embedding_search import EmbeddingSearch
 from server.memory.embedding_service import EmbeddingService
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.exporting import Exporter
+from server.memory.goal_store import GoalStore
 from server.memory.import_store import ImportStore
 from server.memory.importing import Importer
 from server.memory.key_rotation import KeyRotation
@@ -82,7 +83,9 @@ from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
 from server.memory.stream_handlers import Streams
 from server.memory.sweeping import Sweep
+from server.memory.tidying import Tidying
 from server.memory.transcripts import Transcripts
+from server.memory.undoing import Undoing
 from server.memory.usage_store import UsageStore
 from server.memory.watching import Feed, Watcher
 from server.migrate import migrate, read_migrations
@@ -232,6 +235,8 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
         Attachments(AttachmentStore(database), blobs, doomed, url_lifetime),
         transcripts,
         MeditationStore(database),
+        Undoing(system),
+        GoalStore(database),
         Streams(
             Importer(ImportStore(database, data_keys), utc_now),
             Exporter(collection, changes),
@@ -240,7 +245,19 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
         opener,
         utc_now,
     )
-    scoring = ScoringService(ScoringStore(system, settings.meditation_shards))
+    retention = RetentionStore(system)
+    rounds = PromotionRounds(system, short_term, promotion, utc_now)
+    scoring = ScoringService(
+        ScoringStore(system, settings.meditation_shards, writers=settings.scoring_writers),
+        Tidying(
+            system,
+            retention,
+            promotion,
+            rounds,
+            utc_now,
+            most_a_day=settings.archived_a_day,
+        ),
+    )
     embedding = EmbeddingService(EmbeddingJobs(database, system), embeddings)
     maintenance = MaintenanceService(
         KeyRotation(system, kms),
@@ -252,8 +269,8 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
             url_lifetime=url_lifetime,
             margin=timedelta(seconds=settings.sweep_margin_seconds),
         ),
-        RetentionStore(system),
-        PromotionRounds(system, short_term, promotion, utc_now),
+        retention,
+        rounds,
         utc_now,
     )
 

@@ -102,6 +102,10 @@ class Settings(BaseSettings):
     rewrap_schedule: str = "30 3 * * 0"
     """When data keys are wrapped by the newest master key, if an older one still does."""
     meditation_shards: int = Field(default=8, ge=1, le=1024)
+    scoring_writers: int = Field(default=1, ge=1)
+    """How many batches of scores are stored at the same time: each keeps a core busy."""
+    archived_a_day: int = Field(default=1000, ge=1)
+    """How many memories of a user are archived in 24 hours because a tier is over its quota."""
     drain_seconds: Seconds = 5.0
     health_interval_seconds: Seconds = 1.0
     """How long peers may take to see that this process is about to stop."""

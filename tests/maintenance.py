@@ -18,6 +18,7 @@ from server.memory.reindex_store import ReindexStore
 from server.memory.retention_store import RetentionStore
 from server.memory.short_term import ShortTermStore
 from server.memory.sweeping import Sweep
+from server.memory.tidying import Tidying
 
 
 def maintenance_service(
@@ -38,4 +39,25 @@ def maintenance_service(
         RetentionStore(system_database),
         PromotionRounds(system_database, short_term, Promotion(database, short_term), clock),
         clock,
+    )
+
+
+def tidying_of(
+    database: Database,
+    system_database: SystemDatabase,
+    redis: Redis,
+    clock: Clock,
+    *,
+    most_a_day: int = 1000,
+) -> Tidying:
+    """Return what tidies up after a meditation."""
+    short_term = ShortTermStore(redis, database, timedelta(days=1))
+    promotion = Promotion(database, short_term)
+    return Tidying(
+        system_database,
+        RetentionStore(system_database),
+        promotion,
+        PromotionRounds(system_database, short_term, promotion, clock),
+        clock,
+        most_a_day=most_a_day,
     )

@@ -22,7 +22,7 @@ log = structlog.get_logger()
 PLAN: Final = "meditation.plan"
 SHARD: Final = "meditation.shard"
 
-WINDOW = 4
+WINDOW = 2
 BATCH_SIZE = 16_384
 
 _PLAN_SECONDS = 30.0
@@ -55,8 +55,13 @@ class Meditation:
         self._batch_size = batch_size
 
     async def plan(self, task: Task) -> Mapping[str, Any]:
-        """Start the run of all users: the job "meditation.plan"."""
-        request = pb.PlanMeditationRequest(job_id=task.job_id)
+        """Start the run of all users: the job "meditation.plan".
+
+        With "full" in its payload every score is stored, not only those that moved.
+        """
+        request = pb.PlanMeditationRequest(
+            job_id=task.job_id, full=bool(task.payload.get("full", False))
+        )
         run = await self._stub.PlanMeditation(
             request, timeout=_PLAN_SECONDS, metadata=self._metadata
         )
@@ -72,7 +77,7 @@ class Meditation:
         while True:
             progress = _Progress()
             try:
-                return {"scored": await self._stream(task, progress)}
+                return _told(await self._stream(task, progress))
             except grpc.aio.AioRpcError as error:
                 failures = 1 if progress.batches else failures + 1
                 if not _is_passing(error) or failures >= _TRIES:
@@ -81,8 +86,8 @@ class Meditation:
             pause = min(0.1 * 2.0**failures, _LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - spreads retries
 
-    async def _stream(self, task: Task, progress: "_Progress") -> int:
-        """Score what a stream brings and return how many memories the shard has scored."""
+    async def _stream(self, task: Task, progress: "_Progress") -> pb.Done:
+        """Score what a stream brings and return what came of the shard."""
         # grpc.aio never ends a call that nobody looks at any more (grpc#43462).
         call = self._stub.Score(  # type: ignore[call-arg] # written by hand, no iterator
             timeout=_STREAM_SECONDS, metadata=self._metadata
@@ -91,7 +96,7 @@ class Meditation:
             await call.write(pb.ScoreRequest(open=self._open(task)))
             while isinstance(response := await call.read(), pb.ScoreResponse):
                 if response.WhichOneof("message") == "done":
-                    return response.done.scored
+                    return response.done
                 # NumPy and VADER in a thread: the loop has heartbeats to send.
                 scores = await asyncio.to_thread(score_batch, response.batch)
                 # If the call has ended meanwhile, the next read says how.
@@ -110,6 +115,10 @@ class Meditation:
             window=self._window,
             batch_size=self._batch_size,
         )
+
+
+def _told(done: pb.Done) -> Mapping[str, Any]:
+    return {"scored": done.scored, "processed": done.processed, "archived": done.archived}
 
 
 class ShardUnfinished(Exception):

@@ -32,6 +32,10 @@ _SAFE_TO_REPEAT = [
         "ListMemoryVersions",
         "GetImport",
         "GetMeditation",
+        "ListMeditations",
+        "UndoMeditation",
+        "GetGoal",
+        "ListGoals",
     )
 ]
 _SAFE_TO_REPEAT += [

@@ -19,7 +19,7 @@ _DAY_MICROSECONDS = 86_400e6
 
 # COPY's binary format: a header, each field after its length, a trailer. No column is NULL, so
 # that every row has the same size and the whole answer is one array.
-_HEADER_BYTES: Final = 19
+_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _TRAILER: Final = struct.pack(">h", -1)
 _FIELDS: Final = (
     ("user_id", "S16"),
@@ -31,11 +31,39 @@ _FIELDS: Final = (
     ("useful_count", ">i4"),
     ("feedback", ">f4"),
     ("sentiment", ">f4"),
+    ("score", ">f4"),
+    ("relevance_to_goals", ">f4"),
+    ("goals_key", ">i8"),
+    ("scorer_version", ">i4"),
 )
-_ROW: Final = np.dtype(
-    [("fields", ">i2")]
-    + [item for name, kind in _FIELDS for item in ((f"{name}_bytes", ">i4"), (name, kind))]
+_SCORED_FIELDS: Final = (
+    ("user_id", "S16"),
+    ("memory_id", "S16"),
+    ("text_version", ">i4"),
+    ("goals_key", ">i8"),
+    ("score", ">f4"),
+    ("relevance_to_goals", ">f4"),
+    ("emotional_weight", ">f4"),
+    ("predictive_value", ">f4"),
+    ("recency_frequency", ">f4"),
+    ("sentiment", ">f4"),
 )
+
+
+SCORED_COLUMNS: Final = [name for name, _ in _SCORED_FIELDS]
+"""What `ScoreColumns.to_copy` writes."""
+
+
+def _row(fields: Sequence[tuple[str, str]]) -> np.dtype[np.void]:
+    """Return a row as COPY writes it: how many fields, and each after its length."""
+    return np.dtype(
+        [("fields", ">i2")]
+        + [item for name, kind in fields for item in ((f"{name}_bytes", ">i4"), (name, kind))]
+    )
+
+
+_ROW: Final = _row(_FIELDS)
+_SCORED_ROW: Final = _row(_SCORED_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +82,7 @@ class Rows:
         """
         if not copied.endswith(_TRAILER):
             raise ValueError("COPY ended early")
-        return cls(np.frombuffer(copied[_HEADER_BYTES : -len(_TRAILER)], _ROW))
+        return cls(np.frombuffer(copied[len(_HEADER) : -len(_TRAILER)], _ROW))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -62,6 +90,10 @@ class Rows:
     def head(self, size: int) -> "Rows":
         """Return the first rows only."""
         return Rows(self.table[:size])
+
+    def only(self, indexes: Column | slice) -> "Rows":
+        """Return some rows."""
+        return Rows(self.table[indexes])
 
     def column(self, name: str, kind: str) -> Column:
         """Return a column, converted."""
@@ -82,7 +114,7 @@ class Rows:
     def memory_ids(self, indexes: Column | None = None) -> list[pgproto.UUID]:
         """Return the ids of all memories, or of some."""
         column = self.table["memory_id"]
-        return _uuids(column if indexes is None else column[indexes])
+        return uuids(column if indexes is None else column[indexes])
 
     def user_ids(self, indexes: Column | None = None) -> list[pgproto.UUID]:
         """Return the user of each memory, or of some; few objects, many references."""
@@ -91,13 +123,15 @@ class Rows:
             column if indexes is None else column[indexes], return_inverse=True
         )
         objects = np.empty(len(users), dtype=object)
-        objects[:] = _uuids(users)
+        objects[:] = uuids(users)
         listed: list[pgproto.UUID] = objects[places].tolist()
         return listed
 
-    def by_user(self, usual: Sequence[float], of_users: Mapping[UUID, Sequence[float]]) -> Floats:
+    def by_user(
+        self, usual: Sequence[float], of_users: Mapping[UUID, Sequence[float]], kind: str = "<f4"
+    ) -> Column:
         """Return some numbers for each memory: those of its user, or else the usual ones."""
-        numbers = np.tile(np.array(usual, np.float32), (len(self), 1))
+        numbers = np.tile(np.array(usual, kind), (len(self), 1))
         users = np.array([user.bytes for user in of_users], "S16")
         column = self.table["user_id"]
         # A user's memories stand together: one search for each user, not one for each memory.
@@ -108,7 +142,11 @@ class Rows:
 
     def users(self) -> list[pgproto.UUID]:
         """Return every user once."""
-        return _uuids(np.unique(self.table["user_id"]))
+        column = self.table["user_id"]
+        # A user's memories stand together: there is nothing to sort.
+        is_first = np.ones(len(column), dtype=bool)
+        np.not_equal(column[1:], column[:-1], out=is_first[1:])
+        return uuids(column[is_first])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +162,15 @@ class ScoreColumns:
     sentiment: Floats
     """NaN where there is none."""
 
+    def only(self, indexes: Column | slice) -> "ScoreColumns":
+        """Return the scores of some memories."""
+        chosen = (column[indexes] for column in (*self.components(), self.sentiment))
+        return ScoreColumns(self.scorer_version, *chosen)
+
+    def sum(self) -> float:
+        """Return the sum of the scores."""
+        return float(self.score.sum(dtype=np.float64))
+
     def components(self) -> Sequence[Floats]:
         """Return the columns that are never NaN."""
         return (
@@ -133,6 +180,24 @@ class ScoreColumns:
             self.predictive_value,
             self.recency_frequency,
         )
+
+    def to_copy(self, rows: Rows, goals_keys: Column) -> bytes:
+        """Return what COPY … WITH (FORMAT binary) takes: the columns of `SCORED_COLUMNS`.
+
+        Args:
+            rows: The memories that the scores are of.
+            goals_keys: Which goals they were matched with.
+        """
+        table = np.zeros(len(rows), _SCORED_ROW)
+        table["fields"] = len(_SCORED_FIELDS)
+        for name, kind in _SCORED_FIELDS:
+            table[f"{name}_bytes"] = np.dtype(kind).itemsize
+        for name in ("user_id", "memory_id", "text_version"):
+            table[name] = rows.table[name]
+        table["goals_key"] = goals_keys
+        for name in SCORED_COLUMNS[4:]:
+            table[name] = getattr(self, name)
+        return _HEADER + table.tobytes() + _TRAILER
 
     def is_sound(self, size: int) -> bool:
         """Tell whether there are `size` of each, and every number is 0 to 1."""
@@ -144,6 +209,7 @@ class ScoreColumns:
         )
 
 
-def _uuids(column: Column) -> list[pgproto.UUID]:
+def uuids(column: Column) -> list[pgproto.UUID]:
+    """Return a column of 16 bytes each as ids."""
     raw = column.tobytes()
     return [pgproto.UUID(raw[start : start + 16]) for start in range(0, len(raw), 16)]

@@ -160,9 +160,9 @@ class Surroundings:
         left = (turn for turn in self._turns if turn.id not in gone)
         return Surroundings(left, self._language)
 
-    def including(self, turn: Turn) -> "Surroundings":
-        """Return these surroundings once a turn is back."""
-        return Surroundings((*self._turns, turn), self._language)
+    def including(self, *turns: Turn) -> "Surroundings":
+        """Return these surroundings once some turns are back."""
+        return Surroundings((*self._turns, *turns), self._language)
 
     def with_text(self, memory_id: UUID, content: str) -> "Surroundings":
         """Return these surroundings once a turn has another text."""

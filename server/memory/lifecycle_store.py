@@ -255,7 +255,7 @@ async def _archive(
         """
         UPDATE memories
            SET archived_at = coalesce(archived_at, $4), archived_by = 'user', delete_after = $5,
-               restored = false, version = version + 1, updated_at = $4
+               archived_in = NULL, restored = false, version = version + 1, updated_at = $4
          WHERE tenant_id = $1 AND user_id = $2 AND id = $3
         """,
         caller.tenant_id,
@@ -295,7 +295,7 @@ async def _restore(
                 """
                 UPDATE memories
                    SET archived_at = NULL, archived_by = NULL, delete_after = NULL,
-                       restored = true, terms = coalesce($4, terms),
+                       archived_in = NULL, restored = true, terms = coalesce($4, terms),
                        version = version + 1, updated_at = $5
                  WHERE tenant_id = $1 AND user_id = $2 AND id = $3
                 """,

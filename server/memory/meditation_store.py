@@ -1,21 +1,18 @@
 """Meditations of one user in Postgres: asked for, and looked at."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
-
-import asyncpg
 
 from server import audit, consent, ids, requests
 from server.caller import Caller
 from server.database import Connection, Database
 from server.enqueue import NewJob, enqueue_all
 from server.errors import NotFound
-
-SHARD_JOB: Final = "meditation.shard"
-"""Kind of the job that scores one shard."""
+from server.memory.shards import SHARD_JOB
 
 _ATTEMPTS: Final = 10
 
@@ -38,13 +35,25 @@ class Meditation:
     shards_done: int
     scored: int
     mean_score: float | None
-    """None while nothing is scored."""
+    """None while nothing is processed."""
     scorer_version: int
     """0 while nothing is scored."""
     created_at: datetime
     finished_at: datetime | None
     duration: timedelta
     """From asked to ended, or until now."""
+    full_run: bool
+    """Every score is stored, not only those that moved."""
+    dry_run: bool
+    """It tells what it would do, and changes nothing."""
+    nightly: bool
+    """It is of all users; `archived` is the only figure that is the user's own."""
+    total: int
+    processed: int
+    archived: int
+    promoted: int
+    deleted: int
+    undone_at: datetime | None
 
 
 class MeditationStore:
@@ -53,33 +62,40 @@ class MeditationStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def start(self, caller: Caller, request_id: str) -> Meditation:
+    async def start(
+        self, caller: Caller, request_id: str, *, full_run: bool = False, dry_run: bool = False
+    ) -> Meditation:
         """Start a run over the user's memories, or return the one that is still running.
 
         Args:
             caller: Whose memories are scored.
             request_id: A retry under the same id returns the same run; empty for none.
+            full_run: Whether every score is stored, not only those that moved.
+            dry_run: Whether it only tells what it would do. One that is running is another than
+                one that is not dry.
 
         Raises:
             ConsentMissing: The user has not consented to memory.store.
             InvalidArgument: The request id is too long.
+            RequestIdReused: The request id stands for a run of another kind.
         """
         requests.check_request_id(request_id)
         async with self._database.transaction(caller) as connection:
             await consent.require(connection, consent.MEMORY_STORE)
             await take_turns(connection, caller.user_id)
-            running = await _running(connection, caller)
+            running = await _running(connection, caller, dry_run=dry_run)
             meditation_id = chosen = running or ids.new_id()
             if request_id:
+                contents = repr((full_run, dry_run)).encode() if full_run or dry_run else b""
                 meditation_id = await requests.claim(
-                    connection, caller, "Meditate", request_id, b"", chosen
+                    connection, caller, "Meditate", request_id, contents, chosen
                 )
             if meditation_id == running:
                 # A shard whose job was given up would never end the run.
                 await enqueue_shards(connection, running, caller)
             elif meditation_id == chosen:
-                await _insert(connection, caller, meditation_id)
-            return await _get(connection, caller, meditation_id)
+                await _insert(connection, caller, meditation_id, full_run=full_run, dry_run=dry_run)
+            return await meditation_of(connection, caller, meditation_id)
 
     async def get(self, caller: Caller, meditation_id: UUID) -> Meditation:
         """Return a run.
@@ -88,7 +104,33 @@ class MeditationStore:
             NotFound: There is none, or it is not the caller's.
         """
         async with self._database.transaction(caller) as connection:
-            return await _get(connection, caller, meditation_id)
+            return await meditation_of(connection, caller, meditation_id)
+
+    async def page(
+        self, caller: Caller, *, before: UUID | None, limit: int
+    ) -> Sequence[Meditation]:
+        """Return the newest runs, or the newest before one of them.
+
+        Nightly runs are among them that archived something of the caller's.
+        """
+        async with self._database.transaction(caller) as connection:
+            rows = await connection.fetch(
+                """
+                SELECT id
+                  FROM (SELECT id FROM meditations WHERE tenant_id = $1 AND user_id = $2
+                         UNION
+                        SELECT meditation_id FROM meditation_users
+                         WHERE tenant_id = $1 AND user_id = $2) AS run
+                 WHERE id < coalesce($3::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+                 ORDER BY id DESC
+                 LIMIT $4
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                before,
+                limit,
+            )
+            return await _runs(connection, caller, [row["id"] for row in rows])
 
 
 async def take_turns(connection: Connection, whose: UUID | None) -> None:
@@ -124,25 +166,48 @@ async def enqueue_shards(
     await enqueue_all(connection, jobs, caller=caller)
 
 
-async def _running(connection: Connection, caller: Caller) -> UUID | None:
+async def meditation_of(connection: Connection, caller: Caller, meditation_id: UUID) -> Meditation:
+    """Return a run: the caller's own, or a nightly one that archived something of theirs.
+
+    Raises:
+        NotFound: There is no such run.
+    """
+    found = await _runs(connection, caller, [meditation_id])
+    if not found:
+        raise NotFound("meditation")
+    return found[0]
+
+
+async def _running(connection: Connection, caller: Caller, *, dry_run: bool) -> UUID | None:
     running: UUID | None = await connection.fetchval(
         """
         SELECT id
           FROM meditations
-         WHERE tenant_id = $1 AND user_id = $2 AND state = 'running'
+         WHERE tenant_id = $1 AND user_id = $2 AND dry_run = $3 AND state = 'running'
         """,
         caller.tenant_id,
         caller.user_id,
+        dry_run,
     )
     return running
 
 
-async def _insert(connection: Connection, caller: Caller, meditation_id: UUID) -> None:
+async def _insert(
+    connection: Connection, caller: Caller, meditation_id: UUID, *, full_run: bool, dry_run: bool
+) -> None:
     await connection.execute(
-        "INSERT INTO meditations (id, tenant_id, user_id, shards) VALUES ($1, $2, $3, 1)",
+        """
+        INSERT INTO meditations (id, tenant_id, user_id, shards, full_run, dry_run, total)
+        SELECT $1, $2, $3, 1, $4, $5,
+               coalesce((SELECT long_term_count + permanent_count + archived_count
+                           FROM memory_usage
+                          WHERE tenant_id = $2 AND user_id = $3), 0)
+        """,
         meditation_id,
         caller.tenant_id,
         caller.user_id,
+        full_run,
+        dry_run,
     )
     await connection.execute(
         "INSERT INTO meditation_shards (meditation_id, shard) VALUES ($1, 0)", meditation_id
@@ -153,29 +218,43 @@ async def _insert(connection: Connection, caller: Caller, meditation_id: UUID) -
     )
 
 
-async def _get(connection: Connection, caller: Caller, meditation_id: UUID) -> Meditation:
-    row = await connection.fetchrow(
+async def _runs(
+    connection: Connection, caller: Caller, meditation_ids: Sequence[UUID]
+) -> list[Meditation]:
+    """Return runs as their user may see them, newest first: of others' memories nothing."""
+    rows = await connection.fetch(
         """
-        SELECT meditations.id, state, as_of, shards,
-               count(*) FILTER (WHERE done)            AS shards_done,
-               sum(scored)::bigint                     AS scored,
-               sum(score_sum) / nullif(sum(scored), 0) AS mean_score,
-               coalesce(max(scorer_version), 0)        AS scorer_version,
-               created_at, finished_at,
-               coalesce(finished_at, now()) - created_at AS duration
-          FROM meditations
-          JOIN meditation_shards ON meditation_id = meditations.id
-         WHERE tenant_id = $1 AND user_id = $2 AND meditations.id = $3
-         GROUP BY meditations.id
+        SELECT run.id, run.state, run.as_of, run.full_run, run.dry_run,
+               run.created_at, run.finished_at,
+               coalesce(run.finished_at, now()) - run.created_at AS duration,
+               run.user_id IS NULL AS nightly,
+               CASE WHEN run.user_id IS NULL THEN 0 ELSE run.shards END AS shards,
+               CASE WHEN run.user_id IS NULL THEN 0 ELSE run.total END AS total,
+               part.shards_done, part.processed, part.scored, part.promoted, part.deleted,
+               part.score_sum / nullif(part.processed, 0) AS mean_score, part.scorer_version,
+               coalesce(part.archived, mine.archived, 0) AS archived, mine.undone_at
+          FROM meditations AS run
+          LEFT JOIN meditation_users AS mine
+            ON mine.tenant_id = $1 AND mine.user_id = $2 AND mine.meditation_id = run.id
+         CROSS JOIN LATERAL (
+               SELECT count(*) FILTER (WHERE done) AS shards_done,
+                      coalesce(sum(processed), 0)::bigint AS processed,
+                      coalesce(sum(scored), 0)::bigint    AS scored,
+                      sum(archived)::bigint               AS archived,
+                      coalesce(sum(promoted), 0)::bigint  AS promoted,
+                      coalesce(sum(deleted), 0)::bigint   AS deleted,
+                      coalesce(sum(score_sum), 0)         AS score_sum,
+                      coalesce(max(scorer_version), 0)    AS scorer_version
+                 FROM meditation_shards
+                WHERE meditation_id = run.id AND run.user_id IS NOT NULL
+               ) AS part
+         WHERE run.id = ANY ($3)
+           AND ((run.tenant_id = $1 AND run.user_id = $2)
+                OR (run.user_id IS NULL AND mine.meditation_id IS NOT NULL))
+         ORDER BY run.id DESC
         """,
         caller.tenant_id,
         caller.user_id,
-        meditation_id,
+        meditation_ids,
     )
-    if row is None:
-        raise NotFound("meditation")
-    return _meditation(row)
-
-
-def _meditation(row: asyncpg.Record) -> Meditation:
-    return Meditation(**{**row, "state": MeditationState(row["state"])})
+    return [Meditation(**{**row, "state": MeditationState(row["state"])}) for row in rows]

@@ -376,6 +376,15 @@ def meditation_to(run: Meditation) -> pb.Meditation:
         scorer_version=run.scorer_version,
         create_time=timestamp(run.created_at),
         finish_time=timestamp(run.finished_at) if run.finished_at else None,
+        full=run.full_run,
+        dry_run=run.dry_run,
+        nightly=run.nightly,
+        total=run.total,
+        processed=run.processed,
+        archived=run.archived,
+        promoted=run.promoted,
+        deleted=run.deleted,
+        undo_time=timestamp(run.undone_at) if run.undone_at else None,
     )
     message.duration.FromTimedelta(run.duration)
     return message

@@ -161,6 +161,14 @@ class Promotion:
                 break
         return promoted
 
+    async def count_earned(self, caller: Caller) -> int:
+        """Return how many memories have earned it.
+
+        Raises:
+            StoreUnavailable: A store does not answer.
+        """
+        return len(await self._earned(caller))
+
     async def _earned(self, caller: Caller) -> list[Memory]:
         """Return what has earned it, the best first."""
         memories = await self._short_term.find(caller, _SHORT_TERM, before=None)

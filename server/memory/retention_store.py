@@ -51,12 +51,17 @@ class RetentionStore:
             )
             return len(archived)
 
-    async def delete_due(self, now: datetime, limit: int) -> int:
+    async def delete_due(self, now: datetime, limit: int, whose: Caller | None = None) -> int:
         """Delete for good what is archived and past its grace period, the longest due first.
 
         Versions, scores, vectors and the rows of attachments go with it; the objects of the
         attachments are noted as doomed. No neighbour has words of an archived turn, so that no
         conversation is touched. Several sweepers at once take different memories.
+
+        Args:
+            now: What is due by then.
+            limit: How many at most.
+            whose: Only this user's; None: everybody's.
 
         Returns:
             How many were deleted, at most `limit`.
@@ -67,12 +72,15 @@ class RetentionStore:
                 SELECT tenant_id, user_id, id
                   FROM memories
                  WHERE archived_at IS NOT NULL AND delete_after <= $1
+                   AND ($4::uuid IS NULL OR (tenant_id = $3 AND user_id = $4))
                  ORDER BY delete_after, user_id, id
                  LIMIT $2
                    FOR UPDATE SKIP LOCKED
                 """,
                 now,
                 limit,
+                whose.tenant_id if whose else None,
+                whose.user_id if whose else None,
             )
             await _doom_attachments(connection, due)
             await connection.execute(
@@ -87,6 +95,22 @@ class RetentionStore:
             for caller, memory_ids in _by_user(due).items():
                 await _record(connection, caller, "memory.delete", memory_ids)
         return len(due)
+
+    async def count_due(self, now: datetime, caller: Caller) -> int:
+        """Return how many memories of a user `delete_due` would delete."""
+        async with self._database.transaction() as connection:
+            due: int = await connection.fetchval(
+                """
+                SELECT count(*)
+                  FROM memories
+                 WHERE tenant_id = $1 AND user_id = $2
+                   AND archived_at IS NOT NULL AND delete_after <= $3
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                now,
+            )
+        return due
 
     async def forget_requests(self, now: datetime) -> int:
         """Forget which requests were made longer ago than a retry takes, and return how many."""
@@ -104,6 +128,8 @@ async def archive_all(
     language: Language,
     now: datetime,
     grace: timedelta,
+    *,
+    meditation_id: UUID | None = None,
 ) -> list[UUID]:
     """Put away those of a user's memories that are still active and not protected.
 
@@ -116,6 +142,7 @@ async def archive_all(
         language: What their words are read in.
         now: When they are archived.
         grace: After how long they are deleted for good.
+        meditation_id: The run that does it, which can be undone.
 
     Returns:
         Those that were archived.
@@ -152,7 +179,7 @@ async def archive_all(
         """
         UPDATE memories
            SET archived_at = $4, archived_by = 'system', delete_after = $5,
-               version = version + 1, updated_at = $4
+               archived_in = $6, version = version + 1, updated_at = $4
          WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3)
         """,
         caller.tenant_id,
@@ -160,6 +187,7 @@ async def archive_all(
         archived,
         now,
         now + grace,
+        meditation_id,
     )
     await _record(connection, caller, "memory.archive", archived)
     return archived

@@ -13,7 +13,11 @@ from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
 from server import ids
 from server.errors import InvalidArgument
 from server.memory.columns import Floats, ScoreColumns
-from server.memory.scoring_store import Batch, ScoringStore, Shard
+from server.memory.score_batches import Batch
+from server.memory.scoring_store import ScoringStore
+from server.memory.shards import Cursor, Shard
+from server.memory.tallies import Tally
+from server.memory.tidying import Tidying
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -24,14 +28,15 @@ _LARGEST_BATCH = 65_536
 class ScoringService(rpc.ScoringServiceServicer):
     """Serves scoring workers."""
 
-    def __init__(self, store: ScoringStore) -> None:
+    def __init__(self, store: ScoringStore, tidying: Tidying) -> None:
         self._store = store
+        self._tidying = tidying
 
     async def PlanMeditation(
         self, request: pb.PlanMeditationRequest, context: Context
     ) -> pb.PlanMeditationResponse:
         job_id = ids.parse(ids.JOB, request.job_id, "job_id")
-        meditation_id, shards = await self._store.plan_all(job_id)
+        meditation_id, shards = await self._store.plan_all(job_id, full_run=request.full)
         return pb.PlanMeditationResponse(
             meditation_id=ids.show(ids.MEDITATION, meditation_id), shards=shards
         )
@@ -41,6 +46,7 @@ class ScoringService(rpc.ScoringServiceServicer):
     ) -> AsyncIterator[pb.ScoreResponse]:
         opening = _checked(await _next(request_iterator, "open"))
         shard = await self._open(opening)
+        tally = Tally() if shard.dry_run else None
         ahead: deque[Batch] = deque()
         read_to = stored_to = shard.cursor
         sequence, more = 0, not shard.done
@@ -57,10 +63,23 @@ class ScoringService(rpc.ScoringServiceServicer):
             if ahead:
                 answer = await _next(request_iterator, "scores")
                 scores = _scores(answer.scores, sequence - len(ahead) + 1, ahead[0])
-                await self._store.apply(shard, ahead[0], scores)
-                stored_to = ahead.popleft().end
-        scored = shard.scored if shard.done else await self._store.finish(shard, stored_to)
-        yield pb.ScoreResponse(done=pb.Done(scored=scored))
+                batch = ahead.popleft()
+                if tally is not None:
+                    tally.add(batch, scores, full_run=shard.full_run)
+                else:
+                    await self._store.apply(shard, batch, scores)
+                    stored_to = batch.end
+        yield pb.ScoreResponse(done=_done(await self._finish(shard, stored_to, tally)))
+
+    async def _finish(self, shard: Shard, cursor: Cursor, tally: Tally | None) -> Shard:
+        """Tidy up after a shard is scored, and return it with what was done."""
+        if shard.done:
+            return shard
+        if tally is None:
+            await self._tidying.tidy(shard)
+        else:
+            await self._tidying.foretell(shard, tally)
+        return await self._store.finish(shard, cursor, tally)
 
     async def _open(self, opening: pb.Open) -> Shard:
         meditation_id = ids.parse(ids.MEDITATION, opening.meditation_id, "open.meditation_id")
@@ -72,7 +91,6 @@ def batch_to(batch: Batch, shard: Shard, sequence: int) -> pb.Batch:
     rows = batch.rows
     as_of_time = Timestamp()
     as_of_time.FromDatetime(shard.as_of)
-    unknown = np.full(len(rows), np.nan, "<f4").tobytes()
     return pb.Batch(
         sequence=sequence,
         size=len(rows),
@@ -83,11 +101,15 @@ def batch_to(batch: Batch, shard: Shard, sequence: int) -> pb.Batch:
         useful_count=rows.column("useful_count", "<i4").tobytes(),
         feedback=rows.column("feedback", "<f4").tobytes(),
         sentiment=rows.column("sentiment", "<f4").tobytes(),
-        goal_match=unknown,
+        goal_match=batch.goal_match.astype("<f4").tobytes(),
         weights=batch.weights.astype("<f4").tobytes(),
         texts=batch.texts,
         text_index=batch.text_index.astype("<i4").tobytes(),
     )
+
+
+def _done(shard: Shard) -> pb.Done:
+    return pb.Done(scored=shard.scored, processed=shard.processed, archived=shard.archived)
 
 
 async def _next(requests: AsyncIterator[pb.ScoreRequest], expected: str) -> pb.ScoreRequest:

@@ -17,8 +17,11 @@ from server.memory.batch_handlers import BatchHandlers
 from server.memory.batch_store import BatchStore
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.embeddings import check_batch, check_model
+from server.memory.goal_handlers import GoalHandlers
+from server.memory.goal_store import GoalStore
 from server.memory.lifecycle_handlers import LifecycleHandlers
 from server.memory.lifecycle_store import LifecycleStore
+from server.memory.meditation_handlers import MeditationHandlers
 from server.memory.meditation_store import MeditationStore
 from server.memory.model import Memory, Tier
 from server.memory.promotion import Promotion
@@ -33,6 +36,7 @@ from server.memory.store import MemoryStore
 from server.memory.stream_handlers import StreamHandlers, Streams
 from server.memory.tiers import in_either_store, wherever_it_is
 from server.memory.transcripts import Transcripts
+from server.memory.undoing import Undoing
 from server.memory.usage_store import UsageStore
 from server.requests import check_request_id
 
@@ -46,6 +50,8 @@ class MemoryService(
     AttachmentHandlers,
     StreamHandlers,
     BatchHandlers,
+    GoalHandlers,
+    MeditationHandlers,
     rpc.MemoryServiceServicer,
 ):
     """Serves the memories of the signed-in user."""
@@ -66,6 +72,8 @@ class MemoryService(
         attachments: Attachments,
         transcripts: Transcripts,
         meditations: MeditationStore,
+        undoing: Undoing,
+        goals: GoalStore,
         streams: Streams,
         opener: Opener,
         clock: Clock,
@@ -85,6 +93,8 @@ class MemoryService(
         self._attachments = attachments
         self._transcripts = transcripts
         self._meditations = meditations
+        self._undoing = undoing
+        self._goals = goals
         self._streams = streams
         self._opener = opener
         self._clock = clock
@@ -180,15 +190,3 @@ class MemoryService(
         check_model(request.model, "model")
         deleted = await self._embeddings.delete(current_caller(), request.model)
         return pb.DeleteEmbeddingsResponse(deleted=deleted)
-
-    async def Meditate(self, request: pb.MeditateRequest, context: Context) -> pb.MeditateResponse:
-        run = await self._meditations.start(current_caller(), request.request_id)
-        return pb.MeditateResponse(meditation=messages.meditation_to(run))
-
-    async def GetMeditation(
-        self, request: pb.GetMeditationRequest, context: Context
-    ) -> pb.GetMeditationResponse:
-        run = await self._meditations.get(
-            current_caller(), ids.parse(ids.MEDITATION, request.id, "id")
-        )
-        return pb.GetMeditationResponse(meditation=messages.meditation_to(run))

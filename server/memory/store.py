@@ -358,6 +358,8 @@ async def _update(
     if new != old:
         await around.refresh(connection, caller, standing.places)
         await _forget_text(connection, caller, memory_id)
+    elif change.tags is not None:
+        await _forget_match(connection, caller, memory_id)
     tags = tuple(current["tags"]) if change.tags is None else change.tags
     if sealing and new.is_sensitive:
         body = _sealed_body(memory_id, new.content, tags, sealing)
@@ -516,7 +518,21 @@ async def _forget_text(connection: Connection, caller: Caller, memory_id: UUID) 
             DELETE FROM embeddings WHERE tenant_id = $1 AND user_id = $2 AND memory_id = $3
         )
         UPDATE memory_scores
-           SET sentiment = NULL, text_version = text_version + 1
+           SET sentiment = NULL, goals_key = NULL, text_version = text_version + 1
+         WHERE tenant_id = $1 AND user_id = $2 AND memory_id = $3
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        memory_id,
+    )
+
+
+async def _forget_match(connection: Connection, caller: Caller, memory_id: UUID) -> None:
+    """Drop how tags that are no more matched the user's goals; what is in flight meets no row."""
+    await connection.execute(
+        """
+        UPDATE memory_scores
+           SET goals_key = NULL, text_version = text_version + 1
          WHERE tenant_id = $1 AND user_id = $2 AND memory_id = $3
         """,
         caller.tenant_id,

@@ -72,6 +72,13 @@ async def meditate(user: User) -> str:
     return run
 
 
+async def aim(user: User) -> str:
+    """Keep a goal and return its id."""
+    goal = pb.Goal(content=f"mine {secrets.token_hex(4)}")
+    kept: str = (await user.grpc(pb.CreateGoalRequest(goal=goal))).goal.id
+    return kept
+
+
 async def work(user: User) -> str:
     """Have a job done and return its id."""
     await meditate(user)
@@ -125,6 +132,7 @@ STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     },
     Means.ATTACHMENT: {"pending": announce, "complete": attach},
     Means.MEDITATION: {"over": meditate},
+    Means.GOAL: {"kept": aim},
     Means.JOB: {"done": work},
     Means.SCHEDULE: {"made": schedule},
     Means.SESSION: {"begun": talk, "ended": write_down},
@@ -181,6 +189,8 @@ async def look_at(estate: Estate) -> list[object]:
             seen.append((memory.content, memory.state, memory.protected, feedback, len(versions)))
     for name in estate.names[Means.ATTACHMENT].values():
         seen.append((await user.grpc(pb.GetAttachmentRequest(id=name))).attachment)
+    for name in estate.names[Means.GOAL].values():
+        seen.append((await user.grpc(pb.GetGoalRequest(id=name))).goal)
     for name in estate.names[Means.TRANSCRIPT].values():
         seen.append((await user.grpc(pb.GetTranscriptRequest(session_id=name))).transcript)
     for name in estate.names[Means.IMPORT].values():

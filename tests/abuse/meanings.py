@@ -24,6 +24,7 @@ class Means(enum.Enum):
     MEMORY = "mem"
     ATTACHMENT = "att"
     MEDITATION = "med"
+    GOAL = "goa"
     JOB = "job"
     SCHEDULE = "sch"
     SESSION = "a conversation that was begun"
@@ -37,7 +38,14 @@ class Means(enum.Enum):
     SECRET = "speaks for whoever shows it: tests/abuse/test_tokens"
 
 
-IDS: Final = (Means.MEMORY, Means.ATTACHMENT, Means.MEDITATION, Means.JOB, Means.SCHEDULE)
+IDS: Final = (
+    Means.MEMORY,
+    Means.ATTACHMENT,
+    Means.MEDITATION,
+    Means.JOB,
+    Means.SCHEDULE,
+    Means.GOAL,
+)
 """What the server names, by ids that say the kind."""
 NAMED: Final = (Means.SESSION, Means.TRANSCRIPT, Means.IMPORT)
 """What users name, each in a space of their own."""
@@ -114,6 +122,13 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "DeleteTranscript": {"session_id": Means.TRANSCRIPT},
     "Meditate": {"request_id": Means.FREE},
     "GetMeditation": {"id": Means.MEDITATION},
+    "ListMeditations": {"page_token": Means.PLACE},
+    "UndoMeditation": {"id": Means.MEDITATION},
+    "CreateGoal": {"goal.id": Means.NOTHING, "request_id": Means.FREE},
+    "GetGoal": {"id": Means.GOAL},
+    "ListGoals": {"page_token": Means.PLACE},
+    "UpdateGoal": {"goal.id": Means.GOAL},
+    "DeleteGoal": {"id": Means.GOAL},
     "GetJob": {"id": Means.JOB},
     "ListJobs": {"page_token": Means.PLACE},
     "RetryJob": {"id": Means.JOB},
@@ -136,6 +151,10 @@ FILLED: Final[Mapping[str, Message]] = {
     ),
     "BatchCreateMemories": pb.BatchCreateMemoriesRequest(memories=[_MEMORY]),
     "GiveFeedback": pb.GiveFeedbackRequest(rating=1),
+    "CreateGoal": pb.CreateGoalRequest(goal=pb.Goal(content="mine")),
+    "UpdateGoal": pb.UpdateGoalRequest(
+        goal=pb.Goal(content="mine"), update_mask=FieldMask(paths=["content"])
+    ),
     "QueryMemories": pb.QueryMemoriesRequest(
         query="mine",
         embedding=pb.QueryEmbedding(model="mine", values=[1, 2, 3]),

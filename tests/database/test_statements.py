@@ -44,7 +44,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "memory.retention_store.forget_requests": "system role: what is old goes, whose it ever was",
     "memory.retrieval_counts._write": "system role: counts of many users, by user and id",
     "memory.scoring_store._insert": RUN,
-    "memory.scoring_store._texts": "system role: texts of a shard, chosen by user and id",
+    "memory.score_batches._bodies": "system role: texts of a shard, chosen by user and id",
     "memory.scoring_store.finish": RUN,
     "memory.scoring_store.plan_all": RUN,
     "memory.sweeping._named": "system role: uploads by the names that the object store knows",

@@ -19,7 +19,8 @@ from server.memory.columns import ScoreColumns
 from server.memory.import_store import Chunk, ImportStore
 from server.memory.meditation_store import MeditationStore
 from server.memory.model import Draft, Source, Tier
-from server.memory.scoring_store import Batch, ScoringStore
+from server.memory.score_batches import Batch
+from server.memory.scoring_store import ScoringStore
 from tests.conftest import FakeClock, data_keys_of
 from tests.faults.figures import Figures
 
@@ -104,7 +105,7 @@ class Zombie:
             What the zombie was told, and how many memories the run counts at its end.
         """
         rightful = ScoringStore(self._system, 1)
-        run = (await self._meditations.start(self._caller, "")).id
+        run = (await self._meditations.start(self._caller, "", full_run=True)).id
         self._fence += 2
         old = await zombie.open_shard(run, 0, self._fence)
         in_hand = await zombie.read(old, old.cursor, SIZE)

@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
+from kimberly.scoring.v1 import scoring_pb2_grpc as scoring_rpc
 
 from server.blobs import Blobs
 from server.cache import Redis
@@ -24,6 +25,7 @@ from server.memory.collection import Collection
 from server.memory.embedding_search import EmbeddingSearch
 from server.memory.embedding_store import SCANNED, EmbeddingStore
 from server.memory.exporting import Exporter
+from server.memory.goal_store import GoalStore
 from server.memory.import_store import ImportStore
 from server.memory.importing import Importer
 from server.memory.lifecycle_store import LifecycleStore
@@ -33,6 +35,8 @@ from server.memory.promotion import Promotion
 from server.memory.query_handlers import Queries
 from server.memory.retrieval import Retrieval
 from server.memory.retrieval_counts import RetrievalCounts
+from server.memory.scoring_service import ScoringService
+from server.memory.scoring_store import ScoringStore
 from server.memory.search_store import SearchStore
 from server.memory.sensitive import Opener
 from server.memory.service import MemoryService
@@ -41,10 +45,14 @@ from server.memory.shared_store import SharedStore
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
 from server.memory.stream_handlers import Streams
+from server.memory.tidying import Tidying
 from server.memory.transcripts import Transcripts
+from server.memory.undoing import Undoing
 from server.memory.usage_store import UsageStore
 from server.memory.watching import Feed, Watcher
 from tests.conftest import FakeClock, Serve, data_keys_of
+from tests.maintenance import tidying_of
+from tests.memory.scoring_calls import SHARDS
 
 URL_LIFETIME = timedelta(minutes=15)
 
@@ -159,6 +167,8 @@ async def memories(
         Attachments(AttachmentStore(database), blobs, doomed, URL_LIFETIME),
         transcripts,
         MeditationStore(database),
+        Undoing(system_database),
+        GoalStore(database),
         Streams(
             Importer(ImportStore(database, data_keys_of(database)), clock),
             Exporter(collection, ChangeStore(system_database)),
@@ -174,3 +184,41 @@ async def memories(
     )
     channel = await serve(lambda server: rpc.add_MemoryServiceServicer_to_server(service, server))
     return rpc.MemoryServiceStub(channel)
+
+
+@pytest.fixture
+def meditations(database: Database) -> MeditationStore:
+    return MeditationStore(database)
+
+
+@pytest.fixture
+def scoring_store(system_database: SystemDatabase) -> ScoringStore:
+    return ScoringStore(system_database, SHARDS)
+
+
+@pytest.fixture
+def most_a_day() -> int:
+    """How many memories of a user are archived a day for want of room."""
+    return 1000
+
+
+@pytest.fixture
+def tidying(
+    database: Database,
+    system_database: SystemDatabase,
+    redis: Redis,
+    clock: FakeClock,
+    most_a_day: int,
+) -> Tidying:
+    return tidying_of(database, system_database, redis, clock, most_a_day=most_a_day)
+
+
+@pytest_asyncio.fixture
+async def scoring(
+    serve: Serve, scoring_store: ScoringStore, tidying: Tidying
+) -> scoring_rpc.ScoringServiceAsyncStub:
+    service = ScoringService(scoring_store, tidying)
+    channel = await serve(
+        lambda server: scoring_rpc.add_ScoringServiceServicer_to_server(service, server)
+    )
+    return scoring_rpc.ScoringServiceStub(channel)

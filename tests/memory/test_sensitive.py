@@ -49,15 +49,14 @@ from tests.conftest import (
 from tests.kms import conftest as of_kms
 from tests.kms.conftest import Master
 from tests.maintenance import maintenance_service
-from tests.memory import test_scoring as of_scoring
 from tests.memory.calls import Stub, archive, change, create, restore
 from tests.memory.meanings import ask, decide, of, texts, upload
+from tests.memory.scoring_calls import scoring_stream
 from tests.memory.test_answers import values_in
 from tests.memory.test_batch import create_all
 from tests.memory.test_conversation import turn
 from tests.memory.test_export import export
 from tests.memory.test_import import imported
-from tests.memory.test_scoring import scoring_stream
 from tests.memory.test_sessions import append, transcript, write_down
 from tests.memory.test_versions import versions
 from tests.memory.test_watch import caught_up, changes, watching
@@ -65,7 +64,7 @@ from tests.refusals import refusal_of
 from tests.users import conftest as of_users
 from tests.users.conftest import Users
 
-# The user service, both key managers and the scoring service, and what they are made of.
+# The user service and both key managers, and what they are made of.
 users = of_users.users
 audit_log = of_users.audit_log
 archive_of_checkpoints = of_users.archive
@@ -75,9 +74,6 @@ master = of_kms.master
 vault = of_kms.vault
 vault_server = of_kms.vault_server
 token_file = of_kms.token_file
-scoring = of_scoring.scoring
-scoring_store = of_scoring.scoring_store
-meditations = of_scoring.meditations
 
 SECRET = "Diagnosed with psoriasis"
 AGAIN = "Cured of psoriasis, says Dr. Quill"
@@ -568,7 +564,7 @@ async def test_marking_later_takes_along_all_that_was_known_of_it(
     row = await owner.fetchrow(
         "SELECT sentiment, text_version FROM memory_scores ORDER BY memory_id LIMIT 1"
     )
-    assert tuple(row) == (None, 3)
+    assert tuple(row) == (None, 7)
     refusal = await refusal_of(memories.CreateMemory(request, metadata=bearer(caller)))
     assert refusal.reason == "REQUEST_ID_REUSED"
 

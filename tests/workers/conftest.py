@@ -17,6 +17,8 @@ from kimberly.embedding.v1 import embedding_pb2_grpc
 from kimberly.jobs.v1 import jobs_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 
+from server.cache import Redis
+from server.clock import utc_now
 from server.database import Database, SystemDatabase
 from server.jobs.doorbell import Doorbell
 from server.jobs.queue import Queue
@@ -29,6 +31,7 @@ from server.memory.scoring_store import ScoringStore
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
 from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker
+from tests.maintenance import tidying_of
 from tests.workers import shipped_models as shipped
 from workers.meditation import Meditation
 from workers.stream import Handler, Worker
@@ -45,7 +48,9 @@ async def until(condition: Callable[[], Awaitable[Any]]) -> None:
 class Mesh:
     """Worker, scoring and embedding service on one Unix socket."""
 
-    def __init__(self, database: SystemDatabase, users: Database, urls: Urls, socket: Path) -> None:
+    def __init__(
+        self, database: SystemDatabase, users: Database, redis: Redis, urls: Urls, socket: Path
+    ) -> None:
         self.database = database
         self.users = users
         self.queue = Queue(database, self.lease_seconds)
@@ -55,7 +60,9 @@ class Mesh:
             lease_seconds=self.lease_seconds,
             session_seconds=600,
         )
-        self.scoring = ScoringService(ScoringStore(database, shards=3))
+        self.scoring = ScoringService(
+            ScoringStore(database, shards=3), tidying_of(users, database, redis, utc_now)
+        )
         self.embedding = EmbeddingService(EmbeddingJobs(users, database), EmbeddingStore(users))
         self._socket = socket
         self._server: Server | None = None
@@ -139,9 +146,9 @@ def socket() -> Iterator[Path]:
 
 @pytest_asyncio.fixture
 async def mesh(
-    system_database: SystemDatabase, database: Database, urls: Urls, socket: Path
+    system_database: SystemDatabase, database: Database, redis: Redis, urls: Urls, socket: Path
 ) -> AsyncIterator[Mesh]:
-    mesh = Mesh(system_database, database, urls, socket)
+    mesh = Mesh(system_database, database, redis, urls, socket)
     running = asyncio.create_task(mesh.service.run())
     await mesh.start()
     yield mesh

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -93,7 +95,8 @@ async def test_run_that_a_user_asked_for_scores_their_memories(
     assert np.allclose([row["score"] for row in rows], expected, rtol=0, atol=1e-5)
     assert run.mean_score is not None
     assert math.isclose(run.mean_score, sum(row["score"] for row in rows) / 3, rel_tol=1e-6)
-    assert await owner.fetchval("SELECT result FROM jobs") == '{"scored": 3}'
+    result = await owner.fetchval("SELECT result FROM jobs")
+    assert json.loads(result) == {"scored": 3, "processed": 3, "archived": 0}
 
 
 async def test_every_user_is_scored_by_their_own_weights(
@@ -232,7 +235,7 @@ async def test_same_inputs_give_bit_equal_scores_on_any_number_of_workers(
     )
     found: list[list[Any]] = []
     for size in (1, 5):
-        await ScoringStore(mesh.database, shards=3).plan_all(ids.new_id())
+        await ScoringStore(mesh.database, shards=3).plan_all(ids.new_id(), full_run=True)
         await owner.execute("UPDATE meditations SET as_of = '2030-01-01'")
         async with mesh.working(meditating(size)), mesh.working(meditating(size + 1)):
             await until(
@@ -248,3 +251,40 @@ async def test_same_inputs_give_bit_equal_scores_on_any_number_of_workers(
         found.append([tuple(row) for row in rows])
     assert len(found[0]) == 42
     assert found[0] == found[1]
+
+
+async def test_scores_after_a_crash_are_bit_equal_to_those_of_an_undisturbed_run(
+    mesh: Mesh, database: Database, owner: asyncpg.Connection
+) -> None:
+    for _ in range(6):
+        await remember(database, await new_caller(database), *(f"bad text {n}" for n in range(20)))
+    await owner.execute(
+        "UPDATE memory_scores SET last_seen_at = now() - random() * '90 d'::interval"
+    )
+    found: list[list[Any]] = []
+    for is_killed in (False, True):
+        await ScoringStore(mesh.database, shards=3).plan_all(ids.new_id(), full_run=True)
+        await owner.execute("UPDATE meditations SET as_of = '2030-01-01'")
+        if is_killed:
+            begun = """
+                SELECT sum(scored) > 3
+                  FROM meditation_shards
+                  JOIN meditations ON id = meditation_id AND state = 'running'
+            """
+            async with mesh.working(meditating(batch_size=1)):
+                await until(partial(owner.fetchval, begun))
+        async with mesh.working(meditating(batch_size=7)):
+            await until(
+                lambda: owner.fetchval("SELECT bool_and(state = 'succeeded') FROM meditations")
+            )
+        rows = await owner.fetch(
+            """
+            SELECT memory_id, score, relevance_to_goals, emotional_weight, predictive_value,
+                   recency_frequency, sentiment, scored_at
+              FROM memory_scores
+             ORDER BY memory_id
+            """
+        )
+        found.append([tuple(row) for row in rows])
+    assert found[0] == found[1]
+    assert await owner.fetchval("SELECT sum(scored) FROM meditation_shards") == 240

@@ -2,7 +2,7 @@
 
 import typer
 
-from kimberly.cli import audit, jobs
+from kimberly.cli import audit, jobs, meditations
 
 app = typer.Typer(
     help=(
@@ -16,3 +16,5 @@ app = typer.Typer(
 )
 app.add_typer(audit.app, name="audit")
 app.add_typer(jobs.app, name="jobs")
+app.command()(meditations.meditate)
+app.add_typer(meditations.app, name="meditations")

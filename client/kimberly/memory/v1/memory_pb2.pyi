@@ -2836,6 +2836,15 @@ class Meditation(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     FINISH_TIME_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    NIGHTLY_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    PROCESSED_FIELD_NUMBER: _builtins.int
+    ARCHIVED_FIELD_NUMBER: _builtins.int
+    PROMOTED_FIELD_NUMBER: _builtins.int
+    DELETED_FIELD_NUMBER: _builtins.int
+    UNDO_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`med_…`."""
     state: Global___MeditationState.ValueType
@@ -2845,11 +2854,33 @@ class Meditation(_message.Message):
     shards_done: _builtins.int
     """How many of them are done."""
     scored: _builtins.int
-    """How many memories were scored."""
+    """How many memories got a score that is stored; of a dry run, how many would."""
     mean_score: _builtins.float
-    """Mean of their scores; absent while nothing is scored."""
+    """Mean of the scores of all that were processed; absent while none is."""
     scorer_version: _builtins.int
     """Which scorer is used."""
+    full: _builtins.bool
+    """Whether every score is stored anew, not only those that moved."""
+    dry_run: _builtins.bool
+    """Whether it only tells what it would do."""
+    nightly: _builtins.bool
+    """Whether it is a nightly one, of all users: of what it did, only `archived` is told, which counts
+    the memories of the user.
+    """
+    total: _builtins.int
+    """How many memories there were when it began."""
+    processed: _builtins.int
+    """How many memories were looked at so far."""
+    archived: _builtins.int
+    """How many memories were archived because their tier was over its quota; of a dry run, how many
+    would be.
+    """
+    promoted: _builtins.int
+    """How many short-term memories moved to the long term; of a dry run, how many would."""
+    deleted: _builtins.int
+    """How many memories that had outlived their grace period were deleted for good; of a dry run, how
+    many would be.
+    """
     @_builtins.property
     def as_of_time(self) -> _timestamp_pb2.Timestamp:
         """The instant that ages are measured at."""
@@ -2866,6 +2897,10 @@ class Meditation(_message.Message):
     def duration(self) -> _duration_pb2.Duration:
         """From asked to ended, or until now."""
 
+    @_builtins.property
+    def undo_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was undone; absent if it was not."""
+
     def __init__(
         self,
         *,
@@ -2880,10 +2915,19 @@ class Meditation(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         finish_time: _timestamp_pb2.Timestamp | None = ...,
         duration: _duration_pb2.Duration | None = ...,
+        full: _builtins.bool = ...,
+        dry_run: _builtins.bool = ...,
+        nightly: _builtins.bool = ...,
+        total: _builtins.int = ...,
+        processed: _builtins.int = ...,
+        archived: _builtins.int = ...,
+        promoted: _builtins.int = ...,
+        deleted: _builtins.int = ...,
+        undo_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_score", b"_mean_score", "as_of_time", b"as_of_time", "create_time", b"create_time", "duration", b"duration", "finish_time", b"finish_time", "mean_score", b"mean_score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_score", b"_mean_score", "as_of_time", b"as_of_time", "create_time", b"create_time", "duration", b"duration", "finish_time", b"finish_time", "mean_score", b"mean_score", "undo_time", b"undo_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_score", b"_mean_score", "as_of_time", b"as_of_time", "create_time", b"create_time", "duration", b"duration", "finish_time", b"finish_time", "id", b"id", "mean_score", b"mean_score", "scored", b"scored", "scorer_version", b"scorer_version", "shards", b"shards", "shards_done", b"shards_done", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_score", b"_mean_score", "archived", b"archived", "as_of_time", b"as_of_time", "create_time", b"create_time", "deleted", b"deleted", "dry_run", b"dry_run", "duration", b"duration", "finish_time", b"finish_time", "full", b"full", "id", b"id", "mean_score", b"mean_score", "nightly", b"nightly", "processed", b"processed", "promoted", b"promoted", "scored", b"scored", "scorer_version", b"scorer_version", "shards", b"shards", "shards_done", b"shards_done", "state", b"state", "total", b"total", "undo_time", b"undo_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mean_score: _TypeAlias = _typing.Literal["mean_score"]  # noqa: Y015
     _WhichOneofArgType__mean_score: _TypeAlias = _typing.Literal["_mean_score", b"_mean_score"]  # noqa: Y015
@@ -2898,16 +2942,26 @@ class MeditateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, up to 64 characters: the same id starts one run only."""
+    full: _builtins.bool
+    """Store every score anew. Without it, only those are stored that moved: because something was
+    learned of the memory, the goals or the weights changed, or it aged enough.
+    """
+    dry_run: _builtins.bool
+    """Tell what would be done, and change nothing."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        full: _builtins.bool = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "full", b"full", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2982,3 +3036,414 @@ class GetMeditationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetMeditationResponse: _TypeAlias = GetMeditationResponse  # noqa: Y015
+
+@_typing.final
+class ListMeditationsRequest(_message.Message):
+    """Asks for a page of the user's meditations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """How many at most: 1 to 1000; 0 means 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMeditationsRequest: _TypeAlias = ListMeditationsRequest  # noqa: Y015
+
+@_typing.final
+class ListMeditationsResponse(_message.Message):
+    """A page of meditations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEDITATIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last page."""
+    @_builtins.property
+    def meditations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Meditation]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        meditations: _abc.Iterable[Global___Meditation] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["meditations", b"meditations", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListMeditationsResponse: _TypeAlias = ListMeditationsResponse  # noqa: Y015
+
+@_typing.final
+class UndoMeditationRequest(_message.Message):
+    """Asks to bring back what a meditation archived."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`med_…`."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndoMeditationRequest: _TypeAlias = UndoMeditationRequest  # noqa: Y015
+
+@_typing.final
+class UndoMeditationResponse(_message.Message):
+    """What was brought back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEDITATION_FIELD_NUMBER: _builtins.int
+    RESTORED_FIELD_NUMBER: _builtins.int
+    KEPT_ARCHIVED_FIELD_NUMBER: _builtins.int
+    restored: _builtins.int
+    """How many memories this call brought back."""
+    kept_archived: _builtins.int
+    """How many it could not: the same content was stored again meanwhile, or the memory is sensitive
+    and consent to that was withdrawn. They stay archived.
+    """
+    @_builtins.property
+    def meditation(self) -> Global___Meditation:
+        """The meditation."""
+
+    def __init__(
+        self,
+        *,
+        meditation: Global___Meditation | None = ...,
+        restored: _builtins.int = ...,
+        kept_archived: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["meditation", b"meditation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept_archived", b"kept_archived", "meditation", b"meditation", "restored", b"restored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndoMeditationResponse: _TypeAlias = UndoMeditationResponse  # noqa: Y015
+
+@_typing.final
+class Goal(_message.Message):
+    """What a user is after, in their own words."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`goa_…`. Given by the server."""
+    content: _builtins.str
+    """The goal, 1 to 1024 bytes of UTF-8, such as "learn to swim before summer". Memories match it by
+    the words, or the tags, that they share with it.
+    """
+    active: _builtins.bool
+    """Whether memories are scored by it. Absent in a create: it is."""
+    etag: _builtins.str
+    """Changes with every change."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was changed last."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        content: _builtins.str = ...,
+        active: _builtins.bool | None = ...,
+        etag: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "content", b"content", "create_time", b"create_time", "etag", b"etag", "id", b"id", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__active: _TypeAlias = _typing.Literal["active"]  # noqa: Y015
+    _WhichOneofArgType__active: _TypeAlias = _typing.Literal["_active", b"_active"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__active) -> _WhichOneofReturnType__active | None: ...
+
+Global___Goal: _TypeAlias = Goal  # noqa: Y015
+
+@_typing.final
+class CreateGoalRequest(_message.Message):
+    """Asks to keep a goal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOAL_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Chosen by the client, up to 64 characters: the same id makes one goal only."""
+    @_builtins.property
+    def goal(self) -> Global___Goal:
+        """The goal: `content`, and `active`."""
+
+    def __init__(
+        self,
+        *,
+        goal: Global___Goal | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateGoalRequest: _TypeAlias = CreateGoalRequest  # noqa: Y015
+
+@_typing.final
+class CreateGoalResponse(_message.Message):
+    """The goal as kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def goal(self) -> Global___Goal:
+        """The goal."""
+
+    def __init__(
+        self,
+        *,
+        goal: Global___Goal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateGoalResponse: _TypeAlias = CreateGoalResponse  # noqa: Y015
+
+@_typing.final
+class GetGoalRequest(_message.Message):
+    """Asks for a goal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`goa_…`."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGoalRequest: _TypeAlias = GetGoalRequest  # noqa: Y015
+
+@_typing.final
+class GetGoalResponse(_message.Message):
+    """A goal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def goal(self) -> Global___Goal:
+        """The goal."""
+
+    def __init__(
+        self,
+        *,
+        goal: Global___Goal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGoalResponse: _TypeAlias = GetGoalResponse  # noqa: Y015
+
+@_typing.final
+class ListGoalsRequest(_message.Message):
+    """Asks for a page of the user's goals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVE_ONLY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    active_only: _builtins.bool
+    """Only goals that are active."""
+    page_size: _builtins.int
+    """How many at most: 1 to 1000; 0 means 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        active_only: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_only", b"active_only", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGoalsRequest: _TypeAlias = ListGoalsRequest  # noqa: Y015
+
+@_typing.final
+class ListGoalsResponse(_message.Message):
+    """A page of goals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOALS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last page."""
+    @_builtins.property
+    def goals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Goal]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        goals: _abc.Iterable[Global___Goal] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goals", b"goals", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGoalsResponse: _TypeAlias = ListGoalsResponse  # noqa: Y015
+
+@_typing.final
+class UpdateGoalRequest(_message.Message):
+    """Asks to change a goal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOAL_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def goal(self) -> Global___Goal:
+        """The goal: `id`, the fields to change, and the `etag` that was read. Without an etag the change
+        is made whatever happened since.
+        """
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields to change: "content", "active"."""
+
+    def __init__(
+        self,
+        *,
+        goal: Global___Goal | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateGoalRequest: _TypeAlias = UpdateGoalRequest  # noqa: Y015
+
+@_typing.final
+class UpdateGoalResponse(_message.Message):
+    """The goal as changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def goal(self) -> Global___Goal:
+        """The goal."""
+
+    def __init__(
+        self,
+        *,
+        goal: Global___Goal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goal", b"goal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateGoalResponse: _TypeAlias = UpdateGoalResponse  # noqa: Y015
+
+@_typing.final
+class DeleteGoalRequest(_message.Message):
+    """Asks to delete a goal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`goa_…`."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteGoalRequest: _TypeAlias = DeleteGoalRequest  # noqa: Y015
+
+@_typing.final
+class DeleteGoalResponse(_message.Message):
+    """Says that the goal is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteGoalResponse: _TypeAlias = DeleteGoalResponse  # noqa: Y015

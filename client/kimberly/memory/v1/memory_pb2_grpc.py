@@ -187,6 +187,41 @@ class MemoryServiceStub:
                 request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetMeditationRequest.SerializeToString,
                 response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetMeditationResponse.FromString,
                 _registered_method=True)
+        self.ListMeditations = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/ListMeditations',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMeditationsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMeditationsResponse.FromString,
+                _registered_method=True)
+        self.UndoMeditation = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/UndoMeditation',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UndoMeditationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UndoMeditationResponse.FromString,
+                _registered_method=True)
+        self.CreateGoal = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/CreateGoal',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.CreateGoalRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.CreateGoalResponse.FromString,
+                _registered_method=True)
+        self.GetGoal = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/GetGoal',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetGoalRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetGoalResponse.FromString,
+                _registered_method=True)
+        self.ListGoals = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/ListGoals',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListGoalsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListGoalsResponse.FromString,
+                _registered_method=True)
+        self.UpdateGoal = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/UpdateGoal',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UpdateGoalRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UpdateGoalResponse.FromString,
+                _registered_method=True)
+        self.DeleteGoal = channel.unary_unary(
+                '/kimberly.memory.v1.MemoryService/DeleteGoal',
+                request_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteGoalRequest.SerializeToString,
+                response_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteGoalResponse.FromString,
+                _registered_method=True)
 
 
 class MemoryServiceServicer:
@@ -419,7 +454,9 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Meditate(self, request, context):
-        """Starts a meditation: scores all memories of the user anew. Returns at once.
+        """Starts a meditation: scores the user's memories anew, then tidies up: promotes what has earned
+        it, archives the least of a tier that is over its quota, deletes what outlived its grace
+        period. Returns at once. While one is running, it is the one that is returned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -427,6 +464,59 @@ class MemoryServiceServicer:
 
     def GetMeditation(self, request, context):
         """Returns a meditation and what it has done so far.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListMeditations(self, request, context):
+        """Lists meditations, newest first, page by page: those that the user asked for, and nightly ones
+        that archived something of theirs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndoMeditation(self, request, context):
+        """Brings back what a meditation archived of the user's, as RestoreMemory does, whatever the quota
+        says; scores stay. What the user archived or restored since is left as it is. Refused with
+        FAILED_PRECONDITION while the meditation runs. May be repeated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateGoal(self, request, context):
+        """Keeps a goal: what the user is after. Memories that have to do with an active goal are scored
+        higher from the next meditation on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetGoal(self, request, context):
+        """Returns a goal.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGoals(self, request, context):
+        """Lists the user's goals, newest first, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateGoal(self, request, context):
+        """Changes the fields of a goal that the mask names. A stale etag is refused with ABORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteGoal(self, request, context):
+        """Deletes a goal for good.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -584,6 +674,41 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.GetMeditation,
                     request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetMeditationRequest.FromString,
                     response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetMeditationResponse.SerializeToString,
+            ),
+            'ListMeditations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMeditations,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMeditationsRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMeditationsResponse.SerializeToString,
+            ),
+            'UndoMeditation': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndoMeditation,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UndoMeditationRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UndoMeditationResponse.SerializeToString,
+            ),
+            'CreateGoal': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateGoal,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.CreateGoalRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.CreateGoalResponse.SerializeToString,
+            ),
+            'GetGoal': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGoal,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetGoalRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.GetGoalResponse.SerializeToString,
+            ),
+            'ListGoals': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGoals,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListGoalsRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.ListGoalsResponse.SerializeToString,
+            ),
+            'UpdateGoal': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateGoal,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UpdateGoalRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.UpdateGoalResponse.SerializeToString,
+            ),
+            'DeleteGoal': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteGoal,
+                    request_deserializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteGoalRequest.FromString,
+                    response_serializer=kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteGoalResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1399,6 +1524,195 @@ class MemoryService:
             '/kimberly.memory.v1.MemoryService/GetMeditation',
             kimberly_dot_memory_dot_v1_dot_memory__pb2.GetMeditationRequest.SerializeToString,
             kimberly_dot_memory_dot_v1_dot_memory__pb2.GetMeditationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListMeditations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/ListMeditations',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMeditationsRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ListMeditationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndoMeditation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/UndoMeditation',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.UndoMeditationRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.UndoMeditationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateGoal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/CreateGoal',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.CreateGoalRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.CreateGoalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGoal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/GetGoal',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GetGoalRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.GetGoalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGoals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/ListGoals',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ListGoalsRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.ListGoalsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateGoal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/UpdateGoal',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.UpdateGoalRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.UpdateGoalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteGoal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.memory.v1.MemoryService/DeleteGoal',
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteGoalRequest.SerializeToString,
+            kimberly_dot_memory_dot_v1_dot_memory__pb2.DeleteGoalResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -136,9 +136,33 @@ class MemoryServiceStub:
     DeleteTranscript: _grpc.UnaryUnaryMultiCallable[_memory_pb2.DeleteTranscriptRequest, _memory_pb2.DeleteTranscriptResponse]
     """Deletes the transcript of a conversation with its bytes, for good. Memories stay."""
     Meditate: _grpc.UnaryUnaryMultiCallable[_memory_pb2.MeditateRequest, _memory_pb2.MeditateResponse]
-    """Starts a meditation: scores all memories of the user anew. Returns at once."""
+    """Starts a meditation: scores the user's memories anew, then tidies up: promotes what has earned
+    it, archives the least of a tier that is over its quota, deletes what outlived its grace
+    period. Returns at once. While one is running, it is the one that is returned.
+    """
     GetMeditation: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GetMeditationRequest, _memory_pb2.GetMeditationResponse]
     """Returns a meditation and what it has done so far."""
+    ListMeditations: _grpc.UnaryUnaryMultiCallable[_memory_pb2.ListMeditationsRequest, _memory_pb2.ListMeditationsResponse]
+    """Lists meditations, newest first, page by page: those that the user asked for, and nightly ones
+    that archived something of theirs.
+    """
+    UndoMeditation: _grpc.UnaryUnaryMultiCallable[_memory_pb2.UndoMeditationRequest, _memory_pb2.UndoMeditationResponse]
+    """Brings back what a meditation archived of the user's, as RestoreMemory does, whatever the quota
+    says; scores stay. What the user archived or restored since is left as it is. Refused with
+    FAILED_PRECONDITION while the meditation runs. May be repeated.
+    """
+    CreateGoal: _grpc.UnaryUnaryMultiCallable[_memory_pb2.CreateGoalRequest, _memory_pb2.CreateGoalResponse]
+    """Keeps a goal: what the user is after. Memories that have to do with an active goal are scored
+    higher from the next meditation on.
+    """
+    GetGoal: _grpc.UnaryUnaryMultiCallable[_memory_pb2.GetGoalRequest, _memory_pb2.GetGoalResponse]
+    """Returns a goal."""
+    ListGoals: _grpc.UnaryUnaryMultiCallable[_memory_pb2.ListGoalsRequest, _memory_pb2.ListGoalsResponse]
+    """Lists the user's goals, newest first, page by page."""
+    UpdateGoal: _grpc.UnaryUnaryMultiCallable[_memory_pb2.UpdateGoalRequest, _memory_pb2.UpdateGoalResponse]
+    """Changes the fields of a goal that the mask names. A stale etag is refused with ABORTED."""
+    DeleteGoal: _grpc.UnaryUnaryMultiCallable[_memory_pb2.DeleteGoalRequest, _memory_pb2.DeleteGoalResponse]
+    """Deletes a goal for good."""
 
 @_typing.type_check_only
 class MemoryServiceAsyncStub(MemoryServiceStub):
@@ -248,9 +272,33 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     DeleteTranscript: _aio.UnaryUnaryMultiCallable[_memory_pb2.DeleteTranscriptRequest, _memory_pb2.DeleteTranscriptResponse]  # type: ignore[assignment]
     """Deletes the transcript of a conversation with its bytes, for good. Memories stay."""
     Meditate: _aio.UnaryUnaryMultiCallable[_memory_pb2.MeditateRequest, _memory_pb2.MeditateResponse]  # type: ignore[assignment]
-    """Starts a meditation: scores all memories of the user anew. Returns at once."""
+    """Starts a meditation: scores the user's memories anew, then tidies up: promotes what has earned
+    it, archives the least of a tier that is over its quota, deletes what outlived its grace
+    period. Returns at once. While one is running, it is the one that is returned.
+    """
     GetMeditation: _aio.UnaryUnaryMultiCallable[_memory_pb2.GetMeditationRequest, _memory_pb2.GetMeditationResponse]  # type: ignore[assignment]
     """Returns a meditation and what it has done so far."""
+    ListMeditations: _aio.UnaryUnaryMultiCallable[_memory_pb2.ListMeditationsRequest, _memory_pb2.ListMeditationsResponse]  # type: ignore[assignment]
+    """Lists meditations, newest first, page by page: those that the user asked for, and nightly ones
+    that archived something of theirs.
+    """
+    UndoMeditation: _aio.UnaryUnaryMultiCallable[_memory_pb2.UndoMeditationRequest, _memory_pb2.UndoMeditationResponse]  # type: ignore[assignment]
+    """Brings back what a meditation archived of the user's, as RestoreMemory does, whatever the quota
+    says; scores stay. What the user archived or restored since is left as it is. Refused with
+    FAILED_PRECONDITION while the meditation runs. May be repeated.
+    """
+    CreateGoal: _aio.UnaryUnaryMultiCallable[_memory_pb2.CreateGoalRequest, _memory_pb2.CreateGoalResponse]  # type: ignore[assignment]
+    """Keeps a goal: what the user is after. Memories that have to do with an active goal are scored
+    higher from the next meditation on.
+    """
+    GetGoal: _aio.UnaryUnaryMultiCallable[_memory_pb2.GetGoalRequest, _memory_pb2.GetGoalResponse]  # type: ignore[assignment]
+    """Returns a goal."""
+    ListGoals: _aio.UnaryUnaryMultiCallable[_memory_pb2.ListGoalsRequest, _memory_pb2.ListGoalsResponse]  # type: ignore[assignment]
+    """Lists the user's goals, newest first, page by page."""
+    UpdateGoal: _aio.UnaryUnaryMultiCallable[_memory_pb2.UpdateGoalRequest, _memory_pb2.UpdateGoalResponse]  # type: ignore[assignment]
+    """Changes the fields of a goal that the mask names. A stale etag is refused with ABORTED."""
+    DeleteGoal: _aio.UnaryUnaryMultiCallable[_memory_pb2.DeleteGoalRequest, _memory_pb2.DeleteGoalResponse]  # type: ignore[assignment]
+    """Deletes a goal for good."""
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps a user's memories in three tiers and finds them again. Every call acts on the memories
@@ -531,7 +579,10 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_pb2.MeditateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.MeditateResponse, _abc.Awaitable[_memory_pb2.MeditateResponse]]:
-        """Starts a meditation: scores all memories of the user anew. Returns at once."""
+        """Starts a meditation: scores the user's memories anew, then tidies up: promotes what has earned
+        it, archives the least of a tier that is over its quota, deletes what outlived its grace
+        period. Returns at once. While one is running, it is the one that is returned.
+        """
 
     @_abc_1.abstractmethod
     def GetMeditation(
@@ -540,5 +591,68 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memory_pb2.GetMeditationResponse, _abc.Awaitable[_memory_pb2.GetMeditationResponse]]:
         """Returns a meditation and what it has done so far."""
+
+    @_abc_1.abstractmethod
+    def ListMeditations(
+        self,
+        request: _memory_pb2.ListMeditationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.ListMeditationsResponse, _abc.Awaitable[_memory_pb2.ListMeditationsResponse]]:
+        """Lists meditations, newest first, page by page: those that the user asked for, and nightly ones
+        that archived something of theirs.
+        """
+
+    @_abc_1.abstractmethod
+    def UndoMeditation(
+        self,
+        request: _memory_pb2.UndoMeditationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.UndoMeditationResponse, _abc.Awaitable[_memory_pb2.UndoMeditationResponse]]:
+        """Brings back what a meditation archived of the user's, as RestoreMemory does, whatever the quota
+        says; scores stay. What the user archived or restored since is left as it is. Refused with
+        FAILED_PRECONDITION while the meditation runs. May be repeated.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateGoal(
+        self,
+        request: _memory_pb2.CreateGoalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.CreateGoalResponse, _abc.Awaitable[_memory_pb2.CreateGoalResponse]]:
+        """Keeps a goal: what the user is after. Memories that have to do with an active goal are scored
+        higher from the next meditation on.
+        """
+
+    @_abc_1.abstractmethod
+    def GetGoal(
+        self,
+        request: _memory_pb2.GetGoalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.GetGoalResponse, _abc.Awaitable[_memory_pb2.GetGoalResponse]]:
+        """Returns a goal."""
+
+    @_abc_1.abstractmethod
+    def ListGoals(
+        self,
+        request: _memory_pb2.ListGoalsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.ListGoalsResponse, _abc.Awaitable[_memory_pb2.ListGoalsResponse]]:
+        """Lists the user's goals, newest first, page by page."""
+
+    @_abc_1.abstractmethod
+    def UpdateGoal(
+        self,
+        request: _memory_pb2.UpdateGoalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.UpdateGoalResponse, _abc.Awaitable[_memory_pb2.UpdateGoalResponse]]:
+        """Changes the fields of a goal that the mask names. A stale etag is refused with ABORTED."""
+
+    @_abc_1.abstractmethod
+    def DeleteGoal(
+        self,
+        request: _memory_pb2.DeleteGoalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memory_pb2.DeleteGoalResponse, _abc.Awaitable[_memory_pb2.DeleteGoalResponse]]:
+        """Deletes a goal for good."""
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kimberly/scoring/v1/scoring.proto\x12\x13kimberly.scoring.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\'\n\x15PlanMeditationRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"?\n\x16PlanMeditationResponse\x12\x15\n\rmeditation_id\x18\x01 \x01(\t\x12\x0e\n\x06shards\x18\x02 \x01(\x05\"s\n\x0cScoreRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.kimberly.scoring.v1.OpenH\x00\x12-\n\x06scores\x18\x02 \x01(\x0b\x32\x1b.kimberly.scoring.v1.ScoresH\x00\x42\t\n\x07message\"e\n\x04Open\x12\x15\n\rmeditation_id\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\x05\x12\x13\n\x0blease_token\x18\x03 \x01(\x03\x12\x0e\n\x06window\x18\x04 \x01(\x05\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\"r\n\rScoreResponse\x12+\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x1a.kimberly.scoring.v1.BatchH\x00\x12)\n\x04\x64one\x18\x02 \x01(\x0b\x32\x19.kimberly.scoring.v1.DoneH\x00\x42\t\n\x07message\"\xa4\x02\n\x05\x42\x61tch\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04size\x18\x02 \x01(\x05\x12.\n\nas_of_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x14\x64\x61ys_since_last_seen\x18\x04 \x01(\x0c\x12\x11\n\tuse_count\x18\x05 \x01(\x0c\x12\x17\n\x0fretrieved_count\x18\x06 \x01(\x0c\x12\x14\n\x0cuseful_count\x18\x07 \x01(\x0c\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x08 \x01(\x0c\x12\x11\n\tsentiment\x18\t \x01(\x0c\x12\x12\n\ngoal_match\x18\n \x01(\x0c\x12\x0f\n\x07weights\x18\x0b \x01(\x0c\x12\r\n\x05texts\x18\x0c \x03(\t\x12\x12\n\ntext_index\x18\r \x01(\x0c\"\xbf\x01\n\x06Scores\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x16\n\x0escorer_version\x18\x02 \x01(\x05\x12\r\n\x05score\x18\x03 \x01(\x0c\x12\x1a\n\x12relevance_to_goals\x18\x04 \x01(\x0c\x12\x18\n\x10\x65motional_weight\x18\x05 \x01(\x0c\x12\x18\n\x10predictive_value\x18\x06 \x01(\x0c\x12\x19\n\x11recency_frequency\x18\x07 \x01(\x0c\x12\x11\n\tsentiment\x18\x08 \x01(\x0c\"\x16\n\x04\x44one\x12\x0e\n\x06scored\x18\x01 \x01(\x03\x32\xcf\x01\n\x0eScoringService\x12i\n\x0ePlanMeditation\x12*.kimberly.scoring.v1.PlanMeditationRequest\x1a+.kimberly.scoring.v1.PlanMeditationResponse\x12R\n\x05Score\x12!.kimberly.scoring.v1.ScoreRequest\x1a\".kimberly.scoring.v1.ScoreResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kimberly/scoring/v1/scoring.proto\x12\x13kimberly.scoring.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"5\n\x15PlanMeditationRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04\x66ull\x18\x02 \x01(\x08\"?\n\x16PlanMeditationResponse\x12\x15\n\rmeditation_id\x18\x01 \x01(\t\x12\x0e\n\x06shards\x18\x02 \x01(\x05\"s\n\x0cScoreRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.kimberly.scoring.v1.OpenH\x00\x12-\n\x06scores\x18\x02 \x01(\x0b\x32\x1b.kimberly.scoring.v1.ScoresH\x00\x42\t\n\x07message\"e\n\x04Open\x12\x15\n\rmeditation_id\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\x05\x12\x13\n\x0blease_token\x18\x03 \x01(\x03\x12\x0e\n\x06window\x18\x04 \x01(\x05\x12\x12\n\nbatch_size\x18\x05 \x01(\x05\"r\n\rScoreResponse\x12+\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x1a.kimberly.scoring.v1.BatchH\x00\x12)\n\x04\x64one\x18\x02 \x01(\x0b\x32\x19.kimberly.scoring.v1.DoneH\x00\x42\t\n\x07message\"\xa4\x02\n\x05\x42\x61tch\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04size\x18\x02 \x01(\x05\x12.\n\nas_of_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x14\x64\x61ys_since_last_seen\x18\x04 \x01(\x0c\x12\x11\n\tuse_count\x18\x05 \x01(\x0c\x12\x17\n\x0fretrieved_count\x18\x06 \x01(\x0c\x12\x14\n\x0cuseful_count\x18\x07 \x01(\x0c\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x08 \x01(\x0c\x12\x11\n\tsentiment\x18\t \x01(\x0c\x12\x12\n\ngoal_match\x18\n \x01(\x0c\x12\x0f\n\x07weights\x18\x0b \x01(\x0c\x12\r\n\x05texts\x18\x0c \x03(\t\x12\x12\n\ntext_index\x18\r \x01(\x0c\"\xbf\x01\n\x06Scores\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x16\n\x0escorer_version\x18\x02 \x01(\x05\x12\r\n\x05score\x18\x03 \x01(\x0c\x12\x1a\n\x12relevance_to_goals\x18\x04 \x01(\x0c\x12\x18\n\x10\x65motional_weight\x18\x05 \x01(\x0c\x12\x18\n\x10predictive_value\x18\x06 \x01(\x0c\x12\x19\n\x11recency_frequency\x18\x07 \x01(\x0c\x12\x11\n\tsentiment\x18\x08 \x01(\x0c\";\n\x04\x44one\x12\x0e\n\x06scored\x18\x01 \x01(\x03\x12\x11\n\tprocessed\x18\x02 \x01(\x03\x12\x10\n\x08\x61rchived\x18\x03 \x01(\x03\x32\xcf\x01\n\x0eScoringService\x12i\n\x0ePlanMeditation\x12*.kimberly.scoring.v1.PlanMeditationRequest\x1a+.kimberly.scoring.v1.PlanMeditationResponse\x12R\n\x05Score\x12!.kimberly.scoring.v1.ScoreRequest\x1a\".kimberly.scoring.v1.ScoreResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kimberly.scoring.v1.scoring
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PLANMEDITATIONREQUEST']._serialized_start=91
-  _globals['_PLANMEDITATIONREQUEST']._serialized_end=130
-  _globals['_PLANMEDITATIONRESPONSE']._serialized_start=132
-  _globals['_PLANMEDITATIONRESPONSE']._serialized_end=195
-  _globals['_SCOREREQUEST']._serialized_start=197
-  _globals['_SCOREREQUEST']._serialized_end=312
-  _globals['_OPEN']._serialized_start=314
-  _globals['_OPEN']._serialized_end=415
-  _globals['_SCORERESPONSE']._serialized_start=417
-  _globals['_SCORERESPONSE']._serialized_end=531
-  _globals['_BATCH']._serialized_start=534
-  _globals['_BATCH']._serialized_end=826
-  _globals['_SCORES']._serialized_start=829
-  _globals['_SCORES']._serialized_end=1020
-  _globals['_DONE']._serialized_start=1022
-  _globals['_DONE']._serialized_end=1044
-  _globals['_SCORINGSERVICE']._serialized_start=1047
-  _globals['_SCORINGSERVICE']._serialized_end=1254
+  _globals['_PLANMEDITATIONREQUEST']._serialized_end=144
+  _globals['_PLANMEDITATIONRESPONSE']._serialized_start=146
+  _globals['_PLANMEDITATIONRESPONSE']._serialized_end=209
+  _globals['_SCOREREQUEST']._serialized_start=211
+  _globals['_SCOREREQUEST']._serialized_end=326
+  _globals['_OPEN']._serialized_start=328
+  _globals['_OPEN']._serialized_end=429
+  _globals['_SCORERESPONSE']._serialized_start=431
+  _globals['_SCORERESPONSE']._serialized_end=545
+  _globals['_BATCH']._serialized_start=548
+  _globals['_BATCH']._serialized_end=840
+  _globals['_SCORES']._serialized_start=843
+  _globals['_SCORES']._serialized_end=1034
+  _globals['_DONE']._serialized_start=1036
+  _globals['_DONE']._serialized_end=1095
+  _globals['_SCORINGSERVICE']._serialized_start=1098
+  _globals['_SCORINGSERVICE']._serialized_end=1305
 # @@protoc_insertion_point(module_scope)

@@ -26,16 +26,20 @@ class PlanMeditationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job that asks, `job_…`; it makes the call idempotent."""
+    full: _builtins.bool
+    """Store every score anew, not only those that moved."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
+        full: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -306,16 +310,24 @@ class Done(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SCORED_FIELD_NUMBER: _builtins.int
+    PROCESSED_FIELD_NUMBER: _builtins.int
+    ARCHIVED_FIELD_NUMBER: _builtins.int
     scored: _builtins.int
-    """How many memories the shard scored, over all attempts."""
+    """How many scores of the shard were stored, over all attempts."""
+    processed: _builtins.int
+    """How many memories of the shard were looked at, over all attempts."""
+    archived: _builtins.int
+    """How many were archived because their tier was over its quota."""
     def __init__(
         self,
         *,
         scored: _builtins.int = ...,
+        processed: _builtins.int = ...,
+        archived: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["scored", b"scored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archived", b"archived", "processed", b"processed", "scored", b"scored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

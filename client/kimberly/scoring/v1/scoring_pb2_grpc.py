@@ -62,8 +62,8 @@ class ScoringServiceServicer:
     def Score(self, request_iterator, context):
         """Scores one shard. The worker opens with Open; the server sends Batches from where the shard
         stands; the worker answers each with Scores, in order; the server stores each batch in one
-        transaction together with the shard's cursor. After the last batch the server sends Done
-        and closes the stream. A worker whose lease passed to another gets FAILED_PRECONDITION with
+        transaction together with the shard's cursor. After the last batch the server tidies up the
+        shard's users, then sends Done and closes the stream. A worker whose lease passed to another gets FAILED_PRECONDITION with
         reason LEASE_LOST and nothing of that batch is stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

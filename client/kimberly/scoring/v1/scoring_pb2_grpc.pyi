@@ -40,8 +40,8 @@ class ScoringServiceStub:
     Score: _grpc.StreamStreamMultiCallable[_scoring_pb2.ScoreRequest, _scoring_pb2.ScoreResponse]
     """Scores one shard. The worker opens with Open; the server sends Batches from where the shard
     stands; the worker answers each with Scores, in order; the server stores each batch in one
-    transaction together with the shard's cursor. After the last batch the server sends Done
-    and closes the stream. A worker whose lease passed to another gets FAILED_PRECONDITION with
+    transaction together with the shard's cursor. After the last batch the server tidies up the
+    shard's users, then sends Done and closes the stream. A worker whose lease passed to another gets FAILED_PRECONDITION with
     reason LEASE_LOST and nothing of that batch is stored.
     """
 
@@ -57,8 +57,8 @@ class ScoringServiceAsyncStub(ScoringServiceStub):
     Score: _aio.StreamStreamMultiCallable[_scoring_pb2.ScoreRequest, _scoring_pb2.ScoreResponse]  # type: ignore[assignment]
     """Scores one shard. The worker opens with Open; the server sends Batches from where the shard
     stands; the worker answers each with Scores, in order; the server stores each batch in one
-    transaction together with the shard's cursor. After the last batch the server sends Done
-    and closes the stream. A worker whose lease passed to another gets FAILED_PRECONDITION with
+    transaction together with the shard's cursor. After the last batch the server tidies up the
+    shard's users, then sends Done and closes the stream. A worker whose lease passed to another gets FAILED_PRECONDITION with
     reason LEASE_LOST and nothing of that batch is stored.
     """
 
@@ -83,8 +83,8 @@ class ScoringServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_scoring_pb2.ScoreResponse], _abc.AsyncIterator[_scoring_pb2.ScoreResponse]]:
         """Scores one shard. The worker opens with Open; the server sends Batches from where the shard
         stands; the worker answers each with Scores, in order; the server stores each batch in one
-        transaction together with the shard's cursor. After the last batch the server sends Done
-        and closes the stream. A worker whose lease passed to another gets FAILED_PRECONDITION with
+        transaction together with the shard's cursor. After the last batch the server tidies up the
+        shard's users, then sends Done and closes the stream. A worker whose lease passed to another gets FAILED_PRECONDITION with
         reason LEASE_LOST and nothing of that batch is stored.
         """
 
