@@ -13,6 +13,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from server.cache import Redis
 from server.enqueue import NewJob, enqueue_all
 from tests.conftest import Urls
 from tests.workers.conftest import Mesh, until
@@ -357,9 +358,14 @@ async def test_poison_job_is_given_up_and_others_do_not_notice(
 
 
 async def test_two_replicas_and_four_workers_go_on_whichever_of_them_dies(
-    mesh: Mesh, urls: Urls, handled: Handled, owner: asyncpg.Connection, socket: Path
+    mesh: Mesh,
+    urls: Urls,
+    handled: Handled,
+    owner: asyncpg.Connection,
+    redis: Redis,
+    socket: Path,
 ) -> None:
-    replica = Mesh(mesh.database, mesh.users, urls, socket.with_name("replica"))
+    replica = Mesh(mesh.database, mesh.users, redis, urls, socket.with_name("replica"))
     sweeping = asyncio.create_task(replica.service.run())
     await replica.start()
 
