@@ -27,6 +27,7 @@ from rich.console import Console
 
 from bench.load import latency_of
 from bench.measure import Latency
+from bench.pace import pace
 from bench.progress import step
 from bench.table import Row, for_eyes, for_readme
 from bench.telling import Stub, address, bare_stub
@@ -120,6 +121,7 @@ async def _measure(size: Size) -> list[Row]:
                     full = await _run(mesh, owner, ask, full=True)
                     moved = await _run(mesh, owner, ask, full=False)
                 return [
+                    pace(),
                     *_rows(size, full, moved),
                     *await _floor(owner),
                     await _wide(owner),
@@ -279,7 +281,8 @@ async def _run(
         """,
         run,
     )
-    return Run(seconds, *done, latency_of(taken), peaks)
+    processed, scored, archived = done
+    return Run(seconds, processed, scored, archived, latency_of(taken), peaks)
 
 
 async def _ended(owner: asyncpg.Connection, run: UUID) -> None:
