@@ -103,7 +103,7 @@ build/peers/installed: requirements/peers.txt .venv/installed
 $(GOOGLEAPIS)/.copied: .venv/installed
 	@mkdir -p $(GOOGLEAPIS)/google/api $(GOOGLEAPIS)/google/rpc
 	@source=$$($(BIN)/python -c 'import google.api, pathlib; print(pathlib.Path(list(google.api.__path__)[0]).parent)') && \
-	  cp $$source/api/{annotations,http}.proto $(GOOGLEAPIS)/google/api/ && \
+	  cp $$source/api/{annotations,http,httpbody}.proto $(GOOGLEAPIS)/google/api/ && \
 	  cp $$source/rpc/{status,error_details}.proto $(GOOGLEAPIS)/google/rpc/
 	@touch $@
 

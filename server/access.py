@@ -20,6 +20,19 @@ class Access(enum.Enum):
     """Any SPIFFE identity of the mesh. Never reachable through the edge."""
 
 
+class Scope(enum.StrEnum):
+    """What an access token is good for."""
+
+    USER = "user"
+    """All that its user may do: the tokens of a log-in."""
+
+    MEMORY_READ = "memory.read"
+    MEMORY_WRITE = "memory.write"
+    JOBS_READ = "jobs.read"
+    PROFILE_READ = "profile.read"
+    AUDIT_READ = "audit.read"
+
+
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 
 METHODS: Mapping[str, Access] = {
@@ -28,6 +41,14 @@ METHODS: Mapping[str, Access] = {
     "/kimberly.auth.v1.AuthService/RefreshToken": Access.ANYONE,
     "/kimberly.auth.v1.AuthService/LogOut": Access.ANYONE,
     "/kimberly.auth.v1.AuthService/GetJwks": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/LogOutEverywhere": Access.USER,
+    "/kimberly.auth.v1.AuthService/ListSessions": Access.USER,
+    "/kimberly.auth.v1.AuthService/RevokeSession": Access.USER,
+    "/kimberly.auth.v1.AuthService/ChangePassword": Access.USER,
+    "/kimberly.auth.v1.AuthService/RequestPasswordReset": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/ResetPassword": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/RequestEmailVerification": Access.USER,
+    "/kimberly.auth.v1.AuthService/VerifyEmail": Access.ANYONE,
     "/kimberly.users.v1.UserService/GetUser": Access.USER,
     "/kimberly.users.v1.UserService/GetSettings": Access.USER,
     "/kimberly.users.v1.UserService/UpdateSettings": Access.USER,
@@ -81,6 +102,69 @@ METHODS: Mapping[str, Access] = {
     "/grpc.health.v1.Health/Check": Access.WORKLOAD,
 }
 
+_MEMORY = "/kimberly.memory.v1.MemoryService/"
+_USERS = "/kimberly.users.v1.UserService/"
+_JOBS = "/kimberly.jobs.v1.JobService/"
+
+SCOPES: Mapping[str, Scope] = {
+    **dict.fromkeys(
+        (
+            f"{_MEMORY}GetMemory",
+            f"{_MEMORY}ListMemories",
+            f"{_MEMORY}ListMemoryVersions",
+            f"{_MEMORY}QueryMemories",
+            f"{_MEMORY}GetUsage",
+            f"{_MEMORY}GetImport",
+            f"{_MEMORY}ExportMemories",
+            f"{_MEMORY}WatchMemories",
+            f"{_MEMORY}GetAttachment",
+            f"{_MEMORY}ListAttachments",
+            f"{_MEMORY}GetTranscript",
+            f"{_MEMORY}GetMeditation",
+        ),
+        Scope.MEMORY_READ,
+    ),
+    **dict.fromkeys(
+        (
+            f"{_MEMORY}CreateMemory",
+            f"{_MEMORY}UpdateMemory",
+            f"{_MEMORY}DeleteMemory",
+            f"{_MEMORY}BatchCreateMemories",
+            f"{_MEMORY}ImportMemories",
+            f"{_MEMORY}ArchiveMemory",
+            f"{_MEMORY}RestoreMemory",
+            f"{_MEMORY}ProtectMemory",
+            f"{_MEMORY}GiveFeedback",
+            f"{_MEMORY}UploadEmbeddings",
+            f"{_MEMORY}DeleteEmbeddings",
+            f"{_MEMORY}CreateAttachment",
+            f"{_MEMORY}CompleteAttachment",
+            f"{_MEMORY}DeleteAttachment",
+            f"{_MEMORY}AppendToSession",
+            f"{_MEMORY}EndSession",
+            f"{_MEMORY}DeleteTranscript",
+            f"{_MEMORY}Meditate",
+        ),
+        Scope.MEMORY_WRITE,
+    ),
+    **dict.fromkeys((f"{_JOBS}GetJob", f"{_JOBS}ListJobs"), Scope.JOBS_READ),
+    **dict.fromkeys(
+        (f"{_USERS}GetUser", f"{_USERS}GetSettings", f"{_USERS}ListConsents"), Scope.PROFILE_READ
+    ),
+    **dict.fromkeys(
+        (
+            f"{_USERS}ListAuditEvents",
+            f"{_USERS}ListAuditLinks",
+            f"{_USERS}VerifyAuditLog",
+        ),
+        Scope.AUDIT_READ,
+    ),
+}
+"""The scope that opens a method to a token that is not good for everything.
+
+A method of users without a row here asks for Scope.USER: what is new is closed to API keys.
+"""
+
 PROCESSES: Mapping[str, tuple[str, ...]] = {
     "auth": (
         "kimberly.auth.v1.AuthService",
@@ -107,6 +191,11 @@ def methods_of(process: str) -> dict[str, Access]:
     return {
         method: access for method, access in METHODS.items() if method.split("/")[1] in prefixes
     }
+
+
+def scope_of(method: str) -> Scope:
+    """Return the scope that opens a method of users, beside Scope.USER, which opens all."""
+    return SCOPES.get(method, Scope.USER)
 
 
 def public_services() -> list[str]:

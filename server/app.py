@@ -22,10 +22,18 @@ from kimberly.users.v1 import users_pb2_grpc
 
 from server import access, ids, telemetry
 from server.auth.access_tokens import Mint
+from server.auth.attempt_store import AttemptStore
+from server.auth.breached import Breached, Commonplace, HashFile
+from server.auth.housekeeping import Housekeeping
+from server.auth.issuing import Issuer
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
+from server.auth.mail import Mailer, Outbox, Smtp
+from server.auth.mail_store import MailStore
 from server.auth.passwords import Passwords
+from server.auth.postman import Postman
 from server.auth.service import AuthService
+from server.auth.session_store import SessionStore
 from server.auth.store import AccountStore
 from server.blobs import Blobs
 from server.cache import open_cache
@@ -33,6 +41,7 @@ from server.clock import utc_now
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.enqueue import enqueue
+from server.grants import EndedGrants
 from server.jobs.doorbell import Doorbell
 from server.jobs.queue import Queue
 from server.jobs.schedules import Planner, Schedule
@@ -121,6 +130,8 @@ class Application:
     register: Callable[[grpc.aio.Server], None]
     keys: KeySource
     """Where access tokens are verified with."""
+    ended: EndedGrants
+    """The sessions and API keys whose access tokens are refused."""
     loops: Sequence[Loop] = field(default_factory=list)
     """What runs beside the server until it stops."""
     announce_drain: Callable[[], None] = _nothing
@@ -152,19 +163,27 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
         access_token_seconds=settings.access_token_seconds,
     )
     await keyring.ensure_signing_key()
-    hashing = stack.enter_context(Passwords(concurrency=settings.password_hash_concurrency))
+    hashing = stack.enter_context(
+        Passwords(concurrency=settings.password_hash_concurrency, breached=_breached(settings))
+    )
     mint = Mint(
         issuer=settings.token_issuer,
         audience=settings.token_audience,
         lifetime=timedelta(seconds=settings.access_token_seconds),
     )
+    session_lifetime = timedelta(seconds=settings.refresh_token_seconds)
+    attempts, mails = AttemptStore(system), MailStore(system)
     auth = AuthService(
         AccountStore(system),
+        SessionStore(system),
+        attempts,
+        mails,
         keyring,
         hashing,
-        mint,
-        session_lifetime=timedelta(seconds=settings.refresh_token_seconds),
+        Issuer(keyring, mint, session_lifetime, utc_now),
     )
+    ended = await _ended_grants(system)
+    housekeeping = Housekeeping([ended.forget, attempts.forget, mails.forget])
     checkpoint_store = CheckpointStore(system)
     audit_keys = AuditKeys(checkpoint_store, kms)
     await audit_keys.signer()
@@ -182,12 +201,16 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
         auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
 
-    return Application(register, keyring, loops=[keyring.run, audit_log.run, checkpointer.run])
+    mailer = _mailer(settings)
+    delivery = [Postman(mails, mailer).run] if mailer else []
+    loops = [keyring.run, audit_log.run, checkpointer.run, ended.run, housekeeping.run, *delivery]
+    return Application(register, keyring, ended, loops=loops)
 
 
 async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     database, system = await stack.enter_async_context(_databases(settings, "memory"))
     keys = await _remote_keys(settings, stack)
+    ended = await _ended_grants(system)
     kms = await _kms(settings, stack)
     data_keys = DataKeys(database, kms)
     opener = Opener(data_keys)
@@ -260,7 +283,8 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     return Application(
         register,
         keys,
-        loops=[keys.run, blobs.keep_versions, feed.run, answers.run, counts.run],
+        ended,
+        loops=[keys.run, ended.run, blobs.keep_versions, feed.run, answers.run, counts.run],
         announce_drain=feed.drain,
     )
 
@@ -273,6 +297,7 @@ def _watch_seconds(settings: Settings) -> float:
 async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     database, system = await stack.enter_async_context(_databases(settings, "jobs"))
     keys = await _remote_keys(settings, stack)
+    ended = await _ended_grants(system)
     doorbell = Doorbell(settings.system_database_url.get_secret_value())
     queue = Queue(system, settings.lease_seconds)
     workers = WorkerService(
@@ -296,7 +321,8 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     return Application(
         register,
         keys,
-        loops=[keys.run, workers.run, planner.run],
+        ended,
+        loops=[keys.run, ended.run, workers.run, planner.run],
         announce_drain=workers.drain,
     )
 
@@ -382,7 +408,10 @@ async def rotate_data_keys(settings: Settings) -> str:
 
 def _server(process: str, settings: Settings, application: Application) -> Server:
     verifier = TokenVerifier(
-        application.keys, issuer=settings.token_issuer, audience=settings.token_audience
+        application.keys,
+        issuer=settings.token_issuer,
+        audience=settings.token_audience,
+        ended=application.ended,
     )
     layers = chain(
         verifier,
@@ -404,6 +433,33 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
 async def _remote_keys(settings: Settings, stack: AsyncExitStack) -> RemoteKeys:
     channel = await stack.enter_async_context(channel_to_peers(settings.outbound_socket))
     return RemoteKeys(channel, refresh_seconds=settings.jwks_refresh_seconds)
+
+
+async def _ended_grants(system: SystemDatabase) -> EndedGrants:
+    ended = EndedGrants(system)
+    # Before the first call: a restart must not make a token good again.
+    await ended.refresh()
+    return ended
+
+
+def _breached(settings: Settings) -> Sequence[Breached]:
+    file = settings.breached_passwords_file
+    return (Commonplace(), HashFile(file)) if file else (Commonplace(),)
+
+
+def _mailer(settings: Settings) -> Mailer | None:
+    if settings.smtp_host:
+        return Smtp(
+            settings.smtp_host,
+            settings.smtp_port,
+            settings.mail_sender,
+            settings.smtp_user,
+            settings.smtp_password.get_secret_value(),
+        )
+    if settings.mail_directory:
+        return Outbox(settings.mail_directory, settings.mail_sender)
+    log.warning("mails wait: neither smtp_host nor mail_directory is set")
+    return None
 
 
 async def _kms(settings: Settings, stack: AsyncExitStack) -> Kms:

@@ -16,6 +16,8 @@ ATTACHMENT: Final = "att"
 MEDITATION: Final = "med"
 JOB: Final = "job"
 AUDIT_EVENT: Final = "aud"
+SESSION: Final = "ses"
+API_KEY: Final = "key"
 
 ABOVE_ALL: Final = UUID(int=(1 << 128) - 1)
 """No id is as high: where a list begins that goes down."""

@@ -69,6 +69,17 @@ class Settings(BaseSettings):
     access_token_seconds: int = Field(default=600, ge=30, le=900)
     refresh_token_seconds: int = Field(default=30 * 86_400, ge=60)
     password_hash_concurrency: int = Field(default=2, ge=1)
+    breached_passwords_file: Path | None = None
+    """SHA-1 hashes of passwords that nobody may choose: ordered by hash, as Have I Been Pwned
+    offers them for download."""
+    mail_sender: str = "Kimberly <no-reply@kimberly.local>"
+    mail_directory: Path | None = None
+    """Where mails are put as files, mode 0600. Unset, and no smtp_host: mails wait."""
+    smtp_host: str = ""
+    """Who carries mails: by STARTTLS, unless it is this machine. Comes before mail_directory."""
+    smtp_port: int = Field(default=587, ge=1, le=65_535)
+    smtp_user: str = ""
+    smtp_password: SecretStr = SecretStr("")
     jwks_refresh_seconds: Seconds = 30.0
     unary_seconds: Seconds = 10.0
     """Longest time a unary call may take, whatever deadline its client set."""

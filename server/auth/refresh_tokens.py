@@ -31,6 +31,8 @@ class Session:
     id: UUID
     caller: Caller
     expires_at: datetime
+    client_name: str = ""
+    """What the client that logged in called itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ class Forger:
             "aud": TOKENS.audience,
             "sub": self.user_id,
             "tid": self.tenant_id,
+            "sid": f"ses_{'0' * 32}",
             "scope": "user",
             "jti": "0" * 32,
             "iat": now,

@@ -24,6 +24,7 @@ class Means(enum.Enum):
     ATTACHMENT = "att"
     MEDITATION = "med"
     JOB = "job"
+    LOG_IN = "ses"
     SESSION = "a conversation that was begun"
     TRANSCRIPT = "a conversation that was written down"
     IMPORT = "an import that was begun"
@@ -35,7 +36,7 @@ class Means(enum.Enum):
     SECRET = "speaks for whoever shows it: tests/abuse/test_tokens"
 
 
-IDS: Final = (Means.MEMORY, Means.ATTACHMENT, Means.MEDITATION, Means.JOB)
+IDS: Final = (Means.MEMORY, Means.ATTACHMENT, Means.MEDITATION, Means.JOB, Means.LOG_IN)
 """What the server names, by ids that say the kind."""
 NAMED: Final = (Means.SESSION, Means.TRANSCRIPT, Means.IMPORT)
 """What users name, each in a space of their own."""
@@ -46,11 +47,13 @@ TEXT: Final = frozenset(
         "content",
         "content_hash",
         "content_type",
+        "current_password",
         "display_name",
         "email",
         "embedding_model",
         "etag",
         "file_name",
+        "new_password",
         "password",
         "query",
         "sha256",
@@ -72,6 +75,9 @@ def _kept(path: str) -> dict[str, Means]:
 FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "RefreshToken": {"refresh_token": Means.SECRET},
     "LogOut": {"refresh_token": Means.SECRET},
+    "RevokeSession": {"id": Means.LOG_IN},
+    "ResetPassword": {"token": Means.SECRET},
+    "VerifyEmail": {"token": Means.SECRET},
     "ListAuditEvents": {"page_token": Means.PLACE},
     "ListAuditLinks": {"page_token": Means.PLACE},
     "CreateMemory": {**_kept("memory"), "request_id": Means.FREE},

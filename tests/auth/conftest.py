@@ -15,12 +15,18 @@ from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
 from server.auth.access_tokens import Mint
+from server.auth.attempt_store import AttemptStore
+from server.auth.breached import Commonplace
+from server.auth.issuing import Issuer
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
+from server.auth.mail_store import MailStore
 from server.auth.passwords import Passwords
 from server.auth.service import AuthService
+from server.auth.session_store import SessionStore
 from server.auth.store import AccountStore
 from server.database import SystemDatabase
+from server.grants import EndedGrants
 from server.kms.local import LocalKms
 from server.tokens import TokenVerifier
 from tests.conftest import FakeClock, Serve
@@ -56,7 +62,7 @@ def hasher() -> CountingHasher:
 
 @pytest.fixture
 def hashing(hasher: CountingHasher) -> Iterator[Passwords]:
-    with Passwords(concurrency=2, hasher=hasher) as hashing:
+    with Passwords(concurrency=2, hasher=hasher, breached=[Commonplace()]) as hashing:
         yield hashing
 
 
@@ -81,19 +87,32 @@ def mint() -> Mint:
 
 
 @pytest.fixture
+def issuer(keyring: Keyring, mint: Mint, clock: FakeClock) -> Issuer:
+    return Issuer(keyring, mint, SESSION_LIFETIME, clock)
+
+
+@pytest.fixture
+def mails(system_database: SystemDatabase) -> MailStore:
+    return MailStore(system_database)
+
+
+@pytest.fixture
 def service(
     system_database: SystemDatabase,
+    mails: MailStore,
     keyring: Keyring,
     hashing: Passwords,
-    mint: Mint,
+    issuer: Issuer,
     clock: FakeClock,
 ) -> AuthService:
     return AuthService(
         AccountStore(system_database),
+        SessionStore(system_database),
+        AttemptStore(system_database),
+        mails,
         keyring,
         hashing,
-        mint,
-        session_lifetime=SESSION_LIFETIME,
+        issuer,
         clock=clock,
     )
 
@@ -106,9 +125,14 @@ async def auth(serve: Serve, service: AuthService) -> AsyncIterator[Auth]:
 
 
 @pytest.fixture
-def verifier(keyring: Keyring, clock: FakeClock) -> TokenVerifier:
+def ended(system_database: SystemDatabase, clock: FakeClock) -> EndedGrants:
+    return EndedGrants(system_database, clock=clock)
+
+
+@pytest.fixture
+def verifier(keyring: Keyring, ended: EndedGrants, clock: FakeClock) -> TokenVerifier:
     """Verifies as the auth process itself does."""
-    return TokenVerifier(keyring, issuer=ISSUER, audience=AUDIENCE, clock=clock)
+    return TokenVerifier(keyring, issuer=ISSUER, audience=AUDIENCE, ended=ended, clock=clock)
 
 
 async def sign_up(auth: Auth, email: str = "ada@example.com") -> pb.Tokens:

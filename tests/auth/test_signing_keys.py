@@ -11,11 +11,12 @@ from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
 from server import ids
+from server.access import Scope
 from server.auth.access_tokens import Mint
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.auth.service import AuthService
-from server.caller import Caller
+from server.caller import Caller, Credentials
 from server.errors import Unauthenticated
 from server.kms import UnwrapFailed
 from server.kms.local import LocalKms
@@ -30,7 +31,12 @@ from tests.auth.conftest import (
 from tests.conftest import FakeClock, Serve
 from tests.kms.key_files import key_file
 
-CALLER = Caller(tenant_id=ids.new_id(), user_id=ids.new_id())
+CREDENTIALS = Credentials(
+    Caller(tenant_id=ids.new_id(), user_id=ids.new_id()),
+    ids.SESSION,
+    ids.new_id(),
+    frozenset({Scope.USER}),
+)
 JWKS_CACHE_SECONDS = 30
 
 
@@ -134,7 +140,7 @@ async def test_rotation_fails_no_call_although_key_sets_are_cached(
         for replica in replicas:
             key = await replica.signer()
             signers.add(key.kid)
-            living.append(mint.make(CALLER, key, clock.now, clock.now + mint.lifetime))
+            living.append(mint.make(CREDENTIALS, key, clock.now, clock.now + mint.lifetime))
         oldest_copy = published[0]
         assert {kid_of(token) for token in living} <= oldest_copy.keys()
         clock.advance(seconds=step)
@@ -163,18 +169,18 @@ async def test_other_processes_keep_the_last_good_key_set_while_auth_is_away(
     server.add_insecure_port(f"unix:{tmp_path}/auth")
     await server.start()
     key = await keyring.signer()
-    token = mint.make(CALLER, key, clock.now, clock.now + timedelta(minutes=10))
+    token = mint.make(CREDENTIALS, key, clock.now, clock.now + timedelta(minutes=10))
     async with grpc.aio.insecure_channel(f"unix:{tmp_path}/auth") as channel:
         remote = RemoteKeys(channel, refresh_seconds=30)
-        checks = TokenVerifier(remote, issuer=ISSUER, audience=AUDIENCE, clock=clock)
-        assert await checks.verify(token) == CALLER
+        checks = TokenVerifier(remote, issuer=ISSUER, audience=AUDIENCE, ended=(), clock=clock)
+        assert await checks.verify(token) == CREDENTIALS
         known = remote.keys
         await remote.refresh()
         assert remote.keys is known
         await server.stop(None)
         await remote.refresh()
         assert remote.keys is known
-        assert await checks.verify(token) == CALLER
+        assert await checks.verify(token) == CREDENTIALS
 
 
 async def test_other_processes_forget_a_withdrawn_key_with_their_next_fetch(
@@ -199,6 +205,6 @@ async def test_a_token_of_a_withdrawn_key_is_refused(
     await keyring.rotate()
     clock.advance(minutes=20)
     await keyring.refresh()
-    token = mint.make(CALLER, key, clock.now, clock.now + mint.lifetime)
+    token = mint.make(CREDENTIALS, key, clock.now, clock.now + mint.lifetime)
     with pytest.raises(Unauthenticated):
         await verifier.verify(token)

@@ -44,6 +44,7 @@ FIXED: Final[Mapping[str, Mapping[str, object]]] = {
         "predictive_value": 0.2,
         "recency_frequency": 0.1,
     },
+    "mailed_tokens": {"kind": "password_reset"},
     "sessions": {"expires_at": "infinity"},
     "subscriptions": {"plan": "free"},
 }

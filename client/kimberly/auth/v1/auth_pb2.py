@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkimberly/auth/v1/auth.proto\x12\x10kimberly.auth.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\"F\n\rSignUpRequest\x12\r\n\x05\x65mail\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\"^\n\x0eSignUpResponse\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12(\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.kimberly.auth.v1.Tokens\"/\n\x0cLogInRequest\x12\r\n\x05\x65mail\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"9\n\rLogInResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x18.kimberly.auth.v1.Tokens\",\n\x13RefreshTokenRequest\x12\x15\n\rrefresh_token\x18\x01 \x01(\t\"@\n\x14RefreshTokenResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x18.kimberly.auth.v1.Tokens\"&\n\rLogOutRequest\x12\x15\n\rrefresh_token\x18\x01 \x01(\t\"\x10\n\x0eLogOutResponse\"\x10\n\x0eGetJwksRequest\"=\n\x0fGetJwksResponse\x12*\n\x04keys\x18\x01 \x03(\x0b\x32\x1c.kimberly.auth.v1.JsonWebKey\"c\n\nJsonWebKey\x12\x0b\n\x03kty\x18\x01 \x01(\t\x12\x0b\n\x03\x63rv\x18\x02 \x01(\t\x12\x0b\n\x03kid\x18\x03 \x01(\t\x12\x0b\n\x03use\x18\x04 \x01(\t\x12\x0b\n\x03\x61lg\x18\x05 \x01(\t\x12\t\n\x01x\x18\x06 \x01(\t\x12\t\n\x01y\x18\x07 \x01(\t\"\xaa\x01\n\x06Tokens\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x38\n\x15\x61\x63\x63\x65ss_token_lifetime\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrefresh_token\x18\x03 \x01(\t\x12\x39\n\x16refresh_token_lifetime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2\xa2\x04\n\x0b\x41uthService\x12\x62\n\x06SignUp\x12\x1f.kimberly.auth.v1.SignUpRequest\x1a .kimberly.auth.v1.SignUpResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\"\n/v1/signup:\x01*\x12^\n\x05LogIn\x12\x1e.kimberly.auth.v1.LogInRequest\x1a\x1f.kimberly.auth.v1.LogInResponse\"\x14\x82\xd3\xe4\x93\x02\x0e\"\t/v1/login:\x01*\x12{\n\x0cRefreshToken\x12%.kimberly.auth.v1.RefreshTokenRequest\x1a&.kimberly.auth.v1.RefreshTokenResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/token:refresh:\x01*\x12\x62\n\x06LogOut\x12\x1f.kimberly.auth.v1.LogOutRequest\x1a .kimberly.auth.v1.LogOutResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\"\n/v1/logout:\x01*\x12n\n\x07GetJwks\x12 .kimberly.auth.v1.GetJwksRequest\x1a!.kimberly.auth.v1.GetJwksResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\x12\x16/.well-known/jwks.jsonb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkimberly/auth/v1/auth.proto\x12\x10kimberly.auth.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"F\n\rSignUpRequest\x12\r\n\x05\x65mail\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\"^\n\x0eSignUpResponse\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12(\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.kimberly.auth.v1.Tokens\"/\n\x0cLogInRequest\x12\r\n\x05\x65mail\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\"9\n\rLogInResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x18.kimberly.auth.v1.Tokens\",\n\x13RefreshTokenRequest\x12\x15\n\rrefresh_token\x18\x01 \x01(\t\"@\n\x14RefreshTokenResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x18.kimberly.auth.v1.Tokens\"&\n\rLogOutRequest\x12\x15\n\rrefresh_token\x18\x01 \x01(\t\"\x10\n\x0eLogOutResponse\"\x19\n\x17LogOutEverywhereRequest\")\n\x18LogOutEverywhereResponse\x12\r\n\x05\x65nded\x18\x01 \x01(\x05\"\x15\n\x13ListSessionsRequest\"C\n\x14ListSessionsResponse\x12+\n\x08sessions\x18\x01 \x03(\x0b\x32\x19.kimberly.auth.v1.Session\"\xce\x01\n\x07Session\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0crefresh_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x63lient_name\x18\x05 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x06 \x01(\x08\"\"\n\x14RevokeSessionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x17\n\x15RevokeSessionResponse\"G\n\x15\x43hangePasswordRequest\x12\x18\n\x10\x63urrent_password\x18\x01 \x01(\t\x12\x14\n\x0cnew_password\x18\x02 \x01(\t\"0\n\x16\x43hangePasswordResponse\x12\x16\n\x0e\x65nded_sessions\x18\x01 \x01(\x05\",\n\x1bRequestPasswordResetRequest\x12\r\n\x05\x65mail\x18\x01 \x01(\t\"\x1e\n\x1cRequestPasswordResetResponse\";\n\x14ResetPasswordRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x14\n\x0cnew_password\x18\x02 \x01(\t\"\x17\n\x15ResetPasswordResponse\"!\n\x1fRequestEmailVerificationRequest\"\"\n RequestEmailVerificationResponse\"#\n\x12VerifyEmailRequest\x12\r\n\x05token\x18\x01 \x01(\t\"\x15\n\x13VerifyEmailResponse\"\x10\n\x0eGetJwksRequest\"=\n\x0fGetJwksResponse\x12*\n\x04keys\x18\x01 \x03(\x0b\x32\x1c.kimberly.auth.v1.JsonWebKey\"c\n\nJsonWebKey\x12\x0b\n\x03kty\x18\x01 \x01(\t\x12\x0b\n\x03\x63rv\x18\x02 \x01(\t\x12\x0b\n\x03kid\x18\x03 \x01(\t\x12\x0b\n\x03use\x18\x04 \x01(\t\x12\x0b\n\x03\x61lg\x18\x05 \x01(\t\x12\t\n\x01x\x18\x06 \x01(\t\x12\t\n\x01y\x18\x07 \x01(\t\"\xaa\x01\n\x06Tokens\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x38\n\x15\x61\x63\x63\x65ss_token_lifetime\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rrefresh_token\x18\x03 \x01(\t\x12\x39\n\x16refresh_token_lifetime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2\xf9\x0c\n\x0b\x41uthService\x12\x62\n\x06SignUp\x12\x1f.kimberly.auth.v1.SignUpRequest\x1a .kimberly.auth.v1.SignUpResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\"\n/v1/signup:\x01*\x12^\n\x05LogIn\x12\x1e.kimberly.auth.v1.LogInRequest\x1a\x1f.kimberly.auth.v1.LogInResponse\"\x14\x82\xd3\xe4\x93\x02\x0e\"\t/v1/login:\x01*\x12{\n\x0cRefreshToken\x12%.kimberly.auth.v1.RefreshTokenRequest\x1a&.kimberly.auth.v1.RefreshTokenResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/token:refresh:\x01*\x12\x62\n\x06LogOut\x12\x1f.kimberly.auth.v1.LogOutRequest\x1a .kimberly.auth.v1.LogOutResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\"\n/v1/logout:\x01*\x12\x8b\x01\n\x10LogOutEverywhere\x12).kimberly.auth.v1.LogOutEverywhereRequest\x1a*.kimberly.auth.v1.LogOutEverywhereResponse\" \x82\xd3\xe4\x93\x02\x1a\"\x15/v1/logout:everywhere:\x01*\x12x\n\x0cListSessions\x12%.kimberly.auth.v1.ListSessionsRequest\x1a&.kimberly.auth.v1.ListSessionsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/user/sessions\x12\x80\x01\n\rRevokeSession\x12&.kimberly.auth.v1.RevokeSessionRequest\x1a\'.kimberly.auth.v1.RevokeSessionResponse\"\x1e\x82\xd3\xe4\x93\x02\x18*\x16/v1/user/sessions/{id}\x12\x83\x01\n\x0e\x43hangePassword\x12\'.kimberly.auth.v1.ChangePasswordRequest\x1a(.kimberly.auth.v1.ChangePasswordResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\"\x13/v1/password:change:\x01*\x12\x9b\x01\n\x14RequestPasswordReset\x12-.kimberly.auth.v1.RequestPasswordResetRequest\x1a..kimberly.auth.v1.RequestPasswordResetResponse\"$\x82\xd3\xe4\x93\x02\x1e\"\x19/v1/password:requestReset:\x01*\x12\x7f\n\rResetPassword\x12&.kimberly.auth.v1.ResetPasswordRequest\x1a\'.kimberly.auth.v1.ResetPasswordResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/v1/password:reset:\x01*\x12\xab\x01\n\x18RequestEmailVerification\x12\x31.kimberly.auth.v1.RequestEmailVerificationRequest\x1a\x32.kimberly.auth.v1.RequestEmailVerificationResponse\"(\x82\xd3\xe4\x93\x02\"\"\x1d/v1/email:requestVerification:\x01*\x12w\n\x0bVerifyEmail\x12$.kimberly.auth.v1.VerifyEmailRequest\x1a%.kimberly.auth.v1.VerifyEmailResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\"\x10/v1/email:verify:\x01*\x12n\n\x07GetJwks\x12 .kimberly.auth.v1.GetJwksRequest\x1a!.kimberly.auth.v1.GetJwksResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\x12\x16/.well-known/jwks.jsonb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,32 +42,82 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTHSERVICE'].methods_by_name['RefreshToken']._serialized_options = b'\202\323\344\223\002\026\"\021/v1/token:refresh:\001*'
   _globals['_AUTHSERVICE'].methods_by_name['LogOut']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['LogOut']._serialized_options = b'\202\323\344\223\002\017\"\n/v1/logout:\001*'
+  _globals['_AUTHSERVICE'].methods_by_name['LogOutEverywhere']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['LogOutEverywhere']._serialized_options = b'\202\323\344\223\002\032\"\025/v1/logout:everywhere:\001*'
+  _globals['_AUTHSERVICE'].methods_by_name['ListSessions']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['ListSessions']._serialized_options = b'\202\323\344\223\002\023\022\021/v1/user/sessions'
+  _globals['_AUTHSERVICE'].methods_by_name['RevokeSession']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['RevokeSession']._serialized_options = b'\202\323\344\223\002\030*\026/v1/user/sessions/{id}'
+  _globals['_AUTHSERVICE'].methods_by_name['ChangePassword']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['ChangePassword']._serialized_options = b'\202\323\344\223\002\030\"\023/v1/password:change:\001*'
+  _globals['_AUTHSERVICE'].methods_by_name['RequestPasswordReset']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['RequestPasswordReset']._serialized_options = b'\202\323\344\223\002\036\"\031/v1/password:requestReset:\001*'
+  _globals['_AUTHSERVICE'].methods_by_name['ResetPassword']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['ResetPassword']._serialized_options = b'\202\323\344\223\002\027\"\022/v1/password:reset:\001*'
+  _globals['_AUTHSERVICE'].methods_by_name['RequestEmailVerification']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['RequestEmailVerification']._serialized_options = b'\202\323\344\223\002\"\"\035/v1/email:requestVerification:\001*'
+  _globals['_AUTHSERVICE'].methods_by_name['VerifyEmail']._loaded_options = None
+  _globals['_AUTHSERVICE'].methods_by_name['VerifyEmail']._serialized_options = b'\202\323\344\223\002\025\"\020/v1/email:verify:\001*'
   _globals['_AUTHSERVICE'].methods_by_name['GetJwks']._loaded_options = None
   _globals['_AUTHSERVICE'].methods_by_name['GetJwks']._serialized_options = b'\202\323\344\223\002\030\022\026/.well-known/jwks.json'
-  _globals['_SIGNUPREQUEST']._serialized_start=111
-  _globals['_SIGNUPREQUEST']._serialized_end=181
-  _globals['_SIGNUPRESPONSE']._serialized_start=183
-  _globals['_SIGNUPRESPONSE']._serialized_end=277
-  _globals['_LOGINREQUEST']._serialized_start=279
-  _globals['_LOGINREQUEST']._serialized_end=326
-  _globals['_LOGINRESPONSE']._serialized_start=328
-  _globals['_LOGINRESPONSE']._serialized_end=385
-  _globals['_REFRESHTOKENREQUEST']._serialized_start=387
-  _globals['_REFRESHTOKENREQUEST']._serialized_end=431
-  _globals['_REFRESHTOKENRESPONSE']._serialized_start=433
-  _globals['_REFRESHTOKENRESPONSE']._serialized_end=497
-  _globals['_LOGOUTREQUEST']._serialized_start=499
-  _globals['_LOGOUTREQUEST']._serialized_end=537
-  _globals['_LOGOUTRESPONSE']._serialized_start=539
-  _globals['_LOGOUTRESPONSE']._serialized_end=555
-  _globals['_GETJWKSREQUEST']._serialized_start=557
-  _globals['_GETJWKSREQUEST']._serialized_end=573
-  _globals['_GETJWKSRESPONSE']._serialized_start=575
-  _globals['_GETJWKSRESPONSE']._serialized_end=636
-  _globals['_JSONWEBKEY']._serialized_start=638
-  _globals['_JSONWEBKEY']._serialized_end=737
-  _globals['_TOKENS']._serialized_start=740
-  _globals['_TOKENS']._serialized_end=910
-  _globals['_AUTHSERVICE']._serialized_start=913
-  _globals['_AUTHSERVICE']._serialized_end=1459
+  _globals['_SIGNUPREQUEST']._serialized_start=144
+  _globals['_SIGNUPREQUEST']._serialized_end=214
+  _globals['_SIGNUPRESPONSE']._serialized_start=216
+  _globals['_SIGNUPRESPONSE']._serialized_end=310
+  _globals['_LOGINREQUEST']._serialized_start=312
+  _globals['_LOGINREQUEST']._serialized_end=359
+  _globals['_LOGINRESPONSE']._serialized_start=361
+  _globals['_LOGINRESPONSE']._serialized_end=418
+  _globals['_REFRESHTOKENREQUEST']._serialized_start=420
+  _globals['_REFRESHTOKENREQUEST']._serialized_end=464
+  _globals['_REFRESHTOKENRESPONSE']._serialized_start=466
+  _globals['_REFRESHTOKENRESPONSE']._serialized_end=530
+  _globals['_LOGOUTREQUEST']._serialized_start=532
+  _globals['_LOGOUTREQUEST']._serialized_end=570
+  _globals['_LOGOUTRESPONSE']._serialized_start=572
+  _globals['_LOGOUTRESPONSE']._serialized_end=588
+  _globals['_LOGOUTEVERYWHEREREQUEST']._serialized_start=590
+  _globals['_LOGOUTEVERYWHEREREQUEST']._serialized_end=615
+  _globals['_LOGOUTEVERYWHERERESPONSE']._serialized_start=617
+  _globals['_LOGOUTEVERYWHERERESPONSE']._serialized_end=658
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=660
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=681
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=683
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=750
+  _globals['_SESSION']._serialized_start=753
+  _globals['_SESSION']._serialized_end=959
+  _globals['_REVOKESESSIONREQUEST']._serialized_start=961
+  _globals['_REVOKESESSIONREQUEST']._serialized_end=995
+  _globals['_REVOKESESSIONRESPONSE']._serialized_start=997
+  _globals['_REVOKESESSIONRESPONSE']._serialized_end=1020
+  _globals['_CHANGEPASSWORDREQUEST']._serialized_start=1022
+  _globals['_CHANGEPASSWORDREQUEST']._serialized_end=1093
+  _globals['_CHANGEPASSWORDRESPONSE']._serialized_start=1095
+  _globals['_CHANGEPASSWORDRESPONSE']._serialized_end=1143
+  _globals['_REQUESTPASSWORDRESETREQUEST']._serialized_start=1145
+  _globals['_REQUESTPASSWORDRESETREQUEST']._serialized_end=1189
+  _globals['_REQUESTPASSWORDRESETRESPONSE']._serialized_start=1191
+  _globals['_REQUESTPASSWORDRESETRESPONSE']._serialized_end=1221
+  _globals['_RESETPASSWORDREQUEST']._serialized_start=1223
+  _globals['_RESETPASSWORDREQUEST']._serialized_end=1282
+  _globals['_RESETPASSWORDRESPONSE']._serialized_start=1284
+  _globals['_RESETPASSWORDRESPONSE']._serialized_end=1307
+  _globals['_REQUESTEMAILVERIFICATIONREQUEST']._serialized_start=1309
+  _globals['_REQUESTEMAILVERIFICATIONREQUEST']._serialized_end=1342
+  _globals['_REQUESTEMAILVERIFICATIONRESPONSE']._serialized_start=1344
+  _globals['_REQUESTEMAILVERIFICATIONRESPONSE']._serialized_end=1378
+  _globals['_VERIFYEMAILREQUEST']._serialized_start=1380
+  _globals['_VERIFYEMAILREQUEST']._serialized_end=1415
+  _globals['_VERIFYEMAILRESPONSE']._serialized_start=1417
+  _globals['_VERIFYEMAILRESPONSE']._serialized_end=1438
+  _globals['_GETJWKSREQUEST']._serialized_start=1440
+  _globals['_GETJWKSREQUEST']._serialized_end=1456
+  _globals['_GETJWKSRESPONSE']._serialized_start=1458
+  _globals['_GETJWKSRESPONSE']._serialized_end=1519
+  _globals['_JSONWEBKEY']._serialized_start=1521
+  _globals['_JSONWEBKEY']._serialized_end=1620
+  _globals['_TOKENS']._serialized_start=1623
+  _globals['_TOKENS']._serialized_end=1793
+  _globals['_AUTHSERVICE']._serialized_start=1796
+  _globals['_AUTHSERVICE']._serialized_end=3453
 # @@protoc_insertion_point(module_scope)

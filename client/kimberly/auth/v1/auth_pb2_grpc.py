@@ -55,6 +55,46 @@ class AuthServiceStub:
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutRequest.SerializeToString,
                 response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutResponse.FromString,
                 _registered_method=True)
+        self.LogOutEverywhere = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/LogOutEverywhere',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereResponse.FromString,
+                _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ListSessions',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.RevokeSession = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RevokeSession',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionResponse.FromString,
+                _registered_method=True)
+        self.ChangePassword = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ChangePassword',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordResponse.FromString,
+                _registered_method=True)
+        self.RequestPasswordReset = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RequestPasswordReset',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetResponse.FromString,
+                _registered_method=True)
+        self.ResetPassword = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ResetPassword',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordResponse.FromString,
+                _registered_method=True)
+        self.RequestEmailVerification = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RequestEmailVerification',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationResponse.FromString,
+                _registered_method=True)
+        self.VerifyEmail = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/VerifyEmail',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.FromString,
+                _registered_method=True)
         self.GetJwks = channel.unary_unary(
                 '/kimberly.auth.v1.AuthService/GetJwks',
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetJwksRequest.SerializeToString,
@@ -96,6 +136,65 @@ class AuthServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LogOutEverywhere(self, request, context):
+        """Ends every session of the signed-in user, the one that asks included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSessions(self, request, context):
+        """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
+        oldest one ends when another starts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeSession(self, request, context):
+        """Ends one session of the signed-in user. Within seconds every service refuses its tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChangePassword(self, request, context):
+        """Changes the password of the signed-in user, and ends every other session.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequestPasswordReset(self, request, context):
+        """Has a token mailed that resets the password. Answers alike whether or not the email names an
+        account; one mail a minute is sent at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetPassword(self, request, context):
+        """Sets a new password by a mailed token, and ends every session of the account.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequestEmailVerification(self, request, context):
+        """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
+        asks for one, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyEmail(self, request, context):
+        """Marks the email of an account as verified, by a mailed token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetJwks(self, request, context):
         """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517).
         """
@@ -125,6 +224,46 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.LogOut,
                     request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutRequest.FromString,
                     response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutResponse.SerializeToString,
+            ),
+            'LogOutEverywhere': grpc.unary_unary_rpc_method_handler(
+                    servicer.LogOutEverywhere,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'RevokeSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeSession,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionResponse.SerializeToString,
+            ),
+            'ChangePassword': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangePassword,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordResponse.SerializeToString,
+            ),
+            'RequestPasswordReset': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestPasswordReset,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetResponse.SerializeToString,
+            ),
+            'ResetPassword': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetPassword,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordResponse.SerializeToString,
+            ),
+            'RequestEmailVerification': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestEmailVerification,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationResponse.SerializeToString,
+            ),
+            'VerifyEmail': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyEmail,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.SerializeToString,
             ),
             'GetJwks': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJwks,
@@ -241,6 +380,222 @@ class AuthService:
             '/kimberly.auth.v1.AuthService/LogOut',
             kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutRequest.SerializeToString,
             kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LogOutEverywhere(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/LogOutEverywhere',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ListSessions',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RevokeSession',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangePassword(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ChangePassword',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestPasswordReset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RequestPasswordReset',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetPassword(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ResetPassword',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestEmailVerification(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RequestEmailVerification',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyEmail(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/VerifyEmail',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,28 @@ class AuthServiceStub:
     """
     LogOut: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
+    LogOutEverywhere: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutEverywhereRequest, _auth_pb2.LogOutEverywhereResponse]
+    """Ends every session of the signed-in user, the one that asks included."""
+    ListSessions: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListSessionsRequest, _auth_pb2.ListSessionsResponse]
+    """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
+    oldest one ends when another starts.
+    """
+    RevokeSession: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RevokeSessionRequest, _auth_pb2.RevokeSessionResponse]
+    """Ends one session of the signed-in user. Within seconds every service refuses its tokens."""
+    ChangePassword: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ChangePasswordRequest, _auth_pb2.ChangePasswordResponse]
+    """Changes the password of the signed-in user, and ends every other session."""
+    RequestPasswordReset: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]
+    """Has a token mailed that resets the password. Answers alike whether or not the email names an
+    account; one mail a minute is sent at most.
+    """
+    ResetPassword: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ResetPasswordRequest, _auth_pb2.ResetPasswordResponse]
+    """Sets a new password by a mailed token, and ends every session of the account."""
+    RequestEmailVerification: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RequestEmailVerificationRequest, _auth_pb2.RequestEmailVerificationResponse]
+    """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
+    asks for one, too.
+    """
+    VerifyEmail: _grpc.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]
+    """Marks the email of an account as verified, by a mailed token."""
     GetJwks: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetJwksRequest, _auth_pb2.GetJwksResponse]
     """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517)."""
 
@@ -63,6 +85,28 @@ class AuthServiceAsyncStub(AuthServiceStub):
     """
     LogOut: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]  # type: ignore[assignment]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
+    LogOutEverywhere: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutEverywhereRequest, _auth_pb2.LogOutEverywhereResponse]  # type: ignore[assignment]
+    """Ends every session of the signed-in user, the one that asks included."""
+    ListSessions: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListSessionsRequest, _auth_pb2.ListSessionsResponse]  # type: ignore[assignment]
+    """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
+    oldest one ends when another starts.
+    """
+    RevokeSession: _aio.UnaryUnaryMultiCallable[_auth_pb2.RevokeSessionRequest, _auth_pb2.RevokeSessionResponse]  # type: ignore[assignment]
+    """Ends one session of the signed-in user. Within seconds every service refuses its tokens."""
+    ChangePassword: _aio.UnaryUnaryMultiCallable[_auth_pb2.ChangePasswordRequest, _auth_pb2.ChangePasswordResponse]  # type: ignore[assignment]
+    """Changes the password of the signed-in user, and ends every other session."""
+    RequestPasswordReset: _aio.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]  # type: ignore[assignment]
+    """Has a token mailed that resets the password. Answers alike whether or not the email names an
+    account; one mail a minute is sent at most.
+    """
+    ResetPassword: _aio.UnaryUnaryMultiCallable[_auth_pb2.ResetPasswordRequest, _auth_pb2.ResetPasswordResponse]  # type: ignore[assignment]
+    """Sets a new password by a mailed token, and ends every session of the account."""
+    RequestEmailVerification: _aio.UnaryUnaryMultiCallable[_auth_pb2.RequestEmailVerificationRequest, _auth_pb2.RequestEmailVerificationResponse]  # type: ignore[assignment]
+    """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
+    asks for one, too.
+    """
+    VerifyEmail: _aio.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]  # type: ignore[assignment]
+    """Marks the email of an account as verified, by a mailed token."""
     GetJwks: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetJwksRequest, _auth_pb2.GetJwksResponse]  # type: ignore[assignment]
     """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517)."""
 
@@ -103,6 +147,76 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.LogOutResponse, _abc.Awaitable[_auth_pb2.LogOutResponse]]:
         """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
+
+    @_abc_1.abstractmethod
+    def LogOutEverywhere(
+        self,
+        request: _auth_pb2.LogOutEverywhereRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.LogOutEverywhereResponse, _abc.Awaitable[_auth_pb2.LogOutEverywhereResponse]]:
+        """Ends every session of the signed-in user, the one that asks included."""
+
+    @_abc_1.abstractmethod
+    def ListSessions(
+        self,
+        request: _auth_pb2.ListSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ListSessionsResponse, _abc.Awaitable[_auth_pb2.ListSessionsResponse]]:
+        """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
+        oldest one ends when another starts.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeSession(
+        self,
+        request: _auth_pb2.RevokeSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RevokeSessionResponse, _abc.Awaitable[_auth_pb2.RevokeSessionResponse]]:
+        """Ends one session of the signed-in user. Within seconds every service refuses its tokens."""
+
+    @_abc_1.abstractmethod
+    def ChangePassword(
+        self,
+        request: _auth_pb2.ChangePasswordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ChangePasswordResponse, _abc.Awaitable[_auth_pb2.ChangePasswordResponse]]:
+        """Changes the password of the signed-in user, and ends every other session."""
+
+    @_abc_1.abstractmethod
+    def RequestPasswordReset(
+        self,
+        request: _auth_pb2.RequestPasswordResetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RequestPasswordResetResponse, _abc.Awaitable[_auth_pb2.RequestPasswordResetResponse]]:
+        """Has a token mailed that resets the password. Answers alike whether or not the email names an
+        account; one mail a minute is sent at most.
+        """
+
+    @_abc_1.abstractmethod
+    def ResetPassword(
+        self,
+        request: _auth_pb2.ResetPasswordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ResetPasswordResponse, _abc.Awaitable[_auth_pb2.ResetPasswordResponse]]:
+        """Sets a new password by a mailed token, and ends every session of the account."""
+
+    @_abc_1.abstractmethod
+    def RequestEmailVerification(
+        self,
+        request: _auth_pb2.RequestEmailVerificationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RequestEmailVerificationResponse, _abc.Awaitable[_auth_pb2.RequestEmailVerificationResponse]]:
+        """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
+        asks for one, too.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyEmail(
+        self,
+        request: _auth_pb2.VerifyEmailRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.VerifyEmailResponse, _abc.Awaitable[_auth_pb2.VerifyEmailResponse]]:
+        """Marks the email of an account as verified, by a mailed token."""
 
     @_abc_1.abstractmethod
     def GetJwks(
