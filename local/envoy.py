@@ -23,6 +23,8 @@ DESCRIPTOR_SET = CHECKOUT / "build" / "kimberly.binpb"
 TEMPLATES = CHECKOUT / "envoy"
 
 JWKS_METHOD = "/kimberly.auth.v1.AuthService/GetJwks"
+TOKEN_METHOD = "/kimberly.auth.v1.AuthService/IssueToken"  # noqa: S105 - the name of a method
+"""The token endpoint of OAuth: its errors are answers with an HTTP status of their own."""
 STREAMS_OF_GRPC = frozenset({"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"})
 """Streaming methods that gRPC itself defines: our descriptor set does not hold them."""
 
@@ -333,6 +335,7 @@ def render_edge(edge: Edge, methods: tuple[Method, ...] | None = None) -> str:
         rest_services=sorted({method.service for method in public if method.bindings}),
         rest_matches=_rest_matches(public),
         jwks=_jwks(methods),
+        token_endpoint=_first_path(methods, TOKEN_METHOD),
     )
 
 
@@ -386,7 +389,11 @@ def _rest_matches(methods: Iterable[Method]) -> list[str]:
 
 
 def _jwks(methods: Iterable[Method]) -> str:
-    return next(method for method in methods if method.path == JWKS_METHOD).bindings[0].path
+    return _first_path(methods, JWKS_METHOD)
+
+
+def _first_path(methods: Iterable[Method], path: str) -> str:
+    return next(method for method in methods if method.path == path).bindings[0].path
 
 
 def _template(name: str) -> jinja2.Template:

@@ -22,6 +22,7 @@ from kimberly.users.v1 import users_pb2_grpc
 
 from server import access, ids, telemetry
 from server.auth.access_tokens import Mint
+from server.auth.api_key_store import ApiKeyStore
 from server.auth.attempt_store import AttemptStore
 from server.auth.breached import Breached, Commonplace, HashFile
 from server.auth.housekeeping import Housekeeping
@@ -172,18 +173,20 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
         lifetime=timedelta(seconds=settings.access_token_seconds),
     )
     session_lifetime = timedelta(seconds=settings.refresh_token_seconds)
-    attempts, mails = AttemptStore(system), MailStore(system)
+    attempts, mails, api_keys = AttemptStore(system), MailStore(system), ApiKeyStore(system)
     auth = AuthService(
         AccountStore(system),
         SessionStore(system),
         attempts,
         mails,
+        api_keys,
         keyring,
         hashing,
         Issuer(keyring, mint, session_lifetime, utc_now),
+        public_url=settings.public_url or settings.token_issuer,
     )
     ended = await _ended_grants(system)
-    housekeeping = Housekeeping([ended.forget, attempts.forget, mails.forget])
+    housekeeping = Housekeeping([ended.forget, attempts.forget, mails.forget, api_keys.forget])
     checkpoint_store = CheckpointStore(system)
     audit_keys = AuditKeys(checkpoint_store, kms)
     await audit_keys.signer()

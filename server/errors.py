@@ -77,6 +77,15 @@ class RefreshTokenInvalid(Unauthenticated):
         super().__init__("the refresh token is not valid; log in again")
 
 
+class ApiKeyInvalid(Unauthenticated):
+    """The API key opens nothing any more."""
+
+    reason = "API_KEY_INVALID"
+
+    def __init__(self) -> None:
+        super().__init__("the API key is unknown, expired or revoked")
+
+
 class MailedTokenInvalid(Unauthenticated):
     """The token from a mail is good for nothing any more."""
 

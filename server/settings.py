@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     vault_ca_file: Path | None = None
     """Certificate authorities in PEM; unset: those that the system trusts."""
     token_issuer: str
+    public_url: str = Field(default="", pattern=r"^(https://[^/?#@\s]+)?$")
+    """https://host:port of the edge, as standard clients are told of it. Unset: token_issuer."""
     token_audience: str = "kimberly"  # noqa: S105 - the name of an audience
     trust_domain: str
     namespace: str

@@ -48,6 +48,11 @@ class Issuer:
         self._session_lifetime = session_lifetime
         self._clock = clock
 
+    @property
+    def name(self) -> str:
+        """The claim `iss` of every token."""
+        return self._mint.issuer
+
     def begin(self, caller: Caller, client_name: str) -> NewSession:
         """Return a session that starts now."""
         expires_at = self._clock() + self._session_lifetime

@@ -11,13 +11,15 @@ from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
 from server import ids
 from server.auth import clients, emails
+from server.auth.api_key_handlers import ApiKeyHandlers
+from server.auth.api_key_store import ApiKeyStore
 from server.auth.attempt_store import AttemptStore
 from server.auth.issuing import Issuer
 from server.auth.keyring import Keyring
 from server.auth.mail_store import MailStore
+from server.auth.oauth_handlers import OAuthHandlers
 from server.auth.password_handlers import PasswordHandlers
 from server.auth.passwords import Passwords
-from server.auth.session_handlers import SessionHandlers
 from server.auth.session_store import SessionStore
 from server.auth.store import Account, AccountStore, NewUser
 from server.caller import Caller
@@ -29,7 +31,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _LONGEST_NAME: Final = 100
 
 
-class AuthService(SessionHandlers, PasswordHandlers, rpc.AuthServiceServicer):
+class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServiceServicer):
     """Signs people up and in, and issues the tokens that every other service verifies."""
 
     def __init__(
@@ -38,19 +40,23 @@ class AuthService(SessionHandlers, PasswordHandlers, rpc.AuthServiceServicer):
         sessions: SessionStore,
         attempts: AttemptStore,
         mails: MailStore,
+        api_keys: ApiKeyStore,
         keyring: Keyring,
         hashing: Passwords,
         issuer: Issuer,
         *,
+        public_url: str,
         clock: Clock = utc_now,
     ) -> None:
         self._accounts = accounts
         self._sessions = sessions
         self._attempts = attempts
         self._mails = mails
+        self._api_keys = api_keys
         self._keyring = keyring
         self._hashing = hashing
         self._issuer = issuer
+        self._public_url = public_url
         self._clock = clock
 
     async def SignUp(self, request: pb.SignUpRequest, context: Context) -> pb.SignUpResponse:

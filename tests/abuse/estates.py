@@ -110,6 +110,13 @@ async def log_in(user: User) -> str:
     return session
 
 
+async def make_key(user: User) -> str:
+    """Make an API key and return its id."""
+    request = auth.CreateApiKeyRequest(name="a script", scopes=["memory.read"])
+    key: str = (await user.grpc(request)).api_key.id
+    return key
+
+
 STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.MEMORY: {
         "long-term": keep,
@@ -127,6 +134,7 @@ STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.ATTACHMENT: {"pending": announce, "complete": attach},
     Means.MEDITATION: {"over": meditate},
     Means.JOB: {"done": work},
+    Means.API_KEY: {"living": make_key},
     Means.LOG_IN: {"going on": log_in},
     Means.SESSION: {"begun": talk, "ended": write_down},
     Means.TRANSCRIPT: {"written": write_down},
@@ -186,6 +194,7 @@ async def look_at(estate: Estate) -> list[object]:
         seen.append((await user.grpc(pb.GetTranscriptRequest(session_id=name))).transcript)
     sessions = (await user.grpc(auth.ListSessionsRequest())).sessions
     seen.append(estate.names[Means.LOG_IN]["going on"] in {each.id for each in sessions})
+    seen.append([each.id for each in (await user.grpc(auth.ListApiKeysRequest())).api_keys])
     for name in estate.names[Means.IMPORT].values():
         seen.append((await user.grpc(pb.GetImportRequest(request_id=name))).progress)
     turns = pb.ListMemoriesRequest(session_id=estate.names[Means.SESSION]["begun"])

@@ -25,6 +25,7 @@ class Means(enum.Enum):
     MEDITATION = "med"
     JOB = "job"
     LOG_IN = "ses"
+    API_KEY = "key"
     SESSION = "a conversation that was begun"
     TRANSCRIPT = "a conversation that was written down"
     IMPORT = "an import that was begun"
@@ -36,7 +37,14 @@ class Means(enum.Enum):
     SECRET = "speaks for whoever shows it: tests/abuse/test_tokens"
 
 
-IDS: Final = (Means.MEMORY, Means.ATTACHMENT, Means.MEDITATION, Means.JOB, Means.LOG_IN)
+IDS: Final = (
+    Means.MEMORY,
+    Means.ATTACHMENT,
+    Means.MEDITATION,
+    Means.JOB,
+    Means.LOG_IN,
+    Means.API_KEY,
+)
 """What the server names, by ids that say the kind."""
 NAMED: Final = (Means.SESSION, Means.TRANSCRIPT, Means.IMPORT)
 """What users name, each in a space of their own."""
@@ -53,9 +61,11 @@ TEXT: Final = frozenset(
         "embedding_model",
         "etag",
         "file_name",
+        "name",
         "new_password",
         "password",
         "query",
+        "scopes",
         "sha256",
         "speaker",
         "tags",
@@ -76,6 +86,9 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "RefreshToken": {"refresh_token": Means.SECRET},
     "LogOut": {"refresh_token": Means.SECRET},
     "RevokeSession": {"id": Means.LOG_IN},
+    "RotateApiKey": {"id": Means.API_KEY},
+    "RevokeApiKey": {"id": Means.API_KEY},
+    "ExchangeToken": {"api_key": Means.SECRET},
     "ResetPassword": {"token": Means.SECRET},
     "VerifyEmail": {"token": Means.SECRET},
     "ListAuditEvents": {"page_token": Means.PLACE},

@@ -9,6 +9,7 @@ import time
 import grpc
 import httpx
 import pytest
+from google.protobuf.message import Message
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.memory.v1 import memory_pb2 as memory
@@ -47,15 +48,14 @@ async def refusal(user: User, refresh_token: str) -> str:
     return caught.value.refusal.reason
 
 
-async def is_refused(user: User, request: object) -> bool:
-    for call in user.transports.values():
-        try:
-            await call(request)  # type: ignore[arg-type]
-        except Refused as refused:
-            assert refused.refusal.code is grpc.StatusCode.UNAUTHENTICATED
-        else:
-            return False
-    return True
+async def is_refused(user: User, request: Message) -> bool:
+    """Tell whether both transports refuse a call because of its token."""
+    answers = await asyncio.gather(
+        *(call(request) for call in user.transports.values()), return_exceptions=True
+    )
+    refused = [answer for answer in answers if isinstance(answer, Refused)]
+    assert {each.refusal.code for each in refused} <= {grpc.StatusCode.UNAUTHENTICATED}
+    return len(refused) == len(answers)
 
 
 async def seconds_until_refused(user: User) -> float:

@@ -15,6 +15,7 @@ from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
 from server.auth.access_tokens import Mint
+from server.auth.api_key_store import ApiKeyStore
 from server.auth.attempt_store import AttemptStore
 from server.auth.breached import Commonplace
 from server.auth.issuing import Issuer
@@ -38,6 +39,7 @@ Auth: TypeAlias = "rpc.AuthServiceAsyncStub"
 PASSWORD = "correct horse battery"
 ISSUER = "https://auth.test"
 AUDIENCE = "kimberly"
+PUBLIC_URL = "https://api.test"
 ACCESS_TOKEN_SECONDS = 600
 SESSION_LIFETIME = timedelta(days=30)
 
@@ -110,9 +112,11 @@ def service(
         SessionStore(system_database),
         AttemptStore(system_database),
         mails,
+        ApiKeyStore(system_database),
         keyring,
         hashing,
         issuer,
+        public_url=PUBLIC_URL,
         clock=clock,
     )
 

@@ -38,6 +38,8 @@ WALL: Final = "row-level security"
 BEHIND_WALLS: Final = frozenset(
     {
         "accounts",
+        "api_key_secrets",
+        "api_keys",
         "audit_checkpoints",
         "audit_heads",
         "ended_grants",

@@ -20,6 +20,8 @@ RUN: Final = "system role: a run is of one user or of all, and its id or fence s
 SESSION: Final = "system role: the session was found by its token, before anybody is known"
 
 ELSEWHERE: Final[Mapping[str, str]] = {
+    "auth.api_key_store._take_turns": "the user's id is the column id",
+    "auth.api_key_store.forget": "system role: what is old goes, whose it ever was",
     "auth.mail_store._forget_tokens": ONE,
     "auth.mail_store.forget": "system role: what is old goes, whose it ever was",
     "auth.mail_store.is_living": "system role: whoever has the token may ask about it",

@@ -429,6 +429,13 @@ def test_rest_calls_without_token_are_those_of_methods_for_anyone() -> None:
         ("POST", "/v1/token:refresh"),
         ("POST", "/v1/logout"),
         ("GET", "/.well-known/jwks.json"),
+        ("GET", "/.well-known/oauth-authorization-server"),
+        ("GET", "/.well-known/openid-configuration"),
+        ("POST", "/v1/oauth/token"),
+        ("POST", "/v1/token:exchange"),
+        ("POST", "/v1/password:requestReset"),
+        ("POST", "/v1/password:reset"),
+        ("POST", "/v1/email:verify"),
     }
 
 

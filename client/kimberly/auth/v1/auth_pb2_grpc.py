@@ -95,6 +95,41 @@ class AuthServiceStub:
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.SerializeToString,
                 response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.FromString,
                 _registered_method=True)
+        self.CreateApiKey = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/CreateApiKey',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyResponse.FromString,
+                _registered_method=True)
+        self.ListApiKeys = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ListApiKeys',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysResponse.FromString,
+                _registered_method=True)
+        self.RotateApiKey = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RotateApiKey',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyResponse.FromString,
+                _registered_method=True)
+        self.RevokeApiKey = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RevokeApiKey',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyResponse.FromString,
+                _registered_method=True)
+        self.ExchangeToken = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ExchangeToken',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenResponse.FromString,
+                _registered_method=True)
+        self.IssueToken = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/IssueToken',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenResponse.FromString,
+                _registered_method=True)
+        self.GetOpenIdConfiguration = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/GetOpenIdConfiguration',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationResponse.FromString,
+                _registered_method=True)
         self.GetJwks = channel.unary_unary(
                 '/kimberly.auth.v1.AuthService/GetJwks',
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetJwksRequest.SerializeToString,
@@ -195,6 +230,60 @@ class AuthServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateApiKey(self, request, context):
+        """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
+        the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListApiKeys(self, request, context):
+        """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateApiKey(self, request, context):
+        """Gives an API key a new secret. The old one may stay good for a while, so that clients change
+        over one by one; if it does not, its access tokens are refused within seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeApiKey(self, request, context):
+        """Ends an API key for good. Within seconds every service refuses its access tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExchangeToken(self, request, context):
+        """Exchanges an API key for an access token. Exchange it again when the token expires.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueToken(self, request, context):
+        """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
+        JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
+        `client_credentials`, with the id of an API key as the client's id and the key as its secret;
+        and token exchange (RFC 8693), with an API key as the subject token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetOpenIdConfiguration(self, request, context):
+        """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetJwks(self, request, context):
         """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517).
         """
@@ -264,6 +353,41 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.VerifyEmail,
                     request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.FromString,
                     response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.SerializeToString,
+            ),
+            'CreateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateApiKey,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyResponse.SerializeToString,
+            ),
+            'ListApiKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListApiKeys,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysResponse.SerializeToString,
+            ),
+            'RotateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateApiKey,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyResponse.SerializeToString,
+            ),
+            'RevokeApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeApiKey,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyResponse.SerializeToString,
+            ),
+            'ExchangeToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExchangeToken,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenResponse.SerializeToString,
+            ),
+            'IssueToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueToken,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenResponse.SerializeToString,
+            ),
+            'GetOpenIdConfiguration': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOpenIdConfiguration,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationResponse.SerializeToString,
             ),
             'GetJwks': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJwks,
@@ -596,6 +720,195 @@ class AuthService:
             '/kimberly.auth.v1.AuthService/VerifyEmail',
             kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.SerializeToString,
             kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/CreateApiKey',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListApiKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ListApiKeys',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RotateApiKey',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RevokeApiKey',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExchangeToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ExchangeToken',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/IssueToken',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOpenIdConfiguration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/GetOpenIdConfiguration',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationResponse.FromString,
             options,
             channel_credentials,
             insecure,

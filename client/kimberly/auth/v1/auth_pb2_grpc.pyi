@@ -66,6 +66,28 @@ class AuthServiceStub:
     """
     VerifyEmail: _grpc.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]
     """Marks the email of an account as verified, by a mailed token."""
+    CreateApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]
+    """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
+    the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+    """
+    ListApiKeys: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListApiKeysRequest, _auth_pb2.ListApiKeysResponse]
+    """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
+    RotateApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RotateApiKeyRequest, _auth_pb2.RotateApiKeyResponse]
+    """Gives an API key a new secret. The old one may stay good for a while, so that clients change
+    over one by one; if it does not, its access tokens are refused within seconds.
+    """
+    RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RevokeApiKeyRequest, _auth_pb2.RevokeApiKeyResponse]
+    """Ends an API key for good. Within seconds every service refuses its access tokens."""
+    ExchangeToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ExchangeTokenRequest, _auth_pb2.ExchangeTokenResponse]
+    """Exchanges an API key for an access token. Exchange it again when the token expires."""
+    IssueToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]
+    """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
+    JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
+    `client_credentials`, with the id of an API key as the client's id and the key as its secret;
+    and token exchange (RFC 8693), with an API key as the subject token.
+    """
+    GetOpenIdConfiguration: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetOpenIdConfigurationRequest, _auth_pb2.GetOpenIdConfigurationResponse]
+    """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
     GetJwks: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetJwksRequest, _auth_pb2.GetJwksResponse]
     """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517)."""
 
@@ -107,6 +129,28 @@ class AuthServiceAsyncStub(AuthServiceStub):
     """
     VerifyEmail: _aio.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]  # type: ignore[assignment]
     """Marks the email of an account as verified, by a mailed token."""
+    CreateApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
+    """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
+    the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+    """
+    ListApiKeys: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListApiKeysRequest, _auth_pb2.ListApiKeysResponse]  # type: ignore[assignment]
+    """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
+    RotateApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.RotateApiKeyRequest, _auth_pb2.RotateApiKeyResponse]  # type: ignore[assignment]
+    """Gives an API key a new secret. The old one may stay good for a while, so that clients change
+    over one by one; if it does not, its access tokens are refused within seconds.
+    """
+    RevokeApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.RevokeApiKeyRequest, _auth_pb2.RevokeApiKeyResponse]  # type: ignore[assignment]
+    """Ends an API key for good. Within seconds every service refuses its access tokens."""
+    ExchangeToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.ExchangeTokenRequest, _auth_pb2.ExchangeTokenResponse]  # type: ignore[assignment]
+    """Exchanges an API key for an access token. Exchange it again when the token expires."""
+    IssueToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]  # type: ignore[assignment]
+    """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
+    JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
+    `client_credentials`, with the id of an API key as the client's id and the key as its secret;
+    and token exchange (RFC 8693), with an API key as the subject token.
+    """
+    GetOpenIdConfiguration: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetOpenIdConfigurationRequest, _auth_pb2.GetOpenIdConfigurationResponse]  # type: ignore[assignment]
+    """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
     GetJwks: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetJwksRequest, _auth_pb2.GetJwksResponse]  # type: ignore[assignment]
     """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517)."""
 
@@ -217,6 +261,70 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.VerifyEmailResponse, _abc.Awaitable[_auth_pb2.VerifyEmailResponse]]:
         """Marks the email of an account as verified, by a mailed token."""
+
+    @_abc_1.abstractmethod
+    def CreateApiKey(
+        self,
+        request: _auth_pb2.CreateApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.CreateApiKeyResponse, _abc.Awaitable[_auth_pb2.CreateApiKeyResponse]]:
+        """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
+        the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+        """
+
+    @_abc_1.abstractmethod
+    def ListApiKeys(
+        self,
+        request: _auth_pb2.ListApiKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ListApiKeysResponse, _abc.Awaitable[_auth_pb2.ListApiKeysResponse]]:
+        """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
+
+    @_abc_1.abstractmethod
+    def RotateApiKey(
+        self,
+        request: _auth_pb2.RotateApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RotateApiKeyResponse, _abc.Awaitable[_auth_pb2.RotateApiKeyResponse]]:
+        """Gives an API key a new secret. The old one may stay good for a while, so that clients change
+        over one by one; if it does not, its access tokens are refused within seconds.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeApiKey(
+        self,
+        request: _auth_pb2.RevokeApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RevokeApiKeyResponse, _abc.Awaitable[_auth_pb2.RevokeApiKeyResponse]]:
+        """Ends an API key for good. Within seconds every service refuses its access tokens."""
+
+    @_abc_1.abstractmethod
+    def ExchangeToken(
+        self,
+        request: _auth_pb2.ExchangeTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ExchangeTokenResponse, _abc.Awaitable[_auth_pb2.ExchangeTokenResponse]]:
+        """Exchanges an API key for an access token. Exchange it again when the token expires."""
+
+    @_abc_1.abstractmethod
+    def IssueToken(
+        self,
+        request: _auth_pb2.IssueTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.IssueTokenResponse, _abc.Awaitable[_auth_pb2.IssueTokenResponse]]:
+        """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
+        JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
+        `client_credentials`, with the id of an API key as the client's id and the key as its secret;
+        and token exchange (RFC 8693), with an API key as the subject token.
+        """
+
+    @_abc_1.abstractmethod
+    def GetOpenIdConfiguration(
+        self,
+        request: _auth_pb2.GetOpenIdConfigurationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.GetOpenIdConfigurationResponse, _abc.Awaitable[_auth_pb2.GetOpenIdConfigurationResponse]]:
+        """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
 
     @_abc_1.abstractmethod
     def GetJwks(
