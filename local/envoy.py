@@ -282,8 +282,7 @@ def peers_of(process: str) -> tuple[str, ...]:
 
 def public_methods(methods: Iterable[Method]) -> tuple[Method, ...]:
     """Return the methods that the edge passes on."""
-    open_to_users = {Access.ANYONE, Access.USER}
-    return tuple(each for each in methods if access.METHODS[each.path] in open_to_users)
+    return tuple(each for each in methods if access.METHODS[each.path] in access.PUBLIC)
 
 
 def bindings_without_token(methods: Iterable[Method]) -> tuple[Binding, ...]:
@@ -308,6 +307,11 @@ def policies(rows: Mapping[str, Access]) -> dict[str, tuple[str, ...]]:
     """Group exact method names by the name of their access. A kind nobody uses is left out."""
     groups = {kind.value: _with_access(rows, kind) for kind in Access}
     return {kind: paths for kind, paths in groups.items() if paths}
+
+
+def _roles() -> dict[str, list[str]]:
+    """Return the roles that open what asks for one, by the name of the access."""
+    return {kind.value: sorted(roles) for kind, roles in access.ROLES.items()}
 
 
 def _with_access(rows: Mapping[str, Access], kind: Access) -> tuple[str, ...]:
@@ -335,6 +339,7 @@ def render_edge(edge: Edge, methods: tuple[Method, ...] | None = None) -> str:
         rest_services=sorted({method.service for method in public if method.bindings}),
         rest_matches=_rest_matches(public),
         jwks=_jwks(methods),
+        roles=_roles(),
         token_endpoint=_first_path(methods, TOKEN_METHOD),
     )
 
@@ -345,7 +350,7 @@ def render_sidecar(sidecar: Sidecar, methods: tuple[Method, ...] | None = None) 
     rows = access.methods_of(sidecar.process) if sidecar.inbound else {}
     by_path = {method.path: method for method in methods}
     jwks, serves_jwks = _jwks(methods), JWKS_METHOD in rows
-    without_token = [path for path, row in rows.items() if row is not Access.USER]
+    without_token = [path for path, row in rows.items() if row not in access.ROLES]
     return _template("sidecar.yaml.j2").render(
         sidecar=sidecar,
         peers=_peers(sidecar.domain, sidecar.peers, peers_of(sidecar.process)),
@@ -357,6 +362,7 @@ def render_sidecar(sidecar: Sidecar, methods: tuple[Method, ...] | None = None) 
         serves_jwks=serves_jwks,
         without_token=[*without_token, jwks] if serves_jwks else without_token,
         jwks_service=_service(JWKS_METHOD),
+        roles=_roles(),
         edge_identity=sidecar.domain.identity(access.EDGE),
         worker_identity=sidecar.domain.identity(access.WORKER),
     )

@@ -13,11 +13,34 @@ class Access(enum.Enum):
     USER = "user"
     """A user's access token, verified by edge, sidecar and service."""
 
+    AUDITOR = "auditor"
+    """As USER; and the user may look at the tenant: an auditor, an admin or an owner."""
+
+    ADMIN = "admin"
+    """As USER; and the user may change the tenant: an admin or an owner."""
+
     WORKER = "worker"
     """The SPIFFE identity of a worker. Never reachable through the edge."""
 
     WORKLOAD = "workload"
     """Any SPIFFE identity of the mesh. Never reachable through the edge."""
+
+
+class Role(enum.StrEnum):
+    """What a user may do in their tenant."""
+
+    OWNER = "owner"
+    ADMIN = "admin"
+    MEMBER = "member"
+    AUDITOR = "auditor"
+
+
+ROLES: Mapping[Access, frozenset[Role]] = {
+    Access.USER: frozenset(Role),
+    Access.AUDITOR: frozenset({Role.OWNER, Role.ADMIN, Role.AUDITOR}),
+    Access.ADMIN: frozenset({Role.OWNER, Role.ADMIN}),
+}
+"""Whose access token opens what asks for one."""
 
 
 class Scope(enum.StrEnum):
@@ -49,6 +72,21 @@ METHODS: Mapping[str, Access] = {
     "/kimberly.auth.v1.AuthService/ResetPassword": Access.ANYONE,
     "/kimberly.auth.v1.AuthService/RequestEmailVerification": Access.USER,
     "/kimberly.auth.v1.AuthService/VerifyEmail": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/CreateApiKey": Access.USER,
+    "/kimberly.auth.v1.AuthService/ListApiKeys": Access.USER,
+    "/kimberly.auth.v1.AuthService/RotateApiKey": Access.USER,
+    "/kimberly.auth.v1.AuthService/RevokeApiKey": Access.USER,
+    "/kimberly.auth.v1.AuthService/ExchangeToken": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/IssueToken": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/GetOpenIdConfiguration": Access.ANYONE,
+    "/kimberly.auth.v1.TenantService/ListMembers": Access.AUDITOR,
+    "/kimberly.auth.v1.TenantService/AssignRole": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/DisableMember": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/EnableMember": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/LogOutMember": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/CreateInvitation": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/ListInvitations": Access.AUDITOR,
+    "/kimberly.auth.v1.TenantService/RevokeInvitation": Access.ADMIN,
     "/kimberly.users.v1.UserService/GetUser": Access.USER,
     "/kimberly.users.v1.UserService/GetSettings": Access.USER,
     "/kimberly.users.v1.UserService/UpdateSettings": Access.USER,
@@ -168,6 +206,7 @@ A method of users without a row here asks for Scope.USER: what is new is closed 
 PROCESSES: Mapping[str, tuple[str, ...]] = {
     "auth": (
         "kimberly.auth.v1.AuthService",
+        "kimberly.auth.v1.TenantService",
         "kimberly.users.v1.UserService",
         REFLECTION,
     ),
@@ -180,6 +219,9 @@ PROCESSES: Mapping[str, tuple[str, ...]] = {
     "jobs": ("kimberly.jobs.v1.JobService", "kimberly.jobs.v1.WorkerService"),
 }
 """Which process serves which services. The auth process answers reflection for all of them."""
+
+PUBLIC = frozenset({Access.ANYONE, *ROLES})
+"""What the edge passes on."""
 
 EDGE = "edge"
 WORKER = "worker"
@@ -200,9 +242,8 @@ def scope_of(method: str) -> Scope:
 
 def public_services() -> list[str]:
     """Return the services that users may call through the edge, reflection left out."""
-    public = {Access.ANYONE, Access.USER}
     return sorted(
-        {method.split("/")[1] for method, access in METHODS.items() if access in public}
+        {method.split("/")[1] for method, access in METHODS.items() if access in PUBLIC}
         - {REFLECTION}
     )
 

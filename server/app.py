@@ -31,11 +31,13 @@ from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.auth.mail import Mailer, Outbox, Smtp
 from server.auth.mail_store import MailStore
+from server.auth.member_store import MemberStore
 from server.auth.passwords import Passwords
 from server.auth.postman import Postman
 from server.auth.service import AuthService
 from server.auth.session_store import SessionStore
 from server.auth.store import AccountStore
+from server.auth.tenant_service import TenantService
 from server.blobs import Blobs
 from server.cache import open_cache
 from server.clock import utc_now
@@ -186,7 +188,8 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
         public_url=settings.public_url or settings.token_issuer,
     )
     ended = await _ended_grants(system)
-    housekeeping = Housekeeping([ended.forget, attempts.forget, mails.forget, api_keys.forget])
+    members = MemberStore(system)
+    tenants = TenantService(members)
     checkpoint_store = CheckpointStore(system)
     audit_keys = AuditKeys(checkpoint_store, kms)
     await audit_keys.signer()
@@ -202,8 +205,11 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
 
     def register(server: grpc.aio.Server) -> None:
         auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
+        auth_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
 
+    forgetful = [each.forget for each in (ended, attempts, mails, api_keys, members)]
+    housekeeping = Housekeeping(forgetful)
     mailer = _mailer(settings)
     delivery = [Postman(mails, mailer).run] if mailer else []
     loops = [keyring.run, audit_log.run, checkpointer.run, ended.run, housekeeping.run, *delivery]

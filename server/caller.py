@@ -26,6 +26,8 @@ class Credentials:
     """The session or API key that it descends from, and ends with."""
     scopes: frozenset[str]
     """Values of server.access.Scope. Whoever reads a token leaves others in: they open nothing."""
+    role: str = "member"
+    """A value of server.access.Role: what the user may do in the tenant."""
 
 
 _current: ContextVar[Credentials | None] = ContextVar("credentials", default=None)

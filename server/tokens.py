@@ -85,6 +85,7 @@ class TokenVerifier:
             tid={"essential": True},
             sid={"essential": True},
             scope={"essential": True},
+            role={"essential": True},
             iat={"essential": True},
             nbf={"essential": True},
             exp={"essential": True},
@@ -160,11 +161,12 @@ def _credentials(claims: Mapping[str, object]) -> Credentials:
         tenant_id=ids.parse(ids.TENANT, str(claims["tid"]), "tid"),
         user_id=ids.parse(ids.USER, str(claims["sub"]), "sub"),
     )
-    grant, scope = str(claims["sid"]), claims["scope"]
+    grant, scope, role = str(claims["sid"]), claims["scope"], claims["role"]
     kind = ids.API_KEY if grant.startswith(ids.API_KEY) else ids.SESSION
-    if not isinstance(scope, str):
-        raise InvalidArgument("scope", "must be a string")
-    return Credentials(caller, kind, ids.parse(kind, grant, "sid"), frozenset(scope.split()))
+    if not isinstance(scope, str) or not isinstance(role, str):
+        raise InvalidArgument("scope", "must be a string, as must be the role")
+    grant_id = ids.parse(kind, grant, "sid")
+    return Credentials(caller, kind, grant_id, frozenset(scope.split()), role)
 
 
 class RemoteKeys:

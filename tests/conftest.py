@@ -18,7 +18,7 @@ from local.layout import Layout
 from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
 from local.servers import BUCKET, Stores
 from server import ids
-from server.access import WORKER, Scope, spiffe_id
+from server.access import WORKER, Role, Scope, spiffe_id
 from server.blobs import Blobs
 from server.cache import Redis, open_cache
 from server.caller import Caller, Credentials
@@ -211,19 +211,24 @@ class PlainTokens:
     async def verify(self, token: str) -> Credentials:
         """Return what the token says."""
         try:
-            tenant, user, grant, scopes = token.split("/")
+            tenant, user, grant, role, scopes = token.split("/")
             caller = Caller(tenant_id=UUID(tenant), user_id=UUID(user))
-            return Credentials(caller, ids.SESSION, UUID(grant), frozenset(scopes.split()))
+            return Credentials(caller, ids.SESSION, UUID(grant), frozenset(scopes.split()), role)
         except ValueError as error:
             raise Unauthenticated("the access token is not valid") from error
 
 
 def bearer(
-    caller: Caller, *, scope: str = Scope.USER, grant_id: UUID | None = None
+    caller: Caller,
+    *,
+    scope: str = Scope.USER,
+    role: str = Role.OWNER,
+    grant_id: UUID | None = None,
 ) -> tuple[tuple[str, str], ...]:
     """Return the metadata of a call by this user."""
     grant = grant_id or caller.user_id
-    return (("authorization", f"Bearer {caller.tenant_id}/{caller.user_id}/{grant}/{scope}"),)
+    token = f"{caller.tenant_id}/{caller.user_id}/{grant}/{role}/{scope}"
+    return (("authorization", f"Bearer {token}"),)
 
 
 def as_worker(identity: str = WORKER_ID) -> tuple[tuple[str, str], ...]:

@@ -36,6 +36,7 @@ class Mint:
                 "sub": ids.show(ids.USER, caller.user_id),
                 "tid": ids.show(ids.TENANT, caller.tenant_id),
                 "sid": ids.show(credentials.grant_kind, credentials.grant_id),
+                "role": credentials.role,
                 "scope": " ".join(sorted(credentials.scopes)),
                 "jti": ids.new_id().hex,
                 "iat": int(now.timestamp()),

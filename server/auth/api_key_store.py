@@ -128,9 +128,11 @@ class ApiKeyStore:
         async with self._database.transaction() as connection:
             row = await connection.fetchrow(
                 f"""
-                SELECT {_KEY}, secret.grant_id, least(key.expires_at, secret.expires_at) AS until
+                SELECT {_KEY}, secret.grant_id, least(key.expires_at, secret.expires_at) AS until,
+                       users.role
                   FROM api_key_secrets AS secret
                   JOIN api_keys AS key ON key.id = secret.key_id
+                  JOIN users ON users.id = key.user_id AND users.disabled_at IS NULL
                  WHERE secret.hash = $1 AND secret.expires_at > $2 AND key.expires_at > $2
                    AND key.revoked_at IS NULL
                 """,  # noqa: S608 - a constant of ours
@@ -142,7 +144,7 @@ class ApiKeyStore:
             key = _key(row)
             await _note_use(connection, key, now)
             await _record(connection, key, "api_key.exchange")
-        return Opened(key, row["grant_id"], row["until"])
+        return Opened(key, row["grant_id"], row["until"], row["role"])
 
     async def forget(self, now: datetime) -> None:
         """Delete secrets that have expired, and keys that ended a while ago."""

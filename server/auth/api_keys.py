@@ -66,6 +66,8 @@ class Opened:
     grant_id: UUID
     expires_at: datetime
     """When the key ends, or the secret if it does so earlier."""
+    role: str
+    """What the key's user may do in the tenant."""
 
     def credentials(self, asked: Iterable[str], field: str) -> Credentials:
         """Return what a token made with the secret says.
@@ -76,7 +78,7 @@ class Opened:
         scopes = frozenset(asked) or frozenset(self.key.scopes)
         if not scopes <= frozenset(self.key.scopes):
             raise InvalidArgument(field, "must be scopes of the key")
-        return Credentials(self.key.caller, ids.API_KEY, self.grant_id, scopes)
+        return Credentials(self.key.caller, ids.API_KEY, self.grant_id, scopes, self.role)
 
 
 def check_scopes(scopes: Sequence[str], field: str) -> list[str]:

@@ -53,10 +53,10 @@ class Issuer:
         """The claim `iss` of every token."""
         return self._mint.issuer
 
-    def begin(self, caller: Caller, client_name: str) -> NewSession:
+    def begin(self, caller: Caller, role: str, client_name: str) -> NewSession:
         """Return a session that starts now."""
         expires_at = self._clock() + self._session_lifetime
-        session = Session(ids.new_id(), caller, expires_at, client_name)
+        session = Session(ids.new_id(), caller, expires_at, client_name, role)
         return NewSession(session, refresh_tokens.new_token())
 
     async def check(self) -> None:
@@ -75,7 +75,9 @@ class Issuer:
 
     async def tokens(self, session: Session, refresh_token: str) -> pb.Tokens:
         """Return what a signed-in client holds."""
-        credentials = Credentials(session.caller, ids.SESSION, session.id, _EVERYTHING)
+        credentials = Credentials(
+            session.caller, ids.SESSION, session.id, _EVERYTHING, session.role
+        )
         access = await self.access_token(credentials, session.expires_at)
         return pb.Tokens(
             access_token=access.token,

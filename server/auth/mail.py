@@ -22,6 +22,7 @@ class Kind(enum.Enum):
 
     PASSWORD_RESET = "password_reset"  # noqa: S105 - the name of a kind
     EMAIL_VERIFICATION = "email_verification"
+    INVITATION = "invitation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,14 @@ def write(kind: Kind, recipient: str, token: str, hours: int) -> Mail:
                 "This address was given for an account of Kimberly.\n"
                 f"Within {hours} h this token says that it is yours (POST /v1/email:verify):\n\n"
                 f"{token}\n\nIf it is not, do nothing.\n"
+            )
+        case Kind.INVITATION:
+            subject = "You are invited"
+            text = (
+                "Somebody asks you to join them on Kimberly.\n"
+                f"Within {hours} h, whoever signs up for this address with this token\n"
+                "(POST /v1/signup, field invitation) joins them:\n\n"
+                f"{token}\n\nIf you do not know what this is about, do nothing.\n"
             )
         case _:
             assert_never(kind)

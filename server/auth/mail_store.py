@@ -16,6 +16,7 @@ PAUSE: Final = timedelta(minutes=1)
 _LIFETIMES: Final = {
     Kind.PASSWORD_RESET: timedelta(hours=1),
     Kind.EMAIL_VERIFICATION: timedelta(hours=24),
+    Kind.INVITATION: timedelta(days=7),
 }
 _MOST_ATTEMPTS: Final = 12
 _RETRY_AFTER: Final = timedelta(seconds=5)
@@ -27,14 +28,25 @@ class Request:
 
     email: str
     kind: Kind
+    about: str
 
 
-async def ask_for(connection: Connection, email: str, kind: Kind, now: datetime) -> None:
-    """Ask for a mail, whoever the email names. Within `PAUSE` of the last one, nothing happens."""
+async def ask_for(
+    connection: Connection, email: str, kind: Kind, now: datetime, *, about: str = ""
+) -> None:
+    """Ask for a mail, whoever the email names. Within `PAUSE` of the last one, nothing happens.
+
+    Args:
+        connection: The transaction to ask in.
+        email: Who is written to.
+        kind: Why.
+        now: The instant.
+        about: Id of the invitation, if it is one.
+    """
     await connection.execute(
         """
-        INSERT INTO mails (email, kind, requested_at, due_at)
-        VALUES ($1, $2, $3, $3)
+        INSERT INTO mails (email, kind, about, requested_at, due_at)
+        VALUES ($1, $2, $5, $3, $3)
             ON CONFLICT (email, kind, about) DO UPDATE
            SET requested_at = $3,
                due_at = CASE WHEN mails.sent_at <= $4 THEN $3 ELSE mails.due_at END,
@@ -45,6 +57,7 @@ async def ask_for(connection: Connection, email: str, kind: Kind, now: datetime)
         kind.value,
         now,
         now - PAUSE,
+        about,
     )
 
 
@@ -115,16 +128,18 @@ class MailStore:
                             ORDER BY due_at
                             LIMIT 1
                               FOR UPDATE SKIP LOCKED)
-                RETURNING email, kind
+                RETURNING email, kind, about
                 """,
                 now,
                 _RETRY_AFTER,
                 _MOST_ATTEMPTS,
             )
-        return Request(row["email"], Kind(row["kind"])) if row else None
+        return Request(row["email"], Kind(row["kind"]), row["about"]) if row else None
 
     async def address(self, request: Request, token: str, now: datetime) -> bool:
         """Store the token of a mail, if its email names somebody whom it is for."""
+        if request.kind is Kind.INVITATION:
+            return await self._address_invitation(request, token, now)
         async with self._database.transaction() as connection:
             row = await connection.fetchrow(
                 """
@@ -147,13 +162,31 @@ class MailStore:
             await audit.record(connection, caller, action, ids.show(ids.USER, caller.user_id))
         return True
 
+    async def _address_invitation(self, request: Request, token: str, now: datetime) -> bool:
+        async with self._database.transaction() as connection:
+            addressed = await connection.fetchval(
+                """
+                UPDATE invitations
+                   SET token_hash = $2
+                 WHERE id = $1 AND email = $3 AND expires_at > $4
+                   AND accepted_at IS NULL AND revoked_at IS NULL
+                RETURNING id
+                """,
+                UUID(request.about),
+                hash_of(token),
+                request.email,
+                now,
+            )
+        return addressed is not None
+
     async def settle(self, request: Request, now: datetime) -> None:
         """Note that a mail was sent."""
         async with self._database.transaction() as connection:
             await connection.execute(
-                "UPDATE mails SET sent_at = $3 WHERE email = $1 AND kind = $2 AND about = ''",
+                "UPDATE mails SET sent_at = $4 WHERE email = $1 AND kind = $2 AND about = $3",
                 request.email,
                 request.kind.value,
+                request.about,
                 now,
             )
 

@@ -33,6 +33,8 @@ class Session:
     expires_at: datetime
     client_name: str = ""
     """What the client that logged in called itself."""
+    role: str = "owner"
+    """What the user may do in the tenant, as of now."""
 
 
 @dataclass(frozen=True, slots=True)

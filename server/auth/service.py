@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
+from uuid import UUID
 
 import grpc
 from joserfc.jwk import ECKey
@@ -10,6 +11,7 @@ from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
 from server import ids
+from server.access import Role
 from server.auth import clients, emails
 from server.auth.api_key_handlers import ApiKeyHandlers
 from server.auth.api_key_store import ApiKeyStore
@@ -65,10 +67,11 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         display_name = _display_name(request.display_name, email)
         names = [email, email.partition("@")[0], display_name]
         await self._hashing.check_new(request.password, "password", names=names)
-        caller = Caller(tenant_id=ids.new_id(), user_id=ids.new_id())
+        tenant_id, role = await self._place(request.invitation, email)
+        caller = Caller(tenant_id=tenant_id, user_id=ids.new_id())
         password_hash = await self._hashing.hash(request.password)
-        user = NewUser(caller, email, display_name, password_hash)
-        new = self._issuer.begin(caller, clients.name_of(context))
+        user = NewUser(caller, email, display_name, password_hash, role, request.invitation)
+        new = self._issuer.begin(caller, role, clients.name_of(context))
         tokens = await self._issuer.tokens(new.session, new.refresh_token)
         await self._accounts.sign_up(user, new.session, new.token_hash, self._clock())
         return pb.SignUpResponse(
@@ -88,11 +91,11 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         account = await self._accounts.find(email)
         stored = account.password_hash if account else None
         matches = await self._hashing.match(stored, request.password)
-        if account is None or not matches or not is_allowed:
+        if account is None or not matches or not is_allowed or account.is_disabled:
             raise CredentialsInvalid
         await self._attempts.succeed(email, place, self._clock())
         await self._renew_hash(account, request.password)
-        new = self._issuer.begin(account.caller, clients.name_of(context))
+        new = self._issuer.begin(account.caller, account.role, clients.name_of(context))
         tokens = await self._issuer.tokens(new.session, new.refresh_token)
         await self._sessions.start(new.session, new.token_hash, self._clock())
         return pb.LogInResponse(tokens=tokens)
@@ -104,6 +107,12 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         if not self._keyring.keys:
             raise StoreUnavailable("the store of the signing keys")
         return pb.GetJwksResponse(keys=_to_proto(self._keyring.keys))
+
+    async def _place(self, invitation: str, email: str) -> tuple[UUID, str]:
+        """Return the tenant of a new user, and what they may do there."""
+        if not invitation:
+            return ids.new_id(), Role.OWNER
+        return await self._accounts.invited(invitation, email, self._clock())
 
     async def _renew_hash(self, account: Account, password: str) -> None:
         if self._hashing.is_outdated(account.password_hash):

@@ -10,7 +10,7 @@ from server import audit, ids
 from server.auth.refresh_tokens import Presented, Session, Verdict, judge
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
-from server.errors import NotFound
+from server.errors import CredentialsInvalid, NotFound
 from server.grants import end_grants
 
 _KEPT: Final = timedelta(days=1)
@@ -35,13 +35,18 @@ class SessionStore:
         self._database = database
 
     async def start(self, session: Session, token_hash: bytes, now: datetime) -> None:
-        """Start a session with its first refresh token, and forget the user's expired ones."""
+        """Start a session with its first refresh token, and forget the user's expired ones.
+
+        Raises:
+            CredentialsInvalid: The user was disabled meanwhile.
+        """
         async with self._database.transaction() as connection:
             await connection.execute(
                 "DELETE FROM sessions WHERE user_id = $1 AND expires_at < $2",
                 session.caller.user_id,
                 now - _KEPT,
             )
+            await _check_enabled(connection, session.caller)
             await _make_room(connection, session.caller, now)
             await start(connection, session, token_hash, now)
 
@@ -163,6 +168,19 @@ async def end_all(
     return len(rows)
 
 
+async def _check_enabled(connection: Connection, caller: Caller) -> None:
+    """Make sure that a user is not disabled, and is not until this transaction ends."""
+    enabled = await connection.fetchval(
+        """
+        SELECT id FROM users WHERE tenant_id = $1 AND id = $2 AND disabled_at IS NULL FOR SHARE
+        """,
+        caller.tenant_id,
+        caller.user_id,
+    )
+    if enabled is None:
+        raise CredentialsInvalid
+
+
 async def _make_room(connection: Connection, caller: Caller, now: datetime) -> None:
     """End the oldest sessions of a user who has as many as one may have."""
     rows = await connection.fetch(
@@ -217,9 +235,10 @@ async def _lock(connection: Connection, token_hash: bytes) -> Presented | None:
         """
         SELECT session.id, session.tenant_id, session.user_id, session.expires_at,
                session.used_generation, session.used_at, session.repeats,
-               session.ended_at IS NOT NULL AS has_ended, token.generation
+               session.ended_at IS NOT NULL AS has_ended, token.generation, users.role
           FROM refresh_tokens AS token
           JOIN sessions AS session ON session.id = token.session_id
+          JOIN users ON users.id = session.user_id
          WHERE token.hash = $1
            FOR UPDATE OF session
         """,
@@ -228,7 +247,12 @@ async def _lock(connection: Connection, token_hash: bytes) -> Presented | None:
     if row is None:
         return None
     return Presented(
-        session=Session(row["id"], Caller(row["tenant_id"], row["user_id"]), row["expires_at"]),
+        session=Session(
+            row["id"],
+            Caller(row["tenant_id"], row["user_id"]),
+            row["expires_at"],
+            role=row["role"],
+        ),
         generation=row["generation"],
         used_generation=row["used_generation"],
         used_at=row["used_at"],

@@ -8,9 +8,10 @@ from uuid import UUID
 import asyncpg
 
 from server import audit, ids
+from server.access import Role
 from server.auth import mail_store, session_store
 from server.auth.mail import Kind
-from server.auth.refresh_tokens import Session
+from server.auth.refresh_tokens import Session, hash_of
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
 from server.errors import AlreadyExists, CredentialsInvalid, MailedTokenInvalid, NotFound
@@ -23,6 +24,8 @@ class Account:
     caller: Caller
     email: str
     password_hash: str
+    role: str
+    is_disabled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,9 @@ class NewUser:
     email: str
     display_name: str
     password_hash: str
+    role: str = Role.OWNER
+    invitation: str = ""
+    """The token by which they join somebody's tenant; empty: they get one of their own."""
 
 
 class AccountStore:
@@ -48,16 +54,41 @@ class AccountStore:
 
         Raises:
             AlreadyExists: The email names an account.
+            MailedTokenInvalid: The invitation is open no more.
         """
         async with self._database.transaction() as connection:
-            await connection.execute(
-                "INSERT INTO tenants (id, created_at) VALUES ($1, $2)", user.caller.tenant_id, now
-            )
+            if not user.invitation:
+                await _insert_tenant(connection, user.caller, now)
             await _insert_user(connection, user, now)
             await _insert_account(connection, user)
             await _record(connection, user.caller, "user.create")
             await session_store.start(connection, session, token_hash, now)
-            await mail_store.ask_for(connection, user.email, Kind.EMAIL_VERIFICATION, now)
+            if user.invitation:
+                await _accept(connection, user, now)
+            else:
+                await mail_store.ask_for(connection, user.email, Kind.EMAIL_VERIFICATION, now)
+
+    async def invited(self, token: str, email: str, now: datetime) -> tuple[UUID, str]:
+        """Return the tenant and the role that an invitation to this email offers.
+
+        Raises:
+            MailedTokenInvalid: There is no such invitation that is open.
+        """
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(
+                """
+                SELECT tenant_id, role
+                  FROM invitations
+                 WHERE token_hash = $1 AND email = $2 AND expires_at > $3
+                   AND accepted_at IS NULL AND revoked_at IS NULL
+                """,
+                hash_of(token),
+                email,
+                now,
+            )
+        if row is None:
+            raise MailedTokenInvalid
+        return UUID(int=row["tenant_id"].int), row["role"]
 
     async def find(self, email: str) -> Account | None:
         """Return the account that an email names, if any."""
@@ -162,7 +193,8 @@ class AccountStore:
 
 
 _ACCOUNT: Final = """
-    SELECT users.tenant_id, users.id AS user_id, users.email, accounts.password_hash
+    SELECT users.tenant_id, users.id AS user_id, users.email, users.role,
+           users.disabled_at IS NOT NULL AS is_disabled, accounts.password_hash
       FROM users
       JOIN accounts ON accounts.user_id = users.id
 """
@@ -170,7 +202,9 @@ _ACCOUNT: Final = """
 
 def _account(row: asyncpg.Record) -> Account:
     caller = Caller(row["tenant_id"], row["user_id"])
-    return Account(caller, row["email"], row["password_hash"])
+    return Account(
+        caller, row["email"], row["password_hash"], row["role"], is_disabled=row["is_disabled"]
+    )
 
 
 async def _record(connection: Connection, caller: Caller, action: str) -> None:
@@ -193,11 +227,41 @@ async def _mark_verified(connection: Connection, caller: Caller, now: datetime) 
         await _record(connection, caller, "email.verify")
 
 
+async def _insert_tenant(connection: Connection, caller: Caller, now: datetime) -> None:
+    await connection.execute(
+        "INSERT INTO tenants (id, created_at) VALUES ($1, $2)", caller.tenant_id, now
+    )
+
+
+async def _accept(connection: Connection, user: NewUser, now: datetime) -> None:
+    """Close the invitation by which a user joins; whoever had its token reads their mail."""
+    accepted = await connection.fetchval(
+        """
+        UPDATE invitations
+           SET accepted_at = $5
+         WHERE tenant_id = $1 AND token_hash = $2 AND email = $3 AND role = $4
+           AND expires_at > $5 AND accepted_at IS NULL AND revoked_at IS NULL
+        RETURNING id
+        """,
+        user.caller.tenant_id,
+        hash_of(user.invitation),
+        user.email,
+        user.role,
+        now,
+    )
+    if accepted is None:
+        raise MailedTokenInvalid
+    await audit.record(
+        connection, user.caller, "invitation.accept", ids.show(ids.INVITATION, accepted)
+    )
+    await _mark_verified(connection, user.caller, now)
+
+
 async def _insert_user(connection: Connection, user: NewUser, now: datetime) -> None:
     inserted = await connection.fetchval(
         """
-        INSERT INTO users (tenant_id, id, email, display_name, created_at)
-        VALUES ($1, $2, $3, $4, $5)
+        INSERT INTO users (tenant_id, id, email, display_name, created_at, role)
+        VALUES ($1, $2, $3, $4, $5, $6)
         ON CONFLICT (email) DO NOTHING
         RETURNING id
         """,
@@ -206,6 +270,7 @@ async def _insert_user(connection: Connection, user: NewUser, now: datetime) -> 
         user.email,
         user.display_name,
         now,
+        user.role,
     )
     if inserted is None:
         raise AlreadyExists("there is an account with this email; log in instead")

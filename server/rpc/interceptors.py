@@ -17,7 +17,7 @@ from typing import Any, Protocol, assert_never
 import grpc
 import structlog
 
-from server.access import METHODS, Access, Scope, scope_of
+from server.access import METHODS, ROLES, Access, Scope, scope_of
 from server.caller import Credentials, current_credentials, set_credentials
 from server.errors import (
     DeadlineExceeded,
@@ -131,7 +131,7 @@ class _Caller:
     @asynccontextmanager
     async def identified(self, call: Call) -> AsyncIterator[None]:
         header = call.metadata.get("authorization")
-        if METHODS.get(call.method) is Access.USER and isinstance(header, str):
+        if METHODS.get(call.method) in ROLES and isinstance(header, str):
             if not header.startswith(_BEARER):
                 raise Unauthenticated("the authorization header must be a Bearer token")
             set_credentials(await self._verifier.verify(header.removeprefix(_BEARER)))
@@ -158,8 +158,8 @@ class _Access:
                 raise PermissionDenied
             case Access.ANYONE | Access.WORKLOAD:
                 pass
-            case Access.USER:
-                _check_scope(call.method)
+            case Access.USER | Access.AUDITOR | Access.ADMIN:
+                _check_user(call.method, access)
             case Access.WORKER:
                 if workload_id(call) != self._worker_id:
                     raise PermissionDenied
@@ -167,8 +167,11 @@ class _Access:
                 assert_never(access)
 
 
-def _check_scope(method: str) -> None:
-    scopes = current_credentials().scopes
+def _check_user(method: str, access: Access) -> None:
+    credentials = current_credentials()
+    if credentials.role not in ROLES[access]:
+        raise PermissionDenied
+    scopes = credentials.scopes
     if Scope.USER not in scopes and scope_of(method) not in scopes:
         raise ScopeMissing(scope_of(method))
 

@@ -46,6 +46,7 @@ class Forger:
             "tid": self.tenant_id,
             "sid": f"ses_{'0' * 32}",
             "scope": "user",
+            "role": "owner",
             "jti": "0" * 32,
             "iat": now,
             "nbf": now,

@@ -34,6 +34,7 @@ class Means(enum.Enum):
     FILTER = "narrows what is the caller's own"
     FREE = "a name that each user gives away anew"
     NOTHING = "is the server's to say; counts for nothing in a request"
+    MEMBER = "somebody of the tenant, or asked to join: tests/auth/test_members"
     SECRET = "speaks for whoever shows it: tests/abuse/test_tokens"
 
 
@@ -85,6 +86,13 @@ def _kept(path: str) -> dict[str, Means]:
 FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "RefreshToken": {"refresh_token": Means.SECRET},
     "LogOut": {"refresh_token": Means.SECRET},
+    "SignUp": {"invitation": Means.SECRET},
+    "ListMembers": {"page_token": Means.MEMBER},
+    "AssignRole": {"user_id": Means.MEMBER},
+    "DisableMember": {"user_id": Means.MEMBER},
+    "EnableMember": {"user_id": Means.MEMBER},
+    "LogOutMember": {"user_id": Means.MEMBER},
+    "RevokeInvitation": {"id": Means.MEMBER},
     "RevokeSession": {"id": Means.LOG_IN},
     "RotateApiKey": {"id": Means.API_KEY},
     "RevokeApiKey": {"id": Means.API_KEY},

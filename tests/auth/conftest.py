@@ -1,6 +1,6 @@
 """The auth service of one test, behind the real chain."""
 
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import Awaitable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,19 +22,25 @@ from server.auth.issuing import Issuer
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.auth.mail_store import MailStore
+from server.auth.member_store import MemberStore
 from server.auth.passwords import Passwords
 from server.auth.service import AuthService
 from server.auth.session_store import SessionStore
 from server.auth.store import AccountStore
+from server.auth.tenant_service import TenantService
 from server.database import SystemDatabase
 from server.grants import EndedGrants
 from server.kms.local import LocalKms
 from server.tokens import TokenVerifier
+from tests.auth.mails import outbox, postman
 from tests.conftest import FakeClock, Serve
 from tests.kms.key_files import key_file
 
+__all__ = ["outbox", "postman"]
+
 Auth: TypeAlias = "rpc.AuthServiceAsyncStub"
 """The generated type of the stub; it exists for type checkers only."""
+Tenants: TypeAlias = "rpc.TenantServiceAsyncStub"
 
 PASSWORD = "correct horse battery"
 ISSUER = "https://auth.test"
@@ -122,10 +128,29 @@ def service(
 
 
 @pytest_asyncio.fixture
-async def auth(serve: Serve, service: AuthService) -> AsyncIterator[Auth]:
+async def channel(
+    serve: Serve, service: AuthService, system_database: SystemDatabase, clock: FakeClock
+) -> grpc.aio.Channel:
+    """A channel to what the auth process serves of kimberly.auth."""
+    tenants = TenantService(MemberStore(system_database), clock=clock)
+
+    def register(server: grpc.aio.Server) -> None:
+        rpc.add_AuthServiceServicer_to_server(service, server)
+        rpc.add_TenantServiceServicer_to_server(tenants, server)
+
+    return await serve(register)
+
+
+@pytest.fixture
+def auth(channel: grpc.aio.Channel) -> Auth:
     """A stub of the auth service."""
-    channel = await serve(lambda server: rpc.add_AuthServiceServicer_to_server(service, server))
-    yield rpc.AuthServiceStub(channel)
+    return rpc.AuthServiceStub(channel)
+
+
+@pytest.fixture
+def tenants(channel: grpc.aio.Channel) -> Tenants:
+    """A stub of the tenant service."""
+    return rpc.TenantServiceStub(channel)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ CLAIMS = {
     "tid": ids.show(ids.TENANT, CALLER.tenant_id),
     "sid": ids.show(ids.SESSION, CREDENTIALS.grant_id),
     "scope": "user",
+    "role": "member",
     "iat": NOW,
     "nbf": NOW,
     "exp": NOW + 600,
@@ -131,7 +132,7 @@ def forgeries() -> Iterator[tuple[str, str]]:
     yield "claims are a list", signed(HEADER, [1])
     yield "claims are no JSON", signed(HEADER, b"{")
     yield "deeply nested claims", signed(HEADER, b"[" * 90_000)
-    for name in ("iss", "aud", "sub", "tid", "sid", "scope", "iat", "nbf", "exp"):
+    for name in ("iss", "aud", "sub", "tid", "sid", "scope", "role", "iat", "nbf", "exp"):
         yield f"no {name}", signed(HEADER, without(name))
         yield f"{name} is null", signed(HEADER, {**CLAIMS, name: None})
         yield f"{name} is a list", signed(HEADER, {**CLAIMS, name: [[]]})

@@ -1,8 +1,6 @@
 """Passwords that are changed, reset by mail, and refused because they are easily guessed."""
 
 import asyncio
-import email as emails
-import email.policy
 import hashlib
 import stat
 from collections.abc import AsyncIterator, Awaitable
@@ -22,44 +20,11 @@ from server.errors import Unauthenticated
 from server.grants import EndedGrants
 from server.tokens import TokenVerifier
 from tests.auth.conftest import PASSWORD, Auth, reason_of, refresh, sign_up
+from tests.auth.mails import SENDER, deliver, mailed, read
 from tests.conftest import FakeClock, bearer
 
 NEW = "another long password"
 ADA = "ada@example.com"
-SENDER = "Kimberly <no-reply@kimberly.test>"
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Path:
-    return tmp_path / "mails"
-
-
-@pytest.fixture
-def postman(mails: MailStore, outbox: Path, clock: FakeClock) -> Postman:
-    return Postman(mails, Outbox(outbox, SENDER), clock=clock)
-
-
-async def deliver(postman: Postman) -> None:
-    while await postman.deliver():
-        pass
-
-
-def read(outbox: Path) -> list[emails.message.EmailMessage]:
-    files = sorted(outbox.glob("*.eml"))
-    return [
-        emails.message_from_bytes(file.read_bytes(), policy=email.policy.default) for file in files
-    ]
-
-
-def token_in(mail: emails.message.EmailMessage) -> str:
-    lines = mail.get_content().splitlines()
-    return str(next(line for line in lines if len(line) == 43 and " " not in line))
-
-
-async def mailed(outbox: Path, postman: Postman, subject: str) -> str:
-    """Have the mails delivered, and return the token in the last one about a subject."""
-    await deliver(postman)
-    return token_in([mail for mail in read(outbox) if subject in mail["Subject"]][-1])
 
 
 def as_(credentials: Credentials) -> tuple[tuple[str, str], ...]:

@@ -33,6 +33,7 @@ FIXED: Final[Mapping[str, Mapping[str, object]]] = {
     "consents": {"purpose": "memory.store", "granted": True},
     "embedding_models": {"dimension": 2},
     "embeddings": {"dimension": 2, "vector": "[0,1]"},
+    "invitations": {"role": "member", "expires_at": "infinity"},
     "jobs": {"max_attempts": 5, "payload": "{}"},
     "meditations": {"shards": 1},
     "memory_versions": {"sensitive": False},

@@ -43,6 +43,7 @@ BEHIND_WALLS: Final = frozenset(
         "audit_checkpoints",
         "audit_heads",
         "ended_grants",
+        "invitations",
         "mailed_tokens",
         "sessions",
     }

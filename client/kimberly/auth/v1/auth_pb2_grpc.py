@@ -945,3 +945,392 @@ class AuthService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class TenantServiceStub:
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListMembers = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/ListMembers',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersResponse.FromString,
+                _registered_method=True)
+        self.AssignRole = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/AssignRole',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleResponse.FromString,
+                _registered_method=True)
+        self.DisableMember = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/DisableMember',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberResponse.FromString,
+                _registered_method=True)
+        self.EnableMember = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/EnableMember',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberResponse.FromString,
+                _registered_method=True)
+        self.LogOutMember = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/LogOutMember',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberResponse.FromString,
+                _registered_method=True)
+        self.CreateInvitation = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/CreateInvitation',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationResponse.FromString,
+                _registered_method=True)
+        self.ListInvitations = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/ListInvitations',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsResponse.FromString,
+                _registered_method=True)
+        self.RevokeInvitation = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/RevokeInvitation',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationResponse.FromString,
+                _registered_method=True)
+
+
+class TenantServiceServicer:
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    def ListMembers(self, request, context):
+        """Lists the people of the tenant, in the order in which they joined.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AssignRole(self, request, context):
+        """Gives somebody another role. Only owners make and unmake owners, and one owner stays. Acts at
+        once on what the person does here, and elsewhere when their access token is refreshed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DisableMember(self, request, context):
+        """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EnableMember(self, request, context):
+        """Lets somebody log in again who was disabled. Their API keys are good again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LogOutMember(self, request, context):
+        """Ends every session of somebody. They may log in again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateInvitation(self, request, context):
+        """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
+        account already keeps that one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListInvitations(self, request, context):
+        """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeInvitation(self, request, context):
+        """Takes an invitation back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TenantServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListMembers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMembers,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersResponse.SerializeToString,
+            ),
+            'AssignRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.AssignRole,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleResponse.SerializeToString,
+            ),
+            'DisableMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.DisableMember,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberResponse.SerializeToString,
+            ),
+            'EnableMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.EnableMember,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberResponse.SerializeToString,
+            ),
+            'LogOutMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.LogOutMember,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberResponse.SerializeToString,
+            ),
+            'CreateInvitation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateInvitation,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationResponse.SerializeToString,
+            ),
+            'ListInvitations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListInvitations,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsResponse.SerializeToString,
+            ),
+            'RevokeInvitation': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeInvitation,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kimberly.auth.v1.TenantService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kimberly.auth.v1.TenantService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class TenantService:
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    @staticmethod
+    def ListMembers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/ListMembers',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AssignRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/AssignRole',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DisableMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/DisableMember',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EnableMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/EnableMember',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LogOutMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/LogOutMember',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateInvitation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/CreateInvitation',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListInvitations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/ListInvitations',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeInvitation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/RevokeInvitation',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -335,3 +335,136 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517)."""
 
 def add_AuthServiceServicer_to_server(servicer: AuthServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class TenantServiceStub:
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> TenantServiceAsyncStub: ...
+    ListMembers: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListMembersRequest, _auth_pb2.ListMembersResponse]
+    """Lists the people of the tenant, in the order in which they joined."""
+    AssignRole: _grpc.UnaryUnaryMultiCallable[_auth_pb2.AssignRoleRequest, _auth_pb2.AssignRoleResponse]
+    """Gives somebody another role. Only owners make and unmake owners, and one owner stays. Acts at
+    once on what the person does here, and elsewhere when their access token is refreshed.
+    """
+    DisableMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.DisableMemberRequest, _auth_pb2.DisableMemberResponse]
+    """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds."""
+    EnableMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.EnableMemberRequest, _auth_pb2.EnableMemberResponse]
+    """Lets somebody log in again who was disabled. Their API keys are good again."""
+    LogOutMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutMemberRequest, _auth_pb2.LogOutMemberResponse]
+    """Ends every session of somebody. They may log in again."""
+    CreateInvitation: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateInvitationRequest, _auth_pb2.CreateInvitationResponse]
+    """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
+    account already keeps that one.
+    """
+    ListInvitations: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListInvitationsRequest, _auth_pb2.ListInvitationsResponse]
+    """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most."""
+    RevokeInvitation: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RevokeInvitationRequest, _auth_pb2.RevokeInvitationResponse]
+    """Takes an invitation back."""
+
+@_typing.type_check_only
+class TenantServiceAsyncStub(TenantServiceStub):
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ListMembers: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListMembersRequest, _auth_pb2.ListMembersResponse]  # type: ignore[assignment]
+    """Lists the people of the tenant, in the order in which they joined."""
+    AssignRole: _aio.UnaryUnaryMultiCallable[_auth_pb2.AssignRoleRequest, _auth_pb2.AssignRoleResponse]  # type: ignore[assignment]
+    """Gives somebody another role. Only owners make and unmake owners, and one owner stays. Acts at
+    once on what the person does here, and elsewhere when their access token is refreshed.
+    """
+    DisableMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.DisableMemberRequest, _auth_pb2.DisableMemberResponse]  # type: ignore[assignment]
+    """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds."""
+    EnableMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.EnableMemberRequest, _auth_pb2.EnableMemberResponse]  # type: ignore[assignment]
+    """Lets somebody log in again who was disabled. Their API keys are good again."""
+    LogOutMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutMemberRequest, _auth_pb2.LogOutMemberResponse]  # type: ignore[assignment]
+    """Ends every session of somebody. They may log in again."""
+    CreateInvitation: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateInvitationRequest, _auth_pb2.CreateInvitationResponse]  # type: ignore[assignment]
+    """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
+    account already keeps that one.
+    """
+    ListInvitations: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListInvitationsRequest, _auth_pb2.ListInvitationsResponse]  # type: ignore[assignment]
+    """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most."""
+    RevokeInvitation: _aio.UnaryUnaryMultiCallable[_auth_pb2.RevokeInvitationRequest, _auth_pb2.RevokeInvitationResponse]  # type: ignore[assignment]
+    """Takes an invitation back."""
+
+class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    @_abc_1.abstractmethod
+    def ListMembers(
+        self,
+        request: _auth_pb2.ListMembersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ListMembersResponse, _abc.Awaitable[_auth_pb2.ListMembersResponse]]:
+        """Lists the people of the tenant, in the order in which they joined."""
+
+    @_abc_1.abstractmethod
+    def AssignRole(
+        self,
+        request: _auth_pb2.AssignRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.AssignRoleResponse, _abc.Awaitable[_auth_pb2.AssignRoleResponse]]:
+        """Gives somebody another role. Only owners make and unmake owners, and one owner stays. Acts at
+        once on what the person does here, and elsewhere when their access token is refreshed.
+        """
+
+    @_abc_1.abstractmethod
+    def DisableMember(
+        self,
+        request: _auth_pb2.DisableMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.DisableMemberResponse, _abc.Awaitable[_auth_pb2.DisableMemberResponse]]:
+        """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds."""
+
+    @_abc_1.abstractmethod
+    def EnableMember(
+        self,
+        request: _auth_pb2.EnableMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.EnableMemberResponse, _abc.Awaitable[_auth_pb2.EnableMemberResponse]]:
+        """Lets somebody log in again who was disabled. Their API keys are good again."""
+
+    @_abc_1.abstractmethod
+    def LogOutMember(
+        self,
+        request: _auth_pb2.LogOutMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.LogOutMemberResponse, _abc.Awaitable[_auth_pb2.LogOutMemberResponse]]:
+        """Ends every session of somebody. They may log in again."""
+
+    @_abc_1.abstractmethod
+    def CreateInvitation(
+        self,
+        request: _auth_pb2.CreateInvitationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.CreateInvitationResponse, _abc.Awaitable[_auth_pb2.CreateInvitationResponse]]:
+        """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
+        account already keeps that one.
+        """
+
+    @_abc_1.abstractmethod
+    def ListInvitations(
+        self,
+        request: _auth_pb2.ListInvitationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ListInvitationsResponse, _abc.Awaitable[_auth_pb2.ListInvitationsResponse]]:
+        """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most."""
+
+    @_abc_1.abstractmethod
+    def RevokeInvitation(
+        self,
+        request: _auth_pb2.RevokeInvitationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RevokeInvitationResponse, _abc.Awaitable[_auth_pb2.RevokeInvitationResponse]]:
+        """Takes an invitation back."""
+
+def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
