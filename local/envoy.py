@@ -143,7 +143,7 @@ class Tokens:
     audience: str = "kimberly"
     longest_lifetime_seconds: int = 900
     clock_skew_seconds: int = 30
-    jwks_cache_seconds: int = 30
+    jwks_cache_seconds: int = 20
     """For how long, at most, a withdrawn key is still accepted."""
 
 

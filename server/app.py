@@ -399,6 +399,23 @@ async def rotate_signing_key(settings: Settings) -> str:
         return key.kid
 
 
+async def withdraw_signing_key(settings: Settings, kid: str) -> str:
+    """Withdraw a signing key at once and return the id of the one that signs from now on.
+
+    Raises:
+        NotFound: There is no such key.
+    """
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(_databases(settings, "withdraw-signing-key"))
+        keyring = Keyring(
+            KeyStore(system),
+            await _kms(settings, stack),
+            access_token_seconds=settings.access_token_seconds,
+        )
+        key = await keyring.withdraw(kid)
+        return key.kid
+
+
 async def rotate_audit_key(settings: Settings) -> str:
     """Have a new key sign checkpoints of the audit log, and return its id."""
     async with AsyncExitStack() as stack:

@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     smtp_port: int = Field(default=587, ge=1, le=65_535)
     smtp_user: str = ""
     smtp_password: SecretStr = SecretStr("")
-    jwks_refresh_seconds: Seconds = 30.0
+    jwks_refresh_seconds: Seconds = 20.0
     unary_seconds: Seconds = 10.0
     """Longest time a unary call may take, whatever deadline its client set."""
     stream_seconds: Seconds = 900.0

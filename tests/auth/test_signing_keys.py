@@ -17,7 +17,7 @@ from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.auth.service import AuthService
 from server.caller import Caller, Credentials
-from server.errors import Unauthenticated
+from server.errors import NotFound, Unauthenticated
 from server.kms import UnwrapFailed
 from server.kms.local import LocalKms
 from server.tokens import PublicKeys, RemoteKeys, TokenVerifier
@@ -37,7 +37,7 @@ CREDENTIALS = Credentials(
     ids.new_id(),
     frozenset({Scope.USER}),
 )
-JWKS_CACHE_SECONDS = 30
+JWKS_CACHE_SECONDS = 20
 
 
 def kid_of(token: str) -> str:
@@ -107,6 +107,42 @@ async def test_a_key_signs_a_minute_after_it_was_published_and_stays_for_its_tok
     clock.advance(seconds=1)
     await keyring.refresh()
     assert keyring.keys.keys() == {new}
+
+
+async def test_a_key_in_the_wrong_hands_is_replaced_at_once(
+    keyring: Keyring, owner: asyncpg.Connection
+) -> None:
+    lost = (await keyring.signer()).kid
+    replacement = (await keyring.withdraw(str(lost))).kid
+    assert (await keyring.signer()).kid == replacement
+    assert keyring.keys.keys() == {replacement}
+    stored = "SELECT wrapped_private_key FROM signing_keys WHERE kid = $1"
+    assert await owner.fetchval(stored, lost) is None
+    for unknown in (lost, "none"):
+        with pytest.raises(NotFound):
+            await keyring.withdraw(str(unknown))
+    assert (await keyring.signer()).kid == replacement
+
+
+async def test_withdrawing_a_key_that_signs_no_more_makes_no_other(
+    keyring: Keyring, clock: FakeClock
+) -> None:
+    old = (await keyring.signer()).kid
+    new = (await keyring.rotate()).kid
+    clock.advance(minutes=1)
+    assert (await keyring.withdraw(str(old))).kid == new
+    assert keyring.keys.keys() == {new}
+
+
+async def test_a_key_that_waits_to_sign_does_not_sign_early_for_one_that_was_lost(
+    keyring: Keyring, clock: FakeClock
+) -> None:
+    lost = (await keyring.signer()).kid
+    waiting = (await keyring.rotate()).kid
+    between = (await keyring.withdraw(str(lost))).kid
+    assert between not in {lost, waiting}
+    clock.advance(minutes=1)
+    assert (await keyring.signer()).kid == waiting
 
 
 async def test_withdrawing_a_key_destroys_its_private_half(
