@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 from kimberly.auth.v1 import auth_pb2 as pb
 
+from bench.logging_in import rank_sum_z
 from server.auth.attempt_store import AttemptStore
 from server.auth.throttling import (
     FREE_EVERYWHERE,
@@ -175,12 +176,3 @@ async def test_unknown_wrong_and_waiting_are_not_told_apart(
             seen = f"{one} {middle[0]:.2f} ms, {other} {middle[1]:.2f} ms: z = {z:+.2f}"
             sys.stdout.write(f"\n{seen}")
             assert abs(z) < 3.9, (one, other, z)
-
-
-def rank_sum_z(one: list[float], other: list[float]) -> float:
-    """Return how many standard deviations the ranks of one are off (Mann and Whitney 1947)."""
-    ranked = sorted([(value, 0) for value in one] + [(value, 1) for value in other])
-    u = sum(rank for rank, (_, kind) in enumerate(ranked, 1) if kind == 0)
-    n, m = len(one), len(other)
-    mean, variance = n * (n + m + 1) / 2, n * m * (n + m + 1) / 12
-    return float((u - mean) / variance**0.5)
