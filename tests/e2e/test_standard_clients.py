@@ -15,9 +15,11 @@ from authlib.common.errors import AuthlibBaseError
 from authlib.integrations.httpx_client import AsyncOAuth2Client
 from google.api import httpbody_pb2
 from kimberly.auth.v1 import auth_pb2 as auth
+from kimberly.client import connect, reason_of
+from kimberly.users.v1 import users_pb2 as users
 
 from local.mesh import Mesh
-from tests.mesh import User, sign_up
+from tests.mesh import User, address_of, sign_up
 from tests.transports import Grpc
 
 DISCOVERY = "/.well-known/openid-configuration"
@@ -213,6 +215,17 @@ async def test_a_scope_that_the_key_lacks_is_refused(
     form = {"grant_type": "client_credentials", "scope": "memory.write"}
     response = await http.post("/v1/oauth/token", data=form, auth=(key.api_key.id, key.secret))
     assert (response.status_code, response.json()["error"]) == (400, "invalid_scope")
+
+
+async def test_a_script_with_a_key_needs_nothing_else(
+    mesh: Mesh, eve: User, key: auth.CreateApiKeyResponse
+) -> None:
+    async with connect(address_of(mesh), mesh.ca) as script:
+        await script.use_api_key(key.secret)
+        assert (await script.users.GetUser(users.GetUserRequest())).user.id == eve.id
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await script.auth.ListApiKeys(auth.ListApiKeysRequest())
+        assert reason_of(refused.value) == "SCOPE_MISSING"
 
 
 async def test_over_grpc_an_error_is_an_answer(channel: grpc.aio.Channel) -> None:
