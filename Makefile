@@ -111,10 +111,10 @@ build/peers/installed: requirements/peers.txt .venv/installed
 	@$(BIN)/uv pip install --quiet --python build/peers/bin/python --require-hashes --no-deps \
 	  -r requirements/peers.txt && touch $@ || echo "They cannot be installed here; going on without them."
 
-$(GOOGLEAPIS)/.copied: .venv/installed
+$(GOOGLEAPIS)/.copied: .venv/installed Makefile
 	@mkdir -p $(GOOGLEAPIS)/google/api $(GOOGLEAPIS)/google/rpc
 	@source=$$($(BIN)/python -c 'import google.api, pathlib; print(pathlib.Path(list(google.api.__path__)[0]).parent)') && \
-	  cp $$source/api/{annotations,http}.proto $(GOOGLEAPIS)/google/api/ && \
+	  cp $$source/api/{annotations,http,httpbody}.proto $(GOOGLEAPIS)/google/api/ && \
 	  cp $$source/rpc/{status,error_details}.proto $(GOOGLEAPIS)/google/rpc/
 	@touch $@
 

@@ -23,6 +23,8 @@ DESCRIPTOR_SET = CHECKOUT / "build" / "kimberly.binpb"
 TEMPLATES = CHECKOUT / "envoy"
 
 JWKS_METHOD = "/kimberly.auth.v1.AuthService/GetJwks"
+TOKEN_METHOD = "/kimberly.auth.v1.AuthService/IssueToken"  # noqa: S105 - the name of a method
+"""The token endpoint of OAuth: its errors are answers with an HTTP status of their own."""
 STREAMS_OF_GRPC = frozenset({"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"})
 """Streaming methods that gRPC itself defines: our descriptor set does not hold them."""
 
@@ -141,7 +143,7 @@ class Tokens:
     audience: str = "kimberly"
     longest_lifetime_seconds: int = 900
     clock_skew_seconds: int = 30
-    jwks_cache_seconds: int = 30
+    jwks_cache_seconds: int = 20
     """For how long, at most, a withdrawn key is still accepted."""
 
 
@@ -280,8 +282,7 @@ def peers_of(process: str) -> tuple[str, ...]:
 
 def public_methods(methods: Iterable[Method]) -> tuple[Method, ...]:
     """Return the methods that the edge passes on."""
-    open_to_users = {Access.ANYONE, Access.USER}
-    return tuple(each for each in methods if access.METHODS[each.path] in open_to_users)
+    return tuple(each for each in methods if access.METHODS[each.path] in access.PUBLIC)
 
 
 def bindings_without_token(methods: Iterable[Method]) -> tuple[Binding, ...]:
@@ -306,6 +307,11 @@ def policies(rows: Mapping[str, Access]) -> dict[str, tuple[str, ...]]:
     """Group exact method names by the name of their access. A kind nobody uses is left out."""
     groups = {kind.value: _with_access(rows, kind) for kind in Access}
     return {kind: paths for kind, paths in groups.items() if paths}
+
+
+def _roles() -> dict[str, list[str]]:
+    """Return the roles that open what asks for one, by the name of the access."""
+    return {kind.value: sorted(roles) for kind, roles in access.ROLES.items()}
 
 
 def _with_access(rows: Mapping[str, Access], kind: Access) -> tuple[str, ...]:
@@ -333,6 +339,8 @@ def render_edge(edge: Edge, methods: tuple[Method, ...] | None = None) -> str:
         rest_services=sorted({method.service for method in public if method.bindings}),
         rest_matches=_rest_matches(public),
         jwks=_jwks(methods),
+        roles=_roles(),
+        token_endpoint=_first_path(methods, TOKEN_METHOD),
     )
 
 
@@ -342,7 +350,7 @@ def render_sidecar(sidecar: Sidecar, methods: tuple[Method, ...] | None = None) 
     rows = access.methods_of(sidecar.process) if sidecar.inbound else {}
     by_path = {method.path: method for method in methods}
     jwks, serves_jwks = _jwks(methods), JWKS_METHOD in rows
-    without_token = [path for path, row in rows.items() if row is not Access.USER]
+    without_token = [path for path, row in rows.items() if row not in access.ROLES]
     return _template("sidecar.yaml.j2").render(
         sidecar=sidecar,
         peers=_peers(sidecar.domain, sidecar.peers, peers_of(sidecar.process)),
@@ -354,6 +362,7 @@ def render_sidecar(sidecar: Sidecar, methods: tuple[Method, ...] | None = None) 
         serves_jwks=serves_jwks,
         without_token=[*without_token, jwks] if serves_jwks else without_token,
         jwks_service=_service(JWKS_METHOD),
+        roles=_roles(),
         edge_identity=sidecar.domain.identity(access.EDGE),
         worker_identity=sidecar.domain.identity(access.WORKER),
     )
@@ -386,7 +395,11 @@ def _rest_matches(methods: Iterable[Method]) -> list[str]:
 
 
 def _jwks(methods: Iterable[Method]) -> str:
-    return next(method for method in methods if method.path == JWKS_METHOD).bindings[0].path
+    return _first_path(methods, JWKS_METHOD)
+
+
+def _first_path(methods: Iterable[Method], path: str) -> str:
+    return next(method for method in methods if method.path == path).bindings[0].path
 
 
 def _template(name: str) -> jinja2.Template:

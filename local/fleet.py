@@ -177,6 +177,8 @@ class Fleet:
             # So that whoever tries the mesh sees a checkpoint of what they just did.
             "KIMBERLY_AUDIT_CHECKPOINT_SECONDS": "5",
             "KIMBERLY_MASTER_KEY_FILE": str(stores.secrets.path(MASTER_KEY)),
+            "KIMBERLY_PUBLIC_URL": f"https://{LOOPBACK}:{self.ports[EDGE]}",
+            "KIMBERLY_MAIL_DIRECTORY": str(self.layout.mails),
             "KIMBERLY_TOKEN_ISSUER": self.tokens.issuer,
             "KIMBERLY_TOKEN_AUDIENCE": self.tokens.audience,
         }

@@ -47,6 +47,11 @@ class Layout:
         return self.state / "log"
 
     @property
+    def mails(self) -> Path:
+        """The mails that services sent, a file each."""
+        return self.state / "mails"
+
+    @property
     def data(self) -> Path:
         """Data directories of the stores."""
         return self.state / "data"

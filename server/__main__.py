@@ -18,7 +18,9 @@ from server.app import (
     rotate_data_keys,
     rotate_signing_key,
     serve,
+    withdraw_signing_key,
 )
+from server.errors import NotFound
 from server.kms import KmsUnusable, UnwrapFailed
 from server.migrate import MigrationChanged
 from server.rpc.serving import UnsafeSocketDirectory
@@ -71,6 +73,16 @@ def rotate_signing_key_command() -> None:
     typer.echo(f"published {_run(rotate_signing_key(settings))}")
 
 
+@app.command("withdraw-signing-key")
+def withdraw_signing_key_command(
+    kid: Annotated[str, typer.Argument(help="As in /.well-known/jwks.json.")],
+) -> None:
+    """Withdraw a key that is in the wrong hands: within 30 s none of its tokens is believed."""
+    settings = _settings(Settings)
+    telemetry.configure("withdraw-signing-key", settings.log_level)
+    typer.echo(f"withdrawn; {_run(withdraw_signing_key(settings, kid))} signs")
+
+
 @app.command("rotate-audit-key")
 def rotate_audit_key_command() -> None:
     """Have a new key sign checkpoints of the audit log. Older ones stay verifiable."""
@@ -120,7 +132,7 @@ def _settings(kind: type[T]) -> T:
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
     try:
         return uvloop.run(work)
-    except (KmsUnusable, MigrationChanged, UnwrapFailed, UnsafeSocketDirectory) as error:
+    except (KmsUnusable, MigrationChanged, NotFound, UnwrapFailed, UnsafeSocketDirectory) as error:
         _exit(str(error))
 
 

@@ -13,11 +13,47 @@ class Access(enum.Enum):
     USER = "user"
     """A user's access token, verified by edge, sidecar and service."""
 
+    AUDITOR = "auditor"
+    """As USER; and the user may look at the tenant: an auditor, an admin or an owner."""
+
+    ADMIN = "admin"
+    """As USER; and the user may change the tenant: an admin or an owner."""
+
     WORKER = "worker"
     """The SPIFFE identity of a worker. Never reachable through the edge."""
 
     WORKLOAD = "workload"
     """Any SPIFFE identity of the mesh. Never reachable through the edge."""
+
+
+class Role(enum.StrEnum):
+    """What a user may do in their tenant."""
+
+    OWNER = "owner"
+    ADMIN = "admin"
+    MEMBER = "member"
+    AUDITOR = "auditor"
+
+
+ROLES: Mapping[Access, frozenset[Role]] = {
+    Access.USER: frozenset(Role),
+    Access.AUDITOR: frozenset({Role.OWNER, Role.ADMIN, Role.AUDITOR}),
+    Access.ADMIN: frozenset({Role.OWNER, Role.ADMIN}),
+}
+"""Whose access token opens what asks for one."""
+
+
+class Scope(enum.StrEnum):
+    """What an access token is good for."""
+
+    USER = "user"
+    """All that its user may do: the tokens of a log-in."""
+
+    MEMORY_READ = "memory.read"
+    MEMORY_WRITE = "memory.write"
+    JOBS_READ = "jobs.read"
+    PROFILE_READ = "profile.read"
+    AUDIT_READ = "audit.read"
 
 
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
@@ -28,6 +64,29 @@ METHODS: Mapping[str, Access] = {
     "/kimberly.auth.v1.AuthService/RefreshToken": Access.ANYONE,
     "/kimberly.auth.v1.AuthService/LogOut": Access.ANYONE,
     "/kimberly.auth.v1.AuthService/GetJwks": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/LogOutEverywhere": Access.USER,
+    "/kimberly.auth.v1.AuthService/ListSessions": Access.USER,
+    "/kimberly.auth.v1.AuthService/RevokeSession": Access.USER,
+    "/kimberly.auth.v1.AuthService/ChangePassword": Access.USER,
+    "/kimberly.auth.v1.AuthService/RequestPasswordReset": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/ResetPassword": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/RequestEmailVerification": Access.USER,
+    "/kimberly.auth.v1.AuthService/VerifyEmail": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/CreateApiKey": Access.USER,
+    "/kimberly.auth.v1.AuthService/ListApiKeys": Access.USER,
+    "/kimberly.auth.v1.AuthService/RotateApiKey": Access.USER,
+    "/kimberly.auth.v1.AuthService/RevokeApiKey": Access.USER,
+    "/kimberly.auth.v1.AuthService/ExchangeToken": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/IssueToken": Access.ANYONE,
+    "/kimberly.auth.v1.AuthService/GetOpenIdConfiguration": Access.ANYONE,
+    "/kimberly.auth.v1.TenantService/ListMembers": Access.AUDITOR,
+    "/kimberly.auth.v1.TenantService/AssignRole": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/DisableMember": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/EnableMember": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/LogOutMember": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/CreateInvitation": Access.ADMIN,
+    "/kimberly.auth.v1.TenantService/ListInvitations": Access.AUDITOR,
+    "/kimberly.auth.v1.TenantService/RevokeInvitation": Access.ADMIN,
     "/kimberly.users.v1.UserService/GetUser": Access.USER,
     "/kimberly.users.v1.UserService/GetSettings": Access.USER,
     "/kimberly.users.v1.UserService/UpdateSettings": Access.USER,
@@ -98,9 +157,73 @@ METHODS: Mapping[str, Access] = {
     "/grpc.health.v1.Health/Check": Access.WORKLOAD,
 }
 
+_MEMORY = "/kimberly.memory.v1.MemoryService/"
+_USERS = "/kimberly.users.v1.UserService/"
+_JOBS = "/kimberly.jobs.v1.JobService/"
+
+SCOPES: Mapping[str, Scope] = {
+    **dict.fromkeys(
+        (
+            f"{_MEMORY}GetMemory",
+            f"{_MEMORY}ListMemories",
+            f"{_MEMORY}ListMemoryVersions",
+            f"{_MEMORY}QueryMemories",
+            f"{_MEMORY}GetUsage",
+            f"{_MEMORY}GetImport",
+            f"{_MEMORY}ExportMemories",
+            f"{_MEMORY}WatchMemories",
+            f"{_MEMORY}GetAttachment",
+            f"{_MEMORY}ListAttachments",
+            f"{_MEMORY}GetTranscript",
+            f"{_MEMORY}GetMeditation",
+        ),
+        Scope.MEMORY_READ,
+    ),
+    **dict.fromkeys(
+        (
+            f"{_MEMORY}CreateMemory",
+            f"{_MEMORY}UpdateMemory",
+            f"{_MEMORY}DeleteMemory",
+            f"{_MEMORY}BatchCreateMemories",
+            f"{_MEMORY}ImportMemories",
+            f"{_MEMORY}ArchiveMemory",
+            f"{_MEMORY}RestoreMemory",
+            f"{_MEMORY}ProtectMemory",
+            f"{_MEMORY}GiveFeedback",
+            f"{_MEMORY}UploadEmbeddings",
+            f"{_MEMORY}DeleteEmbeddings",
+            f"{_MEMORY}CreateAttachment",
+            f"{_MEMORY}CompleteAttachment",
+            f"{_MEMORY}DeleteAttachment",
+            f"{_MEMORY}AppendToSession",
+            f"{_MEMORY}EndSession",
+            f"{_MEMORY}DeleteTranscript",
+            f"{_MEMORY}Meditate",
+        ),
+        Scope.MEMORY_WRITE,
+    ),
+    **dict.fromkeys((f"{_JOBS}GetJob", f"{_JOBS}ListJobs"), Scope.JOBS_READ),
+    **dict.fromkeys(
+        (f"{_USERS}GetUser", f"{_USERS}GetSettings", f"{_USERS}ListConsents"), Scope.PROFILE_READ
+    ),
+    **dict.fromkeys(
+        (
+            f"{_USERS}ListAuditEvents",
+            f"{_USERS}ListAuditLinks",
+            f"{_USERS}VerifyAuditLog",
+        ),
+        Scope.AUDIT_READ,
+    ),
+}
+"""The scope that opens a method to a token that is not good for everything.
+
+A method of users without a row here asks for Scope.USER: what is new is closed to API keys.
+"""
+
 PROCESSES: Mapping[str, tuple[str, ...]] = {
     "auth": (
         "kimberly.auth.v1.AuthService",
+        "kimberly.auth.v1.TenantService",
         "kimberly.users.v1.UserService",
         REFLECTION,
     ),
@@ -114,6 +237,9 @@ PROCESSES: Mapping[str, tuple[str, ...]] = {
 }
 """Which process serves which services. The auth process answers reflection for all of them."""
 
+PUBLIC = frozenset({Access.ANYONE, *ROLES})
+"""What the edge passes on."""
+
 EDGE = "edge"
 WORKER = "worker"
 
@@ -126,11 +252,15 @@ def methods_of(process: str) -> dict[str, Access]:
     }
 
 
+def scope_of(method: str) -> Scope:
+    """Return the scope that opens a method of users, beside Scope.USER, which opens all."""
+    return SCOPES.get(method, Scope.USER)
+
+
 def public_services() -> list[str]:
     """Return the services that users may call through the edge, reflection left out."""
-    public = {Access.ANYONE, Access.USER}
     return sorted(
-        {method.split("/")[1] for method, access in METHODS.items() if access in public}
+        {method.split("/")[1] for method, access in METHODS.items() if access in PUBLIC}
         - {REFLECTION}
     )
 

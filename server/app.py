@@ -22,17 +22,29 @@ from kimberly.users.v1 import users_pb2_grpc
 
 from server import access, ids, telemetry
 from server.auth.access_tokens import Mint
+from server.auth.api_key_store import ApiKeyStore
+from server.auth.attempt_store import AttemptStore
+from server.auth.breached import Breached, Commonplace, HashFile
+from server.auth.housekeeping import Housekeeping
+from server.auth.issuing import Issuer
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
+from server.auth.mail import Mailer, Outbox, Smtp
+from server.auth.mail_store import MailStore
+from server.auth.member_store import MemberStore
 from server.auth.passwords import Passwords
+from server.auth.postman import Postman
 from server.auth.service import AuthService
+from server.auth.session_store import SessionStore
 from server.auth.store import AccountStore
+from server.auth.tenant_service import TenantService
 from server.blobs import Blobs
 from server.cache import open_cache
 from server.clock import utc_now
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.enqueue import enqueue
+from server.grants import EndedGrants
 from server.jobs.doorbell import Doorbell
 from server.jobs.forgetting import Forgetting
 from server.jobs.queue import PLANS_OF_QUEUE, Queue
@@ -127,6 +139,8 @@ class Application:
     register: Callable[[grpc.aio.Server], None]
     keys: KeySource
     """Where access tokens are verified with."""
+    ended: EndedGrants
+    """The sessions and API keys whose access tokens are refused."""
     loops: Sequence[Loop] = field(default_factory=list)
     """What runs beside the server until it stops."""
     announce_drain: Callable[[], None] = _nothing
@@ -161,19 +175,30 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
         access_token_seconds=settings.access_token_seconds,
     )
     await keyring.ensure_signing_key()
-    hashing = stack.enter_context(Passwords(concurrency=settings.password_hash_concurrency))
+    hashing = stack.enter_context(
+        Passwords(concurrency=settings.password_hash_concurrency, breached=_breached(settings))
+    )
     mint = Mint(
         issuer=settings.token_issuer,
         audience=settings.token_audience,
         lifetime=timedelta(seconds=settings.access_token_seconds),
     )
+    session_lifetime = timedelta(seconds=settings.refresh_token_seconds)
+    attempts, mails, api_keys = AttemptStore(system), MailStore(system), ApiKeyStore(system)
     auth = AuthService(
         AccountStore(system),
+        SessionStore(system),
+        attempts,
+        mails,
+        api_keys,
         keyring,
         hashing,
-        mint,
-        session_lifetime=timedelta(seconds=settings.refresh_token_seconds),
+        Issuer(keyring, mint, session_lifetime, utc_now),
+        public_url=settings.public_url or settings.token_issuer,
     )
+    ended = await _ended_grants(system)
+    members = MemberStore(system)
+    tenants = TenantService(members)
     checkpoint_store = CheckpointStore(system)
     audit_keys = AuditKeys(checkpoint_store, kms)
     await audit_keys.signer()
@@ -189,14 +214,21 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
 
     def register(server: grpc.aio.Server) -> None:
         auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
+        auth_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
 
-    return Application(register, keyring, loops=[keyring.run, audit_log.run, checkpointer.run])
+    forgetful = [each.forget for each in (ended, attempts, mails, api_keys, members)]
+    housekeeping = Housekeeping(forgetful)
+    mailer = _mailer(settings)
+    delivery = [Postman(mails, mailer).run] if mailer else []
+    loops = [keyring.run, audit_log.run, checkpointer.run, ended.run, housekeeping.run, *delivery]
+    return Application(register, keyring, ended, loops=loops)
 
 
 async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     database, system = await stack.enter_async_context(_databases(settings, "memory"))
     keys = await _remote_keys(settings, stack)
+    ended = await _ended_grants(system)
     kms = await _kms(settings, stack)
     data_keys = DataKeys(database, kms)
     opener = Opener(data_keys)
@@ -283,7 +315,8 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     return Application(
         register,
         keys,
-        loops=[keys.run, blobs.keep_versions, feed.run, answers.run, counts.run],
+        ended,
+        loops=[keys.run, ended.run, blobs.keep_versions, feed.run, answers.run, counts.run],
         announce_drain=feed.drain,
     )
 
@@ -296,6 +329,7 @@ def _watch_seconds(settings: Settings) -> float:
 async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     database, system = await stack.enter_async_context(_databases(settings, "jobs", PLANS_OF_QUEUE))
     keys = await _remote_keys(settings, stack)
+    ended = await _ended_grants(system)
     doorbell = Doorbell(settings.system_database_url.get_secret_value())
     queue = Queue(system, settings.lease_seconds, settings.job_limits)
     workers = WorkerService(
@@ -334,7 +368,8 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     return Application(
         register,
         keys,
-        loops=[keys.run, workers.run, planner.run, feed.run, forgetting.run],
+        ended,
+        loops=[keys.run, ended.run, workers.run, planner.run, feed.run, forgetting.run],
         announce_drain=announce_drain,
     )
 
@@ -402,6 +437,23 @@ async def rotate_signing_key(settings: Settings) -> str:
         return key.kid
 
 
+async def withdraw_signing_key(settings: Settings, kid: str) -> str:
+    """Withdraw a signing key at once and return the id of the one that signs from now on.
+
+    Raises:
+        NotFound: There is no such key.
+    """
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(_databases(settings, "withdraw-signing-key"))
+        keyring = Keyring(
+            KeyStore(system),
+            await _kms(settings, stack),
+            access_token_seconds=settings.access_token_seconds,
+        )
+        key = await keyring.withdraw(kid)
+        return key.kid
+
+
 async def rotate_audit_key(settings: Settings) -> str:
     """Have a new key sign checkpoints of the audit log, and return its id."""
     async with AsyncExitStack() as stack:
@@ -420,7 +472,10 @@ async def rotate_data_keys(settings: Settings) -> str:
 
 def _server(process: str, settings: Settings, application: Application) -> Server:
     verifier = TokenVerifier(
-        application.keys, issuer=settings.token_issuer, audience=settings.token_audience
+        application.keys,
+        issuer=settings.token_issuer,
+        audience=settings.token_audience,
+        ended=application.ended,
     )
     layers = chain(
         verifier,
@@ -442,6 +497,33 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
 async def _remote_keys(settings: Settings, stack: AsyncExitStack) -> RemoteKeys:
     channel = await stack.enter_async_context(channel_to_peers(settings.outbound_socket))
     return RemoteKeys(channel, refresh_seconds=settings.jwks_refresh_seconds)
+
+
+async def _ended_grants(system: SystemDatabase) -> EndedGrants:
+    ended = EndedGrants(system)
+    # Before the first call: a restart must not make a token good again.
+    await ended.refresh()
+    return ended
+
+
+def _breached(settings: Settings) -> Sequence[Breached]:
+    file = settings.breached_passwords_file
+    return (Commonplace(), HashFile(file)) if file else (Commonplace(),)
+
+
+def _mailer(settings: Settings) -> Mailer | None:
+    if settings.smtp_host:
+        return Smtp(
+            settings.smtp_host,
+            settings.smtp_port,
+            settings.mail_sender,
+            settings.smtp_user,
+            settings.smtp_password.get_secret_value(),
+        )
+    if settings.mail_directory:
+        return Outbox(settings.mail_directory, settings.mail_sender)
+    log.warning("mails wait: neither smtp_host nor mail_directory is set")
+    return None
 
 
 async def _kms(settings: Settings, stack: AsyncExitStack) -> Kms:

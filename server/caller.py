@@ -1,4 +1,4 @@
-"""Who is calling."""
+"""Who is calling, and what they were given to call with."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +15,34 @@ class Caller:
     user_id: UUID
 
 
-_current: ContextVar[Caller | None] = ContextVar("caller", default=None)
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What an access token says: whom it names, where it comes from, and what it is good for."""
+
+    caller: Caller
+    grant_kind: str
+    """ids.SESSION or ids.API_KEY."""
+    grant_id: UUID
+    """The session or API key that it descends from, and ends with."""
+    scopes: frozenset[str]
+    """Values of server.access.Scope. Whoever reads a token leaves others in: they open nothing."""
+    role: str = "member"
+    """A value of server.access.Role: what the user may do in the tenant."""
+
+
+_current: ContextVar[Credentials | None] = ContextVar("credentials", default=None)
+
+
+def current_credentials() -> Credentials:
+    """Return what the call that is being served was made with.
+
+    Raises:
+        Unauthenticated: The call carries no user.
+    """
+    credentials = _current.get()
+    if credentials is None:
+        raise Unauthenticated("this call needs an access token")
+    return credentials
 
 
 def current_caller() -> Caller:
@@ -24,12 +51,9 @@ def current_caller() -> Caller:
     Raises:
         Unauthenticated: The call carries no user.
     """
-    caller = _current.get()
-    if caller is None:
-        raise Unauthenticated("this call needs an access token")
-    return caller
+    return current_credentials().caller
 
 
-def set_caller(caller: Caller | None) -> None:
+def set_credentials(credentials: Credentials | None) -> None:
     """Say whose call is being served, for the rest of the current task."""
-    _current.set(caller)
+    _current.set(credentials)

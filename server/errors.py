@@ -77,6 +77,24 @@ class RefreshTokenInvalid(Unauthenticated):
         super().__init__("the refresh token is not valid; log in again")
 
 
+class ApiKeyInvalid(Unauthenticated):
+    """The API key opens nothing any more."""
+
+    reason = "API_KEY_INVALID"
+
+    def __init__(self) -> None:
+        super().__init__("the API key is unknown, expired or revoked")
+
+
+class MailedTokenInvalid(Unauthenticated):
+    """The token from a mail is good for nothing any more."""
+
+    reason = "MAILED_TOKEN_INVALID"
+
+    def __init__(self) -> None:
+        super().__init__("the token is unknown, expired or used; ask for another mail")
+
+
 class PermissionDenied(Problem):
     """The caller is known and may not."""
 
@@ -84,6 +102,15 @@ class PermissionDenied(Problem):
 
     def __init__(self) -> None:
         super().__init__("the caller may not use this method")
+
+
+class ScopeMissing(PermissionDenied):
+    """The access token is not good for this method."""
+
+    reason = "SCOPE_MISSING"
+
+    def __init__(self, scope: str) -> None:
+        Problem.__init__(self, f"the access token is not good for this: it lacks the scope {scope}")
 
 
 class ConsentMissing(Problem):

@@ -18,6 +18,9 @@ GOAL: Final = "goa"
 JOB: Final = "job"
 SCHEDULE: Final = "sch"
 AUDIT_EVENT: Final = "aud"
+SESSION: Final = "ses"
+API_KEY: Final = "key"
+INVITATION: Final = "inv"
 
 ABOVE_ALL: Final = UUID(int=(1 << 128) - 1)
 """No id is as high: where a list begins that goes down."""

@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     vault_ca_file: Path | None = None
     """Certificate authorities in PEM; unset: those that the system trusts."""
     token_issuer: str
+    public_url: str = Field(default="", pattern=r"^(https://[^/?#@\s]+)?$")
+    """https://host:port of the edge, as standard clients are told of it. Unset: token_issuer."""
     token_audience: str = "kimberly"  # noqa: S105 - the name of an audience
     trust_domain: str
     namespace: str
@@ -69,7 +71,18 @@ class Settings(BaseSettings):
     access_token_seconds: int = Field(default=600, ge=30, le=900)
     refresh_token_seconds: int = Field(default=30 * 86_400, ge=60)
     password_hash_concurrency: int = Field(default=2, ge=1)
-    jwks_refresh_seconds: Seconds = 30.0
+    breached_passwords_file: Path | None = None
+    """SHA-1 hashes of passwords that nobody may choose: ordered by hash, as Have I Been Pwned
+    offers them for download."""
+    mail_sender: str = "Kimberly <no-reply@kimberly.local>"
+    mail_directory: Path | None = None
+    """Where mails are put as files, mode 0600. Unset, and no smtp_host: mails wait."""
+    smtp_host: str = ""
+    """Who carries mails: by STARTTLS, unless it is this machine. Comes before mail_directory."""
+    smtp_port: int = Field(default=587, ge=1, le=65_535)
+    smtp_user: str = ""
+    smtp_password: SecretStr = SecretStr("")
+    jwks_refresh_seconds: Seconds = 20.0
     unary_seconds: Seconds = 10.0
     """Longest time a unary call may take, whatever deadline its client set."""
     stream_seconds: Seconds = 900.0

@@ -2,10 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, NoReturn, Protocol
+from uuid import UUID
 
 import grpc
 import structlog
@@ -15,7 +16,7 @@ from joserfc.jwk import ECKey
 from kimberly.auth.v1 import auth_pb2, auth_pb2_grpc
 
 from server import ids
-from server.caller import Caller
+from server.caller import Caller, Credentials
 from server.clock import Clock, utc_now
 from server.errors import InvalidArgument, StoreUnavailable, Unauthenticated
 
@@ -49,7 +50,7 @@ class KeySource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
-    caller: Caller
+    credentials: Credentials
     refused_from: datetime
 
 
@@ -57,7 +58,8 @@ class TokenVerifier:
     """Says whom an access token names, or that nobody need believe it.
 
     A token that was verified is remembered until it expires or the keys change: checking a
-    signature takes longer than most calls.
+    signature takes longer than most calls. Whether its session or key has ended is asked every
+    time.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class TokenVerifier:
         *,
         issuer: str,
         audience: str,
+        ended: Container[UUID],
         clock: Clock = utc_now,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
+        self._ended = ended
         self._clock = clock
         self._monotonic = monotonic
         self._claims = jwt.JWTClaimsRegistry(
@@ -79,6 +83,9 @@ class TokenVerifier:
             aud={"essential": True, "value": audience},
             sub={"essential": True},
             tid={"essential": True},
+            sid={"essential": True},
+            scope={"essential": True},
+            role={"essential": True},
             iat={"essential": True},
             nbf={"essential": True},
             exp={"essential": True},
@@ -88,8 +95,8 @@ class TokenVerifier:
         self._refetching = asyncio.Lock()
         self._refetched_at = -_REFETCH_SECONDS
 
-    async def verify(self, token: str) -> Caller:
-        """Return the user that the token names.
+    async def verify(self, token: str) -> Credentials:
+        """Return what the token says.
 
         Raises:
             Unauthenticated: The token is not to be believed; the text says not why.
@@ -102,7 +109,9 @@ class TokenVerifier:
         if self._clock() >= verified.refused_from:
             del self._verified[token]
             _refuse()
-        return verified.caller
+        if verified.credentials.grant_id in self._ended:
+            _refuse()
+        return verified.credentials
 
     async def _examine(self, token: str) -> _Verified:
         key = await self._key(_key_id(token))
@@ -116,16 +125,13 @@ class TokenVerifier:
         try:
             claims = jwt.decode(token, key, algorithms=[ALGORITHM]).claims
             self._claims.validate(claims)
-            caller = Caller(
-                tenant_id=ids.parse(ids.TENANT, str(claims["tid"]), "tid"),
-                user_id=ids.parse(ids.USER, claims["sub"], "sub"),
-            )
+            credentials = _credentials(claims)
         except (JoseError, InvalidArgument, ValueError, RecursionError) as error:
             _refuse(error)
         if claims["exp"] - claims["iat"] > LONGEST_LIFETIME_SECONDS:
             _refuse()
         refused_from = datetime.fromtimestamp(claims["exp"] + LEEWAY_SECONDS, UTC)
-        return _Verified(caller, refused_from)
+        return _Verified(credentials, refused_from)
 
     async def _key(self, kid: str) -> ECKey:
         if kid not in self._source.keys:
@@ -143,6 +149,24 @@ class TokenVerifier:
             if self._monotonic() - self._refetched_at >= _REFETCH_SECONDS:
                 await self._source.refresh()
                 self._refetched_at = self._monotonic()
+
+
+def _credentials(claims: Mapping[str, object]) -> Credentials:
+    """Read the claims of ours.
+
+    Raises:
+        InvalidArgument: One of them is not what it must be.
+    """
+    caller = Caller(
+        tenant_id=ids.parse(ids.TENANT, str(claims["tid"]), "tid"),
+        user_id=ids.parse(ids.USER, str(claims["sub"]), "sub"),
+    )
+    grant, scope, role = str(claims["sid"]), claims["scope"], claims["role"]
+    kind = ids.API_KEY if grant.startswith(ids.API_KEY) else ids.SESSION
+    if not isinstance(scope, str) or not isinstance(role, str):
+        raise InvalidArgument("scope", "must be a string, as must be the role")
+    grant_id = ids.parse(kind, grant, "sid")
+    return Credentials(caller, kind, grant_id, frozenset(scope.split()), role)
 
 
 class RemoteKeys:

@@ -18,10 +18,10 @@ from local.layout import Layout
 from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
 from local.servers import BUCKET, Stores
 from server import ids
-from server.access import WORKER, spiffe_id
+from server.access import WORKER, Role, Scope, spiffe_id
 from server.blobs import Blobs
 from server.cache import Redis, open_cache
-from server.caller import Caller
+from server.caller import Caller, Credentials
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.errors import Unauthenticated
@@ -208,18 +208,27 @@ async def caller(database: Database) -> Caller:
 class PlainTokens:
     """Takes `bearer(caller)` for a token: real tokens are the subject of tests/auth."""
 
-    async def verify(self, token: str) -> Caller:
-        """Return whom the token names."""
-        tenant, _, user = token.partition(".")
+    async def verify(self, token: str) -> Credentials:
+        """Return what the token says."""
         try:
-            return Caller(tenant_id=UUID(tenant), user_id=UUID(user))
+            tenant, user, grant, role, scopes = token.split("/")
+            caller = Caller(tenant_id=UUID(tenant), user_id=UUID(user))
+            return Credentials(caller, ids.SESSION, UUID(grant), frozenset(scopes.split()), role)
         except ValueError as error:
             raise Unauthenticated("the access token is not valid") from error
 
 
-def bearer(caller: Caller) -> tuple[tuple[str, str], ...]:
+def bearer(
+    caller: Caller,
+    *,
+    scope: str = Scope.USER,
+    role: str = Role.OWNER,
+    grant_id: UUID | None = None,
+) -> tuple[tuple[str, str], ...]:
     """Return the metadata of a call by this user."""
-    return (("authorization", f"Bearer {caller.tenant_id}.{caller.user_id}"),)
+    grant = grant_id or caller.user_id
+    token = f"{caller.tenant_id}/{caller.user_id}/{grant}/{role}/{scope}"
+    return (("authorization", f"Bearer {token}"),)
 
 
 def as_worker(identity: str = WORKER_ID) -> tuple[tuple[str, str], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 import ssl
 import sys
@@ -11,9 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
-from uuid import UUID
 
-import asyncpg
 import grpc
 import httpx
 import pytest
@@ -24,7 +23,6 @@ from kimberly.users.v1 import users_pb2 as users
 from local.fleet import Commands
 from local.layout import Layout
 from local.mesh import Mesh, in_background
-from local.postgres import SUPERUSER
 from tests.transports import Grpc, Metadata, Rest, Transport
 
 T = TypeVar("T")
@@ -39,6 +37,7 @@ GRANT = users.RecordConsentRequest(purpose=users.CONSENT_PURPOSE_MEMORY_STORE, g
 
 _RUNNING = pytest.StashKey[Mesh]()
 _POLL_SECONDS = 0.02
+_TOKEN = re.compile(r"[\w-]{43}")
 
 
 @pytest.fixture(scope="session")
@@ -103,35 +102,44 @@ async def sign_up(
 ) -> User:
     """Return a user whom nobody met before."""
     email = f"{secrets.token_hex(8)}@example.com"
-    answer = await Grpc(channel)(auth.SignUpRequest(email=email, password=PASSWORD))
+    request = auth.SignUpRequest(email=email, password=PASSWORD)
+    return await _signed_up(http, channel, request, consenting=consenting)
+
+
+async def _signed_up(
+    http: httpx.AsyncClient,
+    channel: grpc.aio.Channel,
+    request: auth.SignUpRequest,
+    *,
+    consenting: bool = True,
+) -> User:
+    answer = await Grpc(channel)(request)
     token = answer.tokens.access_token
     rest, over_grpc = Rest(http, token), Grpc(channel, bearer(token))
     if consenting:
         await over_grpc(GRANT)
-    return User(answer.user_id, answer.tenant_id, email, answer.tokens, rest, over_grpc)
+    return User(answer.user_id, answer.tenant_id, request.email, answer.tokens, rest, over_grpc)
 
 
 async def join(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, host: User) -> User:
-    """Return a new user of somebody's tenant.
+    """Return a new user of somebody's tenant, who was invited there."""
+    email = f"{secrets.token_hex(8)}@example.com"
+    await host.grpc(auth.CreateInvitationRequest(email=email, role=auth.ROLE_MEMBER))
+    invitation = await mailed_token(mesh, email)
+    return await _signed_up(
+        http, channel, auth.SignUpRequest(email=email, password=PASSWORD, invitation=invitation)
+    )
 
-    Nobody can be invited yet: who signed up is moved in the database, and logs in anew.
-    """
-    guest = await sign_up(http, channel, consenting=False)
-    database = await asyncpg.connect(mesh.stores.dsn(SUPERUSER))
-    try:
-        for table, user in (("users", "id"), ("accounts", "user_id"), ("sessions", "user_id")):
-            await database.execute(
-                f"UPDATE {table} SET tenant_id = $1 WHERE {user} = $2",
-                UUID(host.tenant_id.removeprefix("ten_")),
-                UUID(guest.id.removeprefix("usr_")),
-            )
-    finally:
-        await database.close()
-    answer = await Grpc(channel)(auth.LogInRequest(email=guest.email, password=PASSWORD))
-    token = answer.tokens.access_token
-    rest, over_grpc = Rest(http, token), Grpc(channel, bearer(token))
-    await over_grpc(GRANT)
-    return User(guest.id, host.tenant_id, guest.email, answer.tokens, rest, over_grpc)
+
+async def mailed_token(mesh: Mesh, email: str) -> str:
+    """Return the token in the newest mail to somebody."""
+
+    async def look() -> list[str]:
+        mails = [file.read_text() for file in sorted(mesh.layout.mails.glob("*.eml"))]
+        return [mail for mail in mails if f"To: {email}" in mail]
+
+    mails = await eventually(look, bool)
+    return next(line for line in mails[-1].splitlines() if _TOKEN.fullmatch(line))
 
 
 def bearer(token: str) -> Metadata:

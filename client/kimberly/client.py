@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -73,6 +73,10 @@ _SERVICE_CONFIG = json.dumps(
 )
 
 
+Renew = Callable[[auth_pb2.Tokens], Awaitable[auth_pb2.Tokens]]
+"""Returns the tokens that come after others."""
+
+
 class Client:
     """Speaks to one mesh as one user. Open it with `connect`.
 
@@ -91,18 +95,35 @@ class Client:
     async def sign_up(self, email: str, password: str) -> auth_pb2.SignUpResponse:
         """Create an account and act as its user from now on."""
         answer = await self.auth.SignUp(auth_pb2.SignUpRequest(email=email, password=password))
-        self._session.begin(self.auth, answer.tokens)
+        self._session.begin(answer.tokens, self._refresh)
         return answer
 
     async def log_in(self, email: str, password: str) -> None:
         """Act as the user of an account from now on."""
         answer = await self.auth.LogIn(auth_pb2.LogInRequest(email=email, password=password))
-        self._session.begin(self.auth, answer.tokens)
+        self._session.begin(answer.tokens, self._refresh)
+
+    async def use_api_key(self, api_key: str) -> None:
+        """Act as the user of an API key from now on, as far as its scopes go."""
+        request = auth_pb2.ExchangeTokenRequest(api_key=api_key)
+
+        async def exchange(_tokens: auth_pb2.Tokens) -> auth_pb2.Tokens:
+            answer = await self.auth.ExchangeToken(request, wait_for_ready=True)
+            return auth_pb2.Tokens(
+                access_token=answer.access_token,
+                access_token_lifetime=answer.access_token_lifetime,
+            )
+
+        self._session.begin(await exchange(auth_pb2.Tokens()), exchange)
 
     @property
     def access_token(self) -> str:
         """The access token that calls carry at the moment; empty before log-in."""
         return self._session.tokens.access_token
+
+    async def _refresh(self, tokens: auth_pb2.Tokens) -> auth_pb2.Tokens:
+        request = auth_pb2.RefreshTokenRequest(refresh_token=tokens.refresh_token)
+        return (await self.auth.RefreshToken(request, wait_for_ready=True)).tokens
 
 
 @asynccontextmanager
@@ -164,21 +185,20 @@ class _Session(grpc.AuthMetadataPlugin):
         token = self.tokens.access_token
         callback((("authorization", f"Bearer {token}"),) if token else (), None)
 
-    def begin(self, auth: "auth_pb2_grpc.AuthServiceAsyncStub", tokens: auth_pb2.Tokens) -> None:
+    def begin(self, tokens: auth_pb2.Tokens, renew: Renew) -> None:
         if self._keeper:
             self._keeper.cancel()
         self.tokens = tokens
-        self._keeper = asyncio.create_task(self._keep_fresh(auth))
+        self._keeper = asyncio.create_task(self._keep_fresh(renew))
 
     async def end(self) -> None:
         if self._keeper:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
 
-    async def _keep_fresh(self, auth: "auth_pb2_grpc.AuthServiceAsyncStub") -> None:
-        """Refresh until the session ends; after that, calls say UNAUTHENTICATED."""
+    async def _keep_fresh(self, renew: Renew) -> None:
+        """Renew until the session or key ends; after that, calls say UNAUTHENTICATED."""
         while True:
             lifetime = self.tokens.access_token_lifetime.ToTimedelta().total_seconds()
             await asyncio.sleep(lifetime * _REFRESH_AT)
-            request = auth_pb2.RefreshTokenRequest(refresh_token=self.tokens.refresh_token)
-            self.tokens = (await auth.RefreshToken(request, wait_for_ready=True)).tokens
+            self.tokens = await renew(self.tokens)

@@ -2,16 +2,13 @@
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
 
 from joserfc import jwt
 from joserfc.jwk import ECKey
 
 from server import ids
-from server.caller import Caller
+from server.caller import Credentials
 from server.tokens import ALGORITHM, TYP
-
-_SCOPE: Final = "user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +19,15 @@ class Mint:
     audience: str
     lifetime: timedelta
 
-    def expiry(self, now: datetime, session_expires_at: datetime) -> datetime:
-        """Return when a token made now ends: no token outlives its session."""
-        return min(now + self.lifetime, session_expires_at)
+    def expiry(self, now: datetime, grant_expires_at: datetime) -> datetime:
+        """Return when a token made now ends: no token outlives its grant."""
+        return min(now + self.lifetime, grant_expires_at)
 
-    def make(self, caller: Caller, key: ECKey, now: datetime, expires_at: datetime) -> str:
-        """Return a token that names the caller, signed with a private key."""
+    def make(
+        self, credentials: Credentials, key: ECKey, now: datetime, expires_at: datetime
+    ) -> str:
+        """Return a token that says what the credentials are, signed with a private key."""
+        caller = credentials.caller
         return jwt.encode(
             {"alg": ALGORITHM, "kid": key.kid, "typ": TYP},
             {
@@ -35,7 +35,9 @@ class Mint:
                 "aud": self.audience,
                 "sub": ids.show(ids.USER, caller.user_id),
                 "tid": ids.show(ids.TENANT, caller.tenant_id),
-                "scope": _SCOPE,
+                "sid": ids.show(credentials.grant_kind, credentials.grant_id),
+                "role": credentials.role,
+                "scope": " ".join(sorted(credentials.scopes)),
                 "jti": ids.new_id().hex,
                 "iat": int(now.timestamp()),
                 "nbf": int(now.timestamp()),

@@ -60,18 +60,44 @@ class KeyStore:
             ):
                 await _insert(connection, key)
 
+    async def replace(self, kid: str, key: SigningKey) -> bool:
+        """Withdraw a key at once; the other one takes its place unless a third one signs already.
+
+        Returns:
+            Whether there was such a key.
+        """
+        async with self._database.transaction() as connection:
+            await _take_turns(connection)
+            if not await _withdraw(connection, [kid], key.published_at):
+                return False
+            if not await connection.fetchval(
+                """
+                SELECT EXISTS (
+                    SELECT FROM signing_keys WHERE withdrawn_at IS NULL AND signs_from <= $1)
+                """,
+                key.signs_from,
+            ):
+                await _insert(connection, key)
+        return True
+
     async def withdraw(self, kids: Sequence[str], now: datetime) -> None:
         """Withdraw keys for good: their private halves are gone."""
         async with self._database.transaction() as connection:
-            await connection.execute(
-                """
-                UPDATE signing_keys
-                   SET withdrawn_at = $2, wrapped_private_key = NULL
-                 WHERE kid = ANY ($1) AND withdrawn_at IS NULL
-                """,
-                kids,
-                now,
-            )
+            await _withdraw(connection, kids, now)
+
+
+async def _withdraw(connection: Connection, kids: Sequence[str], now: datetime) -> bool:
+    rows = await connection.fetch(
+        """
+        UPDATE signing_keys
+           SET withdrawn_at = $2, wrapped_private_key = NULL
+         WHERE kid = ANY ($1) AND withdrawn_at IS NULL
+        RETURNING kid
+        """,
+        kids,
+        now,
+    )
+    return bool(rows)
 
 
 async def _take_turns(connection: Connection) -> None:

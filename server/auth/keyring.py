@@ -12,7 +12,7 @@ from joserfc.jwk import ECKey
 from server.auth.key_store import KeyStore
 from server.auth.signing_keys import PUBLISHED_BEFORE, SigningKey, State, states
 from server.clock import Clock, utc_now
-from server.errors import StoreUnavailable
+from server.errors import NotFound, StoreUnavailable
 from server.kms import Kms
 from server.tokens import ALGORITHM, LEEWAY_SECONDS, PublicKeys
 
@@ -89,6 +89,28 @@ class Keyring:
         await self._store.add_next(key)
         await self._load()
         return max(self._stored, key=lambda stored: stored.signs_from)
+
+    async def withdraw(self, kid: str) -> SigningKey:
+        """Withdraw a key that is in the wrong hands, without waiting for anything.
+
+        Should it be the one that signs, another takes over at once, before everyone has heard of
+        it: until they have, tokens of that one are refused, and clients refresh in vain.
+
+        Returns:
+            The key that signs from now on.
+
+        Raises:
+            NotFound: There is no such key, or it was withdrawn before.
+        """
+        await self.ensure_signing_key()
+        now = self._clock()
+        if not await self._store.replace(
+            kid, await self._generate(published_at=now, signs_from=now)
+        ):
+            raise NotFound("signing key")
+        await self._load()
+        signs = {each for each, state in self._states(now).items() if state is State.SIGNING}
+        return next(key for key in self._stored if key.kid in signs)
 
     async def refresh(self) -> None:
         """Load the keys and withdraw those that no living token needs.

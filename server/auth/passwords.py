@@ -2,7 +2,7 @@
 
 import asyncio
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -10,27 +10,17 @@ from typing import Final, Self, TypeVar
 import argon2
 from argon2.exceptions import VerifyMismatchError
 
+from server.auth.breached import Breached
 from server.errors import InvalidArgument
 
 _T = TypeVar("_T")
 
 _SHORTEST: Final = 12
 _LONGEST: Final = 256
+_TRIMMINGS: Final = "0123456789!?.-_# "
 
 OWASP: Final = argon2.PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
 """Argon2id with 19 MiB and two passes: the OWASP cheat sheet's recommendation of 2025."""
-
-
-def check_new(password: str, field: str) -> None:
-    """Refuse a password that is too short to be safe or too long to be typed.
-
-    There is no rule about kinds of characters: NIST SP 800-63B advises against them.
-
-    Raises:
-        InvalidArgument: It has fewer than 12 or more than 256 characters.
-    """
-    if not _SHORTEST <= len(password) <= _LONGEST:
-        raise InvalidArgument(field, f"must have {_SHORTEST} to {_LONGEST} characters")
 
 
 class Passwords:
@@ -40,8 +30,15 @@ class Passwords:
     holds even when callers hang up: a thread that has started cannot be called back.
     """
 
-    def __init__(self, *, concurrency: int, hasher: argon2.PasswordHasher = OWASP) -> None:
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        hasher: argon2.PasswordHasher = OWASP,
+        breached: Sequence[Breached] = (),
+    ) -> None:
         self._hasher = hasher
+        self._breached = breached
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="password")
         self._nobodys = hasher.hash("nobody's password")
 
@@ -57,6 +54,27 @@ class Passwords:
     ) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
+
+    async def check_new(self, password: str, field: str, *, names: Sequence[str]) -> None:
+        """Refuse a password that is short, too long to be typed, or that guessers try early.
+
+        There is no rule about kinds of characters: NIST SP 800-63B advises against them.
+
+        Args:
+            password: The password.
+            field: Where it came from.
+            names: What the user is called: a password that says nothing else is refused.
+
+        Raises:
+            InvalidArgument: It has fewer than 12 or more than 256 characters, or is easily guessed.
+        """
+        if not _SHORTEST <= len(password) <= _LONGEST:
+            raise InvalidArgument(field, f"must have {_SHORTEST} to {_LONGEST} characters")
+        said = password.casefold().strip(_TRIMMINGS)
+        if said in {"", *(name.casefold() for name in names)}:
+            raise InvalidArgument(field, "must not be made of the name or email of its user")
+        if await self._run(self._is_breached, password):
+            raise InvalidArgument(field, "is known to those who guess passwords; choose another")
 
     async def hash(self, password: str) -> str:
         """Return a hash that holds its salt and parameters."""
@@ -78,6 +96,9 @@ class Passwords:
             return self._hasher.verify(stored, password)
         except VerifyMismatchError:
             return False
+
+    def _is_breached(self, password: str) -> bool:
+        return any(source.holds(password) for source in self._breached)
 
     async def _run(self, function: Callable[..., _T], *arguments: str) -> _T:
         loop = asyncio.get_running_loop()

@@ -31,6 +31,10 @@ class Session:
     id: UUID
     caller: Caller
     expires_at: datetime
+    client_name: str = ""
+    """What the client that logged in called itself."""
+    role: str = "owner"
+    """What the user may do in the tenant, as of now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,67 +2,78 @@
 
 import unicodedata
 from collections.abc import Mapping
-from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
+from uuid import UUID
 
 import grpc
-from google.protobuf import duration_pb2
 from joserfc.jwk import ECKey
 from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
 from server import ids
-from server.auth import emails, passwords, refresh_tokens
-from server.auth.access_tokens import Mint
+from server.access import Role
+from server.auth import clients, emails
+from server.auth.api_key_handlers import ApiKeyHandlers
+from server.auth.api_key_store import ApiKeyStore
+from server.auth.attempt_store import AttemptStore
+from server.auth.issuing import Issuer
 from server.auth.keyring import Keyring
+from server.auth.mail_store import MailStore
+from server.auth.oauth_handlers import OAuthHandlers
+from server.auth.password_handlers import PasswordHandlers
 from server.auth.passwords import Passwords
-from server.auth.refresh_tokens import Session
+from server.auth.session_store import SessionStore
 from server.auth.store import Account, AccountStore, NewUser
 from server.caller import Caller
 from server.clock import Clock, utc_now
-from server.errors import (
-    CredentialsInvalid,
-    InvalidArgument,
-    RefreshTokenInvalid,
-    StoreUnavailable,
-)
+from server.errors import CredentialsInvalid, InvalidArgument, StoreUnavailable
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _LONGEST_NAME: Final = 100
 
 
-class AuthService(rpc.AuthServiceServicer):
+class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServiceServicer):
     """Signs people up and in, and issues the tokens that every other service verifies."""
 
     def __init__(
         self,
-        store: AccountStore,
+        accounts: AccountStore,
+        sessions: SessionStore,
+        attempts: AttemptStore,
+        mails: MailStore,
+        api_keys: ApiKeyStore,
         keyring: Keyring,
         hashing: Passwords,
-        mint: Mint,
+        issuer: Issuer,
         *,
-        session_lifetime: timedelta,
+        public_url: str,
         clock: Clock = utc_now,
     ) -> None:
-        self._store = store
+        self._accounts = accounts
+        self._sessions = sessions
+        self._attempts = attempts
+        self._mails = mails
+        self._api_keys = api_keys
         self._keyring = keyring
         self._hashing = hashing
-        self._mint = mint
-        self._session_lifetime = session_lifetime
+        self._issuer = issuer
+        self._public_url = public_url
         self._clock = clock
 
     async def SignUp(self, request: pb.SignUpRequest, context: Context) -> pb.SignUpResponse:
         """Create a user in a tenant of their own, and start a session."""
         email = emails.normalize(request.email, "email")
         display_name = _display_name(request.display_name, email)
-        passwords.check_new(request.password, "password")
-        caller = Caller(tenant_id=ids.new_id(), user_id=ids.new_id())
+        names = [email, email.partition("@")[0], display_name]
+        await self._hashing.check_new(request.password, "password", names=names)
+        tenant_id, role = await self._place(request.invitation, email)
+        caller = Caller(tenant_id=tenant_id, user_id=ids.new_id())
         password_hash = await self._hashing.hash(request.password)
-        user = NewUser(caller, email, display_name, password_hash)
-        session, token = self._new_session(caller), refresh_tokens.new_token()
-        tokens = await self._tokens(session, token)
-        await self._store.sign_up(user, session, refresh_tokens.hash_of(token), self._clock())
+        user = NewUser(caller, email, display_name, password_hash, role, request.invitation)
+        new = self._issuer.begin(caller, role, clients.name_of(context))
+        tokens = await self._issuer.tokens(new.session, new.refresh_token)
+        await self._accounts.sign_up(user, new.session, new.token_hash, self._clock())
         return pb.SignUpResponse(
             user_id=ids.show(ids.USER, caller.user_id),
             tenant_id=ids.show(ids.TENANT, caller.tenant_id),
@@ -70,39 +81,24 @@ class AuthService(rpc.AuthServiceServicer):
         )
 
     async def LogIn(self, request: pb.LogInRequest, context: Context) -> pb.LogInResponse:
-        """Start a session. An unknown email costs and says what a wrong password does."""
-        account = await self._store.find(emails.normalize(request.email, "email"))
+        """Start a session.
+
+        Whether the email is unknown, the password wrong or the account held up: the same
+        statements are run, one hash is computed, and the same is said.
+        """
+        email, place = emails.normalize(request.email, "email"), clients.place_of(context)
+        is_allowed = await self._attempts.begin(email, place, self._clock())
+        account = await self._accounts.find(email)
         stored = account.password_hash if account else None
         matches = await self._hashing.match(stored, request.password)
-        if account is None or not matches:
+        if account is None or not matches or not is_allowed or account.is_disabled:
             raise CredentialsInvalid
+        await self._attempts.succeed(email, place, self._clock())
         await self._renew_hash(account, request.password)
-        session, token = self._new_session(account.caller), refresh_tokens.new_token()
-        tokens = await self._tokens(session, token)
-        await self._store.start_session(session, refresh_tokens.hash_of(token), self._clock())
+        new = self._issuer.begin(account.caller, account.role, clients.name_of(context))
+        tokens = await self._issuer.tokens(new.session, new.refresh_token)
+        await self._sessions.start(new.session, new.token_hash, self._clock())
         return pb.LogInResponse(tokens=tokens)
-
-    async def RefreshToken(
-        self, request: pb.RefreshTokenRequest, context: Context
-    ) -> pb.RefreshTokenResponse:
-        """Exchange a refresh token for new tokens."""
-        # Before the token is used up: with no key to sign with, nothing must be lost.
-        await self._keyring.signer()
-        token = refresh_tokens.new_token()
-        session = await self._store.use_token(
-            refresh_tokens.hash_of(request.refresh_token),
-            refresh_tokens.hash_of(token),
-            self._clock(),
-        )
-        if session is None:
-            raise RefreshTokenInvalid
-        return pb.RefreshTokenResponse(tokens=await self._tokens(session, token))
-
-    async def LogOut(self, request: pb.LogOutRequest, context: Context) -> pb.LogOutResponse:
-        """End the session of a refresh token, if it has one."""
-        token_hash = refresh_tokens.hash_of(request.refresh_token)
-        await self._store.end_session(token_hash, self._clock())
-        return pb.LogOutResponse()
 
     async def GetJwks(self, request: pb.GetJwksRequest, context: Context) -> pb.GetJwksResponse:
         """Return the published keys."""
@@ -112,23 +108,18 @@ class AuthService(rpc.AuthServiceServicer):
             raise StoreUnavailable("the store of the signing keys")
         return pb.GetJwksResponse(keys=_to_proto(self._keyring.keys))
 
-    def _new_session(self, caller: Caller) -> Session:
-        return Session(ids.new_id(), caller, self._clock() + self._session_lifetime)
-
-    async def _tokens(self, session: Session, refresh_token: str) -> pb.Tokens:
-        key, now = await self._keyring.signer(), self._clock()
-        expires_at = self._mint.expiry(now, session.expires_at)
-        return pb.Tokens(
-            access_token=self._mint.make(session.caller, key, now, expires_at),
-            access_token_lifetime=_seconds(expires_at - now),
-            refresh_token=refresh_token,
-            refresh_token_lifetime=_seconds(session.expires_at - now),
-        )
+    async def _place(self, invitation: str, email: str) -> tuple[UUID, str]:
+        """Return the tenant of a new user, and what they may do there."""
+        if not invitation:
+            return ids.new_id(), Role.OWNER
+        return await self._accounts.invited(invitation, email, self._clock())
 
     async def _renew_hash(self, account: Account, password: str) -> None:
         if self._hashing.is_outdated(account.password_hash):
             renewed = await self._hashing.hash(password)
-            await self._store.replace_hash(account.caller.user_id, account.password_hash, renewed)
+            await self._accounts.replace_hash(
+                account.caller.user_id, account.password_hash, renewed
+            )
 
 
 def _display_name(requested: str, email: str) -> str:
@@ -145,7 +136,3 @@ def _to_proto(keys: Mapping[str, ECKey]) -> list[pb.JsonWebKey]:
         pb.JsonWebKey(**{name: str(value) for name, value in key.as_dict().items()})
         for key in keys.values()
     ]
-
-
-def _seconds(duration: timedelta) -> duration_pb2.Duration:
-    return duration_pb2.Duration(seconds=int(duration.total_seconds()))

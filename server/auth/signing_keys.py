@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 PUBLISHED_BEFORE: Final = timedelta(seconds=60)
-"""Longer than anyone keeps a copy of the key set: 30 s, and a few to reload and to skew."""
+"""Longer than anyone keeps a copy of the key set: 20 s, and a few to reload and to skew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,20 @@
-"""Accounts and sessions in Postgres, as the system role: no caller is known yet."""
+"""Accounts in Postgres, as the system role: no caller is known yet."""
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Final, assert_never
+from datetime import datetime
+from typing import Final
 from uuid import UUID
 
+import asyncpg
+
 from server import audit, ids
-from server.auth.refresh_tokens import Presented, Session, Verdict, judge
+from server.access import Role
+from server.auth import mail_store, session_store
+from server.auth.mail import Kind
+from server.auth.refresh_tokens import Session, hash_of
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
-from server.errors import AlreadyExists
-
-_SESSIONS_KEPT: Final = timedelta(days=1)
+from server.errors import AlreadyExists, CredentialsInvalid, MailedTokenInvalid, NotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,10 @@ class Account:
     """What it takes to log in."""
 
     caller: Caller
+    email: str
     password_hash: str
+    role: str
+    is_disabled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +36,13 @@ class NewUser:
     email: str
     display_name: str
     password_hash: str
+    role: str = Role.OWNER
+    invitation: str = ""
+    """The token by which they join somebody's tenant; empty: they get one of their own."""
 
 
 class AccountStore:
-    """Accounts and their sessions."""
+    """Accounts: how people log in."""
 
     def __init__(self, database: SystemDatabase) -> None:
         self._database = database
@@ -41,37 +50,132 @@ class AccountStore:
     async def sign_up(
         self, user: NewUser, session: Session, token_hash: bytes, now: datetime
     ) -> None:
-        """Make tenant, user, account and first session, or nothing.
+        """Make tenant, user, account and first session, and ask for a mail, or do nothing.
 
         Raises:
             AlreadyExists: The email names an account.
+            MailedTokenInvalid: The invitation is open no more.
         """
         async with self._database.transaction() as connection:
-            await connection.execute(
-                "INSERT INTO tenants (id, created_at) VALUES ($1, $2)", user.caller.tenant_id, now
-            )
+            if not user.invitation:
+                await _insert_tenant(connection, user.caller, now)
             await _insert_user(connection, user, now)
             await _insert_account(connection, user)
-            await audit.record(
-                connection, user.caller, "user.create", ids.show(ids.USER, user.caller.user_id)
+            await _record(connection, user.caller, "user.create")
+            await session_store.start(connection, session, token_hash, now)
+            if user.invitation:
+                await _accept(connection, user, now)
+            else:
+                await mail_store.ask_for(connection, user.email, Kind.EMAIL_VERIFICATION, now)
+
+    async def invited(self, token: str, email: str, now: datetime) -> tuple[UUID, str]:
+        """Return the tenant and the role that an invitation to this email offers.
+
+        Raises:
+            MailedTokenInvalid: There is no such invitation that is open.
+        """
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(
+                """
+                SELECT tenant_id, role
+                  FROM invitations
+                 WHERE token_hash = $1 AND email = $2 AND expires_at > $3
+                   AND accepted_at IS NULL AND revoked_at IS NULL
+                """,
+                hash_of(token),
+                email,
+                now,
             )
-            await _start(connection, session, token_hash, now)
+        if row is None:
+            raise MailedTokenInvalid
+        return UUID(int=row["tenant_id"].int), row["role"]
 
     async def find(self, email: str) -> Account | None:
         """Return the account that an email names, if any."""
         async with self._database.transaction() as connection:
+            row = await connection.fetchrow(f"{_ACCOUNT} WHERE users.email = $1", email)
+        return _account(row) if row else None
+
+    async def get(self, caller: Caller) -> Account:
+        """Return a user's account.
+
+        Raises:
+            NotFound: The user is gone.
+        """
+        async with self._database.transaction() as connection:
             row = await connection.fetchrow(
-                """
-                SELECT users.tenant_id, users.id AS user_id, accounts.password_hash
-                  FROM users
-                  JOIN accounts ON accounts.user_id = users.id
-                 WHERE users.email = $1
-                """,
-                email,
+                f"{_ACCOUNT} WHERE users.tenant_id = $1 AND users.id = $2",
+                caller.tenant_id,
+                caller.user_id,
             )
         if row is None:
-            return None
-        return Account(Caller(row["tenant_id"], row["user_id"]), row["password_hash"])
+            raise NotFound("user")
+        return _account(row)
+
+    async def change_password(
+        self, account: Account, renewed: str, now: datetime, *, kept: UUID
+    ) -> int:
+        """Store another password and end every session but one; return how many those were.
+
+        Raises:
+            CredentialsInvalid: The password changed meanwhile.
+        """
+        async with self._database.transaction() as connection:
+            changed = await connection.fetchval(
+                """
+                UPDATE accounts
+                   SET password_hash = $4
+                 WHERE tenant_id = $1 AND user_id = $2 AND password_hash = $3
+                RETURNING user_id
+                """,
+                account.caller.tenant_id,
+                account.caller.user_id,
+                account.password_hash,
+                renewed,
+            )
+            if changed is None:
+                raise CredentialsInvalid
+            await _record(connection, account.caller, "password.change")
+            return await session_store.end_all(
+                connection, account.caller, "password", now, kept=kept
+            )
+
+    async def reset_password(self, token: str, renewed: str, now: datetime) -> str:
+        """Store another password by a mailed token, end every session, and return the email.
+
+        Whoever has the token reads the user's mail: the email is verified, too.
+
+        Raises:
+            MailedTokenInvalid: There is no such token any more.
+        """
+        async with self._database.transaction() as connection:
+            used = await mail_store.use_token(connection, token, Kind.PASSWORD_RESET, now)
+            if used is None:
+                raise MailedTokenInvalid
+            caller, email = used
+            await connection.execute(
+                "UPDATE accounts SET password_hash = $3 WHERE tenant_id = $1 AND user_id = $2",
+                caller.tenant_id,
+                caller.user_id,
+                renewed,
+            )
+            await _record(connection, caller, "password.reset")
+            await _mark_verified(connection, caller, now)
+            await session_store.end_all(connection, caller, "password", now)
+        return email
+
+    async def verify_email(self, token: str, now: datetime) -> None:
+        """Mark the email of a user as verified by a mailed token.
+
+        Raises:
+            MailedTokenInvalid: There is no such token any more.
+        """
+        async with self._database.transaction() as connection:
+            used = await mail_store.use_token(connection, token, Kind.EMAIL_VERIFICATION, now)
+            if used is None:
+                raise MailedTokenInvalid
+            caller, _ = used
+            await _mark_verified(connection, caller, now)
 
     async def replace_hash(self, user_id: UUID, outdated: str, renewed: str) -> None:
         """Store the password under another hash, unless the password changed meanwhile."""
@@ -87,61 +191,77 @@ class AccountStore:
                 renewed,
             )
 
-    async def start_session(self, session: Session, token_hash: bytes, now: datetime) -> None:
-        """Start a session with its first refresh token, and forget the user's expired ones."""
-        async with self._database.transaction() as connection:
-            await connection.execute(
-                "DELETE FROM sessions WHERE user_id = $1 AND expires_at < $2",
-                session.caller.user_id,
-                now - _SESSIONS_KEPT,
-            )
-            await _start(connection, session, token_hash, now)
 
-    async def use_token(
-        self, token_hash: bytes, successor_hash: bytes, now: datetime
-    ) -> Session | None:
-        """Use a refresh token up and store its successor.
+_ACCOUNT: Final = """
+    SELECT users.tenant_id, users.id AS user_id, users.email, users.role,
+           users.disabled_at IS NOT NULL AS is_disabled, accounts.password_hash
+      FROM users
+      JOIN accounts ON accounts.user_id = users.id
+"""
 
-        Uses of one session's tokens take turns. A use that gives a thief away ends the session,
-        which is then committed although the answer is a refusal.
 
-        Returns:
-            The session, or None if the token is refused.
+def _account(row: asyncpg.Record) -> Account:
+    caller = Caller(row["tenant_id"], row["user_id"])
+    return Account(
+        caller, row["email"], row["password_hash"], row["role"], is_disabled=row["is_disabled"]
+    )
+
+
+async def _record(connection: Connection, caller: Caller, action: str) -> None:
+    await audit.record(connection, caller, action, ids.show(ids.USER, caller.user_id))
+
+
+async def _mark_verified(connection: Connection, caller: Caller, now: datetime) -> None:
+    verified = await connection.fetchval(
         """
-        async with self._database.transaction() as connection:
-            presented = await _lock(connection, token_hash)
-            if presented is None:
-                return None
-            session = presented.session
-            verdict = judge(presented, now)
-            match verdict:
-                case Verdict.USE:
-                    await _mark_used(connection, session.id, presented.generation, now)
-                case Verdict.REPEAT:
-                    await _count_repeat(connection, session.id)
-                case Verdict.REVOKE:
-                    await _end(connection, session, "reuse", now)
-                    return None
-                case Verdict.REFUSE:
-                    return None
-                case _:
-                    assert_never(verdict)
-            await _insert_token(connection, session.id, successor_hash, presented.generation + 1)
-            return session
+        UPDATE users
+           SET email_verified_at = $3
+         WHERE tenant_id = $1 AND id = $2 AND email_verified_at IS NULL
+        RETURNING id
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        now,
+    )
+    if verified:
+        await _record(connection, caller, "email.verify")
 
-    async def end_session(self, token_hash: bytes, now: datetime) -> None:
-        """End the session that a refresh token belongs to, if there is one and it goes on."""
-        async with self._database.transaction() as connection:
-            presented = await _lock(connection, token_hash)
-            if presented is not None and not presented.has_ended:
-                await _end(connection, presented.session, "log_out", now)
+
+async def _insert_tenant(connection: Connection, caller: Caller, now: datetime) -> None:
+    await connection.execute(
+        "INSERT INTO tenants (id, created_at) VALUES ($1, $2)", caller.tenant_id, now
+    )
+
+
+async def _accept(connection: Connection, user: NewUser, now: datetime) -> None:
+    """Close the invitation by which a user joins; whoever had its token reads their mail."""
+    accepted = await connection.fetchval(
+        """
+        UPDATE invitations
+           SET accepted_at = $5
+         WHERE tenant_id = $1 AND token_hash = $2 AND email = $3 AND role = $4
+           AND expires_at > $5 AND accepted_at IS NULL AND revoked_at IS NULL
+        RETURNING id
+        """,
+        user.caller.tenant_id,
+        hash_of(user.invitation),
+        user.email,
+        user.role,
+        now,
+    )
+    if accepted is None:
+        raise MailedTokenInvalid
+    await audit.record(
+        connection, user.caller, "invitation.accept", ids.show(ids.INVITATION, accepted)
+    )
+    await _mark_verified(connection, user.caller, now)
 
 
 async def _insert_user(connection: Connection, user: NewUser, now: datetime) -> None:
     inserted = await connection.fetchval(
         """
-        INSERT INTO users (tenant_id, id, email, display_name, created_at)
-        VALUES ($1, $2, $3, $4, $5)
+        INSERT INTO users (tenant_id, id, email, display_name, created_at, role)
+        VALUES ($1, $2, $3, $4, $5, $6)
         ON CONFLICT (email) DO NOTHING
         RETURNING id
         """,
@@ -150,6 +270,7 @@ async def _insert_user(connection: Connection, user: NewUser, now: datetime) -> 
         user.email,
         user.display_name,
         now,
+        user.role,
     )
     if inserted is None:
         raise AlreadyExists("there is an account with this email; log in instead")
@@ -162,87 +283,3 @@ async def _insert_account(connection: Connection, user: NewUser) -> None:
         user.caller.user_id,
         user.password_hash,
     )
-
-
-async def _start(
-    connection: Connection, session: Session, token_hash: bytes, now: datetime
-) -> None:
-    await connection.execute(
-        """
-        INSERT INTO sessions (tenant_id, user_id, id, started_at, expires_at)
-        VALUES ($1, $2, $3, $4, $5)
-        """,
-        session.caller.tenant_id,
-        session.caller.user_id,
-        session.id,
-        now,
-        session.expires_at,
-    )
-    await _insert_token(connection, session.id, token_hash, 1)
-    await audit.record(connection, session.caller, "session.start", _show(session))
-
-
-async def _insert_token(
-    connection: Connection, session_id: UUID, token_hash: bytes, generation: int
-) -> None:
-    await connection.execute(
-        "INSERT INTO refresh_tokens (hash, session_id, generation) VALUES ($1, $2, $3)",
-        token_hash,
-        session_id,
-        generation,
-    )
-
-
-async def _lock(connection: Connection, token_hash: bytes) -> Presented | None:
-    row = await connection.fetchrow(
-        """
-        SELECT session.id, session.tenant_id, session.user_id, session.expires_at,
-               session.used_generation, session.used_at, session.repeats,
-               session.ended_at IS NOT NULL AS has_ended, token.generation
-          FROM refresh_tokens AS token
-          JOIN sessions AS session ON session.id = token.session_id
-         WHERE token.hash = $1
-           FOR UPDATE OF session
-        """,
-        token_hash,
-    )
-    if row is None:
-        return None
-    return Presented(
-        session=Session(row["id"], Caller(row["tenant_id"], row["user_id"]), row["expires_at"]),
-        generation=row["generation"],
-        used_generation=row["used_generation"],
-        used_at=row["used_at"],
-        repeats=row["repeats"],
-        has_ended=row["has_ended"],
-    )
-
-
-async def _mark_used(
-    connection: Connection, session_id: UUID, generation: int, now: datetime
-) -> None:
-    await connection.execute(
-        "UPDATE sessions SET used_generation = $2, used_at = $3, repeats = 0 WHERE id = $1",
-        session_id,
-        generation,
-        now,
-    )
-
-
-async def _count_repeat(connection: Connection, session_id: UUID) -> None:
-    await connection.execute("UPDATE sessions SET repeats = repeats + 1 WHERE id = $1", session_id)
-
-
-async def _end(connection: Connection, session: Session, reason: str, now: datetime) -> None:
-    await connection.execute(
-        "UPDATE sessions SET ended_at = $2, end_reason = $3 WHERE id = $1",
-        session.id,
-        now,
-        reason,
-    )
-    action = "session.revoke" if reason == "reuse" else "session.end"
-    await audit.record(connection, session.caller, action, _show(session))
-
-
-def _show(session: Session) -> str:
-    return ids.show("ses", session.id)

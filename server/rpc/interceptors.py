@@ -17,9 +17,15 @@ from typing import Any, Protocol, assert_never
 import grpc
 import structlog
 
-from server.access import METHODS, Access
-from server.caller import Caller, current_caller, set_caller
-from server.errors import DeadlineExceeded, PermissionDenied, Problem, Unauthenticated
+from server.access import METHODS, ROLES, Access, Scope, scope_of
+from server.caller import Credentials, current_credentials, set_credentials
+from server.errors import (
+    DeadlineExceeded,
+    PermissionDenied,
+    Problem,
+    ScopeMissing,
+    Unauthenticated,
+)
 from server.rpc.around import Call, Layer
 from server.rpc.status import STATUS_METADATA_KEY, Internal, code_of, to_status
 
@@ -32,8 +38,8 @@ _URI_IN_XFCC = re.compile(r'(?:^|;)URI="?([^;,"]+)"?')
 class Verifier(Protocol):
     """Verifies access tokens."""
 
-    async def verify(self, token: str) -> Caller:
-        """Return whom the token names, or raise Unauthenticated."""
+    async def verify(self, token: str) -> Credentials:
+        """Return what the token says, or raise Unauthenticated."""
 
 
 def chain(
@@ -125,12 +131,12 @@ class _Caller:
     @asynccontextmanager
     async def identified(self, call: Call) -> AsyncIterator[None]:
         header = call.metadata.get("authorization")
-        if METHODS.get(call.method) is Access.USER and isinstance(header, str):
+        if METHODS.get(call.method) in ROLES and isinstance(header, str):
             if not header.startswith(_BEARER):
                 raise Unauthenticated("the authorization header must be a Bearer token")
-            set_caller(await self._verifier.verify(header.removeprefix(_BEARER)))
+            set_credentials(await self._verifier.verify(header.removeprefix(_BEARER)))
         else:
-            set_caller(None)
+            set_credentials(None)
         yield
 
 
@@ -152,13 +158,22 @@ class _Access:
                 raise PermissionDenied
             case Access.ANYONE | Access.WORKLOAD:
                 pass
-            case Access.USER:
-                current_caller()
+            case Access.USER | Access.AUDITOR | Access.ADMIN:
+                _check_user(call.method, access)
             case Access.WORKER:
                 if workload_id(call) != self._worker_id:
                     raise PermissionDenied
             case _:
                 assert_never(access)
+
+
+def _check_user(method: str, access: Access) -> None:
+    credentials = current_credentials()
+    if credentials.role not in ROLES[access]:
+        raise PermissionDenied
+    scopes = credentials.scopes
+    if Scope.USER not in scopes and scope_of(method) not in scopes:
+        raise ScopeMissing(scope_of(method))
 
 
 def workload_id(call: Call) -> str | None:

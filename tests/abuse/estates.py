@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import httpx
+from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.users.v1 import users_pb2 as users
 
 from tests.abuse.meanings import Means
-from tests.mesh import User, eventually
+from tests.mesh import PASSWORD, User, eventually
 
 FILE: Final = b"x"
 SHARED: Final = "shared"
@@ -116,6 +117,20 @@ async def import_(user: User) -> str:
     return name
 
 
+async def log_in(user: User) -> str:
+    """Log in once more and return the id of the session."""
+    await user.grpc(auth.LogInRequest(email=user.email, password=PASSWORD))
+    session: str = (await user.grpc(auth.ListSessionsRequest())).sessions[0].id
+    return session
+
+
+async def make_key(user: User) -> str:
+    """Make an API key and return its id."""
+    request = auth.CreateApiKeyRequest(name="a script", scopes=["memory.read"])
+    key: str = (await user.grpc(request)).api_key.id
+    return key
+
+
 STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.MEMORY: {
         "long-term": keep,
@@ -135,6 +150,8 @@ STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.GOAL: {"kept": aim},
     Means.JOB: {"done": work},
     Means.SCHEDULE: {"made": schedule},
+    Means.API_KEY: {"living": make_key},
+    Means.LOG_IN: {"going on": log_in},
     Means.SESSION: {"begun": talk, "ended": write_down},
     Means.TRANSCRIPT: {"written": write_down},
     Means.IMPORT: {"begun": import_},
@@ -193,6 +210,9 @@ async def look_at(estate: Estate) -> list[object]:
         seen.append((await user.grpc(pb.GetGoalRequest(id=name))).goal)
     for name in estate.names[Means.TRANSCRIPT].values():
         seen.append((await user.grpc(pb.GetTranscriptRequest(session_id=name))).transcript)
+    sessions = (await user.grpc(auth.ListSessionsRequest())).sessions
+    seen.append(estate.names[Means.LOG_IN]["going on"] in {each.id for each in sessions})
+    seen.append([each.id for each in (await user.grpc(auth.ListApiKeysRequest())).api_keys])
     for name in estate.names[Means.IMPORT].values():
         seen.append((await user.grpc(pb.GetImportRequest(request_id=name))).progress)
     turns = pb.ListMemoriesRequest(session_id=estate.names[Means.SESSION]["begun"])

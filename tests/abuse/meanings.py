@@ -27,6 +27,8 @@ class Means(enum.Enum):
     GOAL = "goa"
     JOB = "job"
     SCHEDULE = "sch"
+    LOG_IN = "ses"
+    API_KEY = "key"
     SESSION = "a conversation that was begun"
     TRANSCRIPT = "a conversation that was written down"
     IMPORT = "an import that was begun"
@@ -35,6 +37,7 @@ class Means(enum.Enum):
     FILTER = "narrows what is the caller's own"
     FREE = "a name that each user gives away anew"
     NOTHING = "is the server's to say; counts for nothing in a request"
+    MEMBER = "somebody of the tenant, or asked to join: tests/auth/test_members"
     SECRET = "speaks for whoever shows it: tests/abuse/test_tokens"
 
 
@@ -45,6 +48,8 @@ IDS: Final = (
     Means.JOB,
     Means.SCHEDULE,
     Means.GOAL,
+    Means.LOG_IN,
+    Means.API_KEY,
 )
 """What the server names, by ids that say the kind."""
 NAMED: Final = (Means.SESSION, Means.TRANSCRIPT, Means.IMPORT)
@@ -57,14 +62,18 @@ TEXT: Final = frozenset(
         "content_hash",
         "content_type",
         "cron",
+        "current_password",
         "display_name",
         "email",
         "embedding_model",
         "etag",
         "file_name",
         "kind",
+        "name",
+        "new_password",
         "password",
         "query",
+        "scopes",
         "sha256",
         "speaker",
         "tags",
@@ -85,6 +94,19 @@ def _kept(path: str) -> dict[str, Means]:
 FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "RefreshToken": {"refresh_token": Means.SECRET},
     "LogOut": {"refresh_token": Means.SECRET},
+    "SignUp": {"invitation": Means.SECRET},
+    "ListMembers": {"page_token": Means.MEMBER},
+    "AssignRole": {"user_id": Means.MEMBER},
+    "DisableMember": {"user_id": Means.MEMBER},
+    "EnableMember": {"user_id": Means.MEMBER},
+    "LogOutMember": {"user_id": Means.MEMBER},
+    "RevokeInvitation": {"id": Means.MEMBER},
+    "RevokeSession": {"id": Means.LOG_IN},
+    "RotateApiKey": {"id": Means.API_KEY},
+    "RevokeApiKey": {"id": Means.API_KEY},
+    "ExchangeToken": {"api_key": Means.SECRET},
+    "ResetPassword": {"token": Means.SECRET},
+    "VerifyEmail": {"token": Means.SECRET},
     "ListAuditEvents": {"page_token": Means.PLACE},
     "ListAuditLinks": {"page_token": Means.PLACE},
     "CreateMemory": {**_kept("memory"), "request_id": Means.FREE},

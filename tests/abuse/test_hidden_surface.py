@@ -6,7 +6,7 @@ import grpc
 import httpx
 import pytest
 
-from server.access import EDGE, METHODS, PROCESSES, WORKER, Access
+from server.access import EDGE, METHODS, PROCESSES, PUBLIC, WORKER
 from tests.abuse.doors import Doors
 from tests.mesh import User, bearer
 from tests.refusals import refusal_of
@@ -101,8 +101,7 @@ async def test_no_method_has_a_rest_form_beside_its_own(
 
 def test_what_has_a_rest_form_is_what_users_may_call() -> None:
     # Health and reflection have no place in the contract.
-    public = {Access.ANYONE, Access.USER}
-    rows = {method for method, access in METHODS.items() if access in public}
+    rows = {method for method, access in METHODS.items() if access in PUBLIC}
     assert {path_of(method) for method in public_methods()} == rows - {REFLECTION}
 
 

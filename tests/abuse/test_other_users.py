@@ -23,7 +23,7 @@ from google.protobuf.message import Message
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.users.v1 import users_pb2 as users
 
-from server import ids
+from server import access, ids
 from tests.abuse.estates import MODEL, SHARED, STATES, Estate, embed, keep, look_at, settle
 from tests.abuse.meanings import (
     FIELDS,
@@ -39,7 +39,7 @@ from tests.abuse.meanings import (
 )
 from tests.mesh import User
 from tests.refusals import Refusal, read
-from tests.transports import method_taking, refusal_in, rule_of
+from tests.transports import method_taking, path_of, refusal_in, rule_of
 
 COLLEAGUE: Final = "of the same tenant"
 STRANGER: Final = "of another tenant"
@@ -449,6 +449,8 @@ READING: Final = sorted(
     method.name
     for method in METHODS.values()
     if (rule_of(method).get or method.name == "QueryMemories")
+    # Whoever may look at the tenant sees who is in it.
+    and access.METHODS[path_of(method)] is not access.Access.AUDITOR
     and not any(means in (*IDS, *NAMED) for means in FIELDS.get(method.name, {}).values())
 )
 

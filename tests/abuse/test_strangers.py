@@ -17,14 +17,28 @@ from kimberly.scoring.v1 import scoring_pb2 as scoring
 from local.certificates import KeyPair, Names, make_leaf, make_root
 from local.mesh import Mesh
 from local.ports import LOOPBACK
-from server.access import EDGE, METHODS, PROCESSES, WORKER, Access, methods_of
+from server.access import (
+    EDGE,
+    METHODS,
+    PROCESSES,
+    PUBLIC,
+    ROLES,
+    WORKER,
+    Access,
+    Role,
+    Scope,
+    methods_of,
+    scope_of,
+)
 from tests.abuse.doors import DOMAIN, NOW, Doors
+from tests.abuse.forgery import Forger
 from tests.mesh import User, bearer
 from tests.refusals import Refusal, refusal_of
 from tests.transports import Metadata
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 IDENTITIES = (EDGE, WORKER, *PROCESSES)
+NO_TOKEN = (Access.ANYONE, Access.WORKLOAD)
 MALFORMED = b"\xff\xff\xff"
 WORK = "/kimberly.jobs.v1.WorkerService/Work"
 PLAN = "/kimberly.scoring.v1.ScoringService/PlanMeditation"
@@ -153,7 +167,12 @@ async def open_methods(channel: grpc.aio.Channel, metadata: Metadata = ()) -> se
     inside = {name for name, answer in answers.items() if answer.reason == "MESSAGE_MALFORMED"}
     for method in METHODS.keys() - inside:
         assert answers[method].code in DENIED, (method, answers[method])
-        assert answers[method].reason in {"", "METHOD_NOT_ALLOWED", "TOKEN_INVALID"}
+        assert answers[method].reason in {
+            "",
+            "METHOD_NOT_ALLOWED",
+            "SCOPE_MISSING",
+            "TOKEN_INVALID",
+        }
     return inside
 
 
@@ -162,7 +181,7 @@ def open_to(process: str, identity: str, *, with_token: bool) -> set[str]:
 
     def lets_in(access: Access) -> bool:
         match access:
-            case Access.USER:
+            case Access.USER | Access.AUDITOR | Access.ADMIN:
                 return with_token and identity == EDGE
             case Access.WORKER:
                 return identity == WORKER
@@ -193,7 +212,7 @@ async def test_the_edge_lets_nobody_in_without_a_token(channel: grpc.aio.Channel
 
 
 async def test_the_edge_lets_users_in(channel: grpc.aio.Channel, bob: User) -> None:
-    assert await open_methods(channel, bearer(bob.token)) == rows(Access.ANYONE, Access.USER)
+    assert await open_methods(channel, bearer(bob.token)) == rows(*PUBLIC)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -201,8 +220,70 @@ async def test_a_service_asks_again(doors: Doors, bob: User, process: str) -> No
     channel, served = await doors.service(process), set(methods_of(process))
     anyone = rows(Access.ANYONE, Access.WORKLOAD) & served
     assert await open_methods(channel) == anyone
-    users = anyone | rows(Access.USER) & served
+    users = anyone | rows(*ROLES) & served
     assert await open_methods(channel, bearer(bob.token)) == users
+
+
+# --- what a token is good for: every cell ------------------------------------------------------
+
+
+def open_to_role(role: Role) -> set[str]:
+    return {method for method, access in METHODS.items() if role in ROLES.get(access, ())}
+
+
+def open_to_scope(scope: str) -> set[str]:
+    return {method for method in rows(Access.USER) if scope_of(method) == scope}
+
+
+def test_an_admin_may_more_than_an_auditor_and_an_auditor_more_than_a_member() -> None:
+    member, auditor = open_to_role(Role.MEMBER), open_to_role(Role.AUDITOR)
+    assert member < auditor < open_to_role(Role.ADMIN) == open_to_role(Role.OWNER)
+
+
+@pytest.mark.parametrize("role", Role)
+async def test_a_role_opens_what_the_table_says_at_every_door(
+    channel: grpc.aio.Channel, doors: Doors, forger: Forger, role: Role
+) -> None:
+    token = bearer(forger.token({"role": role.value}))
+    assert await open_methods(channel, token) == rows(Access.ANYONE) | open_to_role(role)
+    for process in PROCESSES:
+        inside = methods_of(process).keys() & (rows(*NO_TOKEN) | open_to_role(role))
+        assert await open_methods(await doors.sidecar(process, EDGE), token) == inside
+        assert await open_methods(await doors.service(process), token) == inside
+
+
+@pytest.mark.parametrize("role", ["", "root", "owner ", "owner,admin", "Owner", ["owner"], None])
+async def test_what_is_no_role_opens_nothing(
+    channel: grpc.aio.Channel, doors: Doors, forger: Forger, role: object
+) -> None:
+    token = bearer(forger.token({"role": role}))
+    assert await open_methods(channel, token) == rows(Access.ANYONE)
+    for process in PROCESSES:
+        inside = methods_of(process).keys() & rows(*NO_TOKEN)
+        assert await open_methods(await doors.service(process), token) == inside
+
+
+@pytest.mark.parametrize(
+    "scopes",
+    ["", "root", "USER", *(scope for scope in Scope), "memory.read jobs.read", "memory.*"],
+)
+async def test_a_key_opens_what_its_scopes_name_at_every_door(
+    channel: grpc.aio.Channel, doors: Doors, forger: Forger, scopes: str
+) -> None:
+    token = bearer(forger.token({"scope": scopes, "sid": f"key_{'0' * 32}", "role": "owner"}))
+    opened = {method for scope in scopes.split() for method in open_to_scope(scope)}
+    if Scope.USER in scopes.split():
+        opened = open_to_role(Role.OWNER)
+    assert await open_methods(channel, token) == rows(Access.ANYONE) | opened
+    for process in PROCESSES:
+        inside = methods_of(process).keys() & (rows(*NO_TOKEN) | opened)
+        assert await open_methods(await doors.service(process), token) == inside
+
+
+def test_no_key_makes_keys_or_runs_the_tenant() -> None:
+    narrow = {method for method in METHODS if scope_of(method) is not Scope.USER}
+    assert not {method for method in narrow if method.startswith("/kimberly.auth.")}
+    assert narrow <= rows(Access.USER)
 
 
 # --- by name -----------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def test_help_lists_the_commands() -> None:
         "jobs",
         "migrate",
         "rotate-signing-key",
+        "withdraw-signing-key",
         "rotate-data-keys",
         "settings",
     ):

@@ -1,6 +1,6 @@
 """The auth service of one test, behind the real chain."""
 
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import Awaitable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,23 +15,37 @@ from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
 from server.auth.access_tokens import Mint
+from server.auth.api_key_store import ApiKeyStore
+from server.auth.attempt_store import AttemptStore
+from server.auth.breached import Commonplace
+from server.auth.issuing import Issuer
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
+from server.auth.mail_store import MailStore
+from server.auth.member_store import MemberStore
 from server.auth.passwords import Passwords
 from server.auth.service import AuthService
+from server.auth.session_store import SessionStore
 from server.auth.store import AccountStore
+from server.auth.tenant_service import TenantService
 from server.database import SystemDatabase
+from server.grants import EndedGrants
 from server.kms.local import LocalKms
 from server.tokens import TokenVerifier
+from tests.auth.mails import outbox, postman
 from tests.conftest import FakeClock, Serve
 from tests.kms.key_files import key_file
 
+__all__ = ["outbox", "postman"]
+
 Auth: TypeAlias = "rpc.AuthServiceAsyncStub"
 """The generated type of the stub; it exists for type checkers only."""
+Tenants: TypeAlias = "rpc.TenantServiceAsyncStub"
 
 PASSWORD = "correct horse battery"
 ISSUER = "https://auth.test"
 AUDIENCE = "kimberly"
+PUBLIC_URL = "https://api.test"
 ACCESS_TOKEN_SECONDS = 600
 SESSION_LIFETIME = timedelta(days=30)
 
@@ -56,7 +70,7 @@ def hasher() -> CountingHasher:
 
 @pytest.fixture
 def hashing(hasher: CountingHasher) -> Iterator[Passwords]:
-    with Passwords(concurrency=2, hasher=hasher) as hashing:
+    with Passwords(concurrency=2, hasher=hasher, breached=[Commonplace()]) as hashing:
         yield hashing
 
 
@@ -81,34 +95,73 @@ def mint() -> Mint:
 
 
 @pytest.fixture
+def issuer(keyring: Keyring, mint: Mint, clock: FakeClock) -> Issuer:
+    return Issuer(keyring, mint, SESSION_LIFETIME, clock)
+
+
+@pytest.fixture
+def mails(system_database: SystemDatabase) -> MailStore:
+    return MailStore(system_database)
+
+
+@pytest.fixture
 def service(
     system_database: SystemDatabase,
+    mails: MailStore,
     keyring: Keyring,
     hashing: Passwords,
-    mint: Mint,
+    issuer: Issuer,
     clock: FakeClock,
 ) -> AuthService:
     return AuthService(
         AccountStore(system_database),
+        SessionStore(system_database),
+        AttemptStore(system_database),
+        mails,
+        ApiKeyStore(system_database),
         keyring,
         hashing,
-        mint,
-        session_lifetime=SESSION_LIFETIME,
+        issuer,
+        public_url=PUBLIC_URL,
         clock=clock,
     )
 
 
 @pytest_asyncio.fixture
-async def auth(serve: Serve, service: AuthService) -> AsyncIterator[Auth]:
-    """A stub of the auth service."""
-    channel = await serve(lambda server: rpc.add_AuthServiceServicer_to_server(service, server))
-    yield rpc.AuthServiceStub(channel)
+async def channel(
+    serve: Serve, service: AuthService, system_database: SystemDatabase, clock: FakeClock
+) -> grpc.aio.Channel:
+    """A channel to what the auth process serves of kimberly.auth."""
+    tenants = TenantService(MemberStore(system_database), clock=clock)
+
+    def register(server: grpc.aio.Server) -> None:
+        rpc.add_AuthServiceServicer_to_server(service, server)
+        rpc.add_TenantServiceServicer_to_server(tenants, server)
+
+    return await serve(register)
 
 
 @pytest.fixture
-def verifier(keyring: Keyring, clock: FakeClock) -> TokenVerifier:
+def auth(channel: grpc.aio.Channel) -> Auth:
+    """A stub of the auth service."""
+    return rpc.AuthServiceStub(channel)
+
+
+@pytest.fixture
+def tenants(channel: grpc.aio.Channel) -> Tenants:
+    """A stub of the tenant service."""
+    return rpc.TenantServiceStub(channel)
+
+
+@pytest.fixture
+def ended(system_database: SystemDatabase, clock: FakeClock) -> EndedGrants:
+    return EndedGrants(system_database, clock=clock)
+
+
+@pytest.fixture
+def verifier(keyring: Keyring, ended: EndedGrants, clock: FakeClock) -> TokenVerifier:
     """Verifies as the auth process itself does."""
-    return TokenVerifier(keyring, issuer=ISSUER, audience=AUDIENCE, clock=clock)
+    return TokenVerifier(keyring, issuer=ISSUER, audience=AUDIENCE, ended=ended, clock=clock)
 
 
 async def sign_up(auth: Auth, email: str = "ada@example.com") -> pb.Tokens:

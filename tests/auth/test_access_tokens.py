@@ -2,9 +2,10 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from cryptography.hazmat.primitives import hashes, hmac, serialization
@@ -12,14 +13,16 @@ from joserfc import jws
 from joserfc.jwk import ECKey
 
 from server import ids
+from server.access import Scope
 from server.auth.access_tokens import Mint
-from server.caller import Caller
+from server.caller import Caller, Credentials
 from server.errors import StoreUnavailable, Unauthenticated
 from server.tokens import PublicKeys, TokenVerifier
 from tests.auth.conftest import AUDIENCE, ISSUER
 from tests.conftest import FakeClock
 
 CALLER = Caller(tenant_id=ids.new_id(), user_id=ids.new_id())
+CREDENTIALS = Credentials(CALLER, ids.SESSION, ids.new_id(), frozenset({Scope.USER}))
 KEY = ECKey.generate_key("P-256", {"use": "sig", "alg": "ES256"}, auto_kid=True)
 STRANGERS_KEY = ECKey.generate_key("P-256", {"kid": str(KEY.kid)})
 NOW = int(datetime(2026, 5, 4, 12, tzinfo=UTC).timestamp())
@@ -30,6 +33,9 @@ CLAIMS = {
     "aud": AUDIENCE,
     "sub": ids.show(ids.USER, CALLER.user_id),
     "tid": ids.show(ids.TENANT, CALLER.tenant_id),
+    "sid": ids.show(ids.SESSION, CREDENTIALS.grant_id),
+    "scope": "user",
+    "role": "member",
     "iat": NOW,
     "nbf": NOW,
     "exp": NOW + 600,
@@ -60,12 +66,16 @@ class Ticks:
 
 
 def verifier(
-    source: Keys, clock: Callable[[], datetime] | None = None, ticks: Ticks | None = None
+    source: Keys,
+    clock: Callable[[], datetime] | None = None,
+    ticks: Ticks | None = None,
+    ended: Container[UUID] = (),
 ) -> TokenVerifier:
     return TokenVerifier(
         source,
         issuer=ISSUER,
         audience=AUDIENCE,
+        ended=ended,
         clock=clock or FakeClock(),
         monotonic=ticks or Ticks(),
     )
@@ -122,7 +132,7 @@ def forgeries() -> Iterator[tuple[str, str]]:
     yield "claims are a list", signed(HEADER, [1])
     yield "claims are no JSON", signed(HEADER, b"{")
     yield "deeply nested claims", signed(HEADER, b"[" * 90_000)
-    for name in ("iss", "aud", "sub", "tid", "iat", "nbf", "exp"):
+    for name in ("iss", "aud", "sub", "tid", "sid", "scope", "role", "iat", "nbf", "exp"):
         yield f"no {name}", signed(HEADER, without(name))
         yield f"{name} is null", signed(HEADER, {**CLAIMS, name: None})
         yield f"{name} is a list", signed(HEADER, {**CLAIMS, name: [[]]})
@@ -132,6 +142,7 @@ def forgeries() -> Iterator[tuple[str, str]]:
     yield "subject is a tenant", signed(HEADER, {**CLAIMS, "sub": CLAIMS["tid"]})
     yield "subject with line break", signed(HEADER, {**CLAIMS, "sub": f"{CLAIMS['sub']}\r\n"})
     yield "tenant is a user", signed(HEADER, {**CLAIMS, "tid": CLAIMS["sub"]})
+    yield "session is a user", signed(HEADER, {**CLAIMS, "sid": CLAIMS["sub"]})
     yield "expired", signed(HEADER, {**CLAIMS, "iat": NOW - 700, "exp": NOW - 31})
     yield "lifetime of a day", signed(HEADER, {**CLAIMS, "exp": NOW + 86_400})
     yield "never expires", signed(HEADER, {**CLAIMS, "exp": 1e400})
@@ -149,8 +160,8 @@ def forgeries() -> Iterator[tuple[str, str]]:
 async def test_a_minted_token_names_its_user() -> None:
     clock = FakeClock()
     mint = Mint(ISSUER, AUDIENCE, timedelta(minutes=10))
-    token = mint.make(CALLER, KEY, clock.now, clock.now + mint.lifetime)
-    assert await verifier(Keys(KEY), clock).verify(token) == CALLER
+    token = mint.make(CREDENTIALS, KEY, clock.now, clock.now + mint.lifetime)
+    assert await verifier(Keys(KEY), clock).verify(token) == CREDENTIALS
 
 
 @pytest.mark.parametrize("token", [pytest.param(token, id=name) for name, token in forgeries()])
@@ -171,7 +182,7 @@ async def test_a_forged_or_stale_token_is_refused_without_saying_why(token: str)
     ],
 )
 async def test_clocks_may_differ_by_thirty_seconds(claims: dict[str, Any]) -> None:
-    assert await verifier(Keys(KEY)).verify(signed(HEADER, claims)) == CALLER
+    assert await verifier(Keys(KEY)).verify(signed(HEADER, claims)) == CREDENTIALS
 
 
 async def test_a_token_that_was_seen_before_expires_to_the_second() -> None:
@@ -200,7 +211,7 @@ async def test_a_token_that_was_seen_before_dies_with_its_key() -> None:
 async def test_an_unknown_key_is_looked_up_at_once() -> None:
     source = Keys(STRANGERS_KEY.generate_key("P-256", auto_kid=True))
     source.coming = [KEY]
-    assert await verifier(source).verify(signed(HEADER, CLAIMS)) == CALLER
+    assert await verifier(source).verify(signed(HEADER, CLAIMS)) == CREDENTIALS
     assert source.refreshed == 1
 
 
@@ -229,3 +240,20 @@ async def test_no_more_than_ten_thousand_tokens_are_remembered() -> None:
     await checks.verify(signed(HEADER, CLAIMS))
     assert len(checks._verified) == 10_000
     assert first not in checks._verified
+
+
+async def test_a_token_dies_with_its_session_although_it_was_seen_before() -> None:
+    ended: set[UUID] = set()
+    checks = verifier(Keys(KEY), ended=ended)
+    token = signed(HEADER, CLAIMS)
+    await checks.verify(token)
+    ended.add(CREDENTIALS.grant_id)
+    with pytest.raises(Unauthenticated):
+        await checks.verify(token)
+
+
+async def test_scopes_are_read_one_by_one() -> None:
+    claims = {**CLAIMS, "scope": "memory.read  jobs.read", "sid": ids.show("key", ids.new_id())}
+    credentials = await verifier(Keys(KEY)).verify(signed(HEADER, claims))
+    assert credentials.scopes == {"memory.read", "jobs.read"}
+    assert credentials.grant_kind == ids.API_KEY

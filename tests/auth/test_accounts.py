@@ -25,7 +25,7 @@ async def test_signing_up_makes_a_user_in_a_tenant_of_their_own(
     assert (row["email"], row["display_name"]) == ("ada@example.com", "Ada L.")
     assert response.user_id == f"usr_{row['id'].hex}"
     assert response.tenant_id == f"ten_{row['tenant_id'].hex}"
-    caller = await verifier.verify(response.tokens.access_token)
+    caller = (await verifier.verify(response.tokens.access_token)).caller
     assert (caller.user_id, caller.tenant_id) == (row["id"], row["tenant_id"])
     assert response.tokens.access_token_lifetime.seconds == 600
     assert response.tokens.refresh_token_lifetime.seconds == SESSION_LIFETIME.total_seconds()

@@ -11,12 +11,13 @@ from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
 from server import ids
+from server.access import Scope
 from server.auth.access_tokens import Mint
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.auth.service import AuthService
-from server.caller import Caller
-from server.errors import Unauthenticated
+from server.caller import Caller, Credentials
+from server.errors import NotFound, Unauthenticated
 from server.kms import UnwrapFailed
 from server.kms.local import LocalKms
 from server.tokens import PublicKeys, RemoteKeys, TokenVerifier
@@ -30,8 +31,13 @@ from tests.auth.conftest import (
 from tests.conftest import FakeClock, Serve
 from tests.kms.key_files import key_file
 
-CALLER = Caller(tenant_id=ids.new_id(), user_id=ids.new_id())
-JWKS_CACHE_SECONDS = 30
+CREDENTIALS = Credentials(
+    Caller(tenant_id=ids.new_id(), user_id=ids.new_id()),
+    ids.SESSION,
+    ids.new_id(),
+    frozenset({Scope.USER}),
+)
+JWKS_CACHE_SECONDS = 20
 
 
 def kid_of(token: str) -> str:
@@ -103,6 +109,42 @@ async def test_a_key_signs_a_minute_after_it_was_published_and_stays_for_its_tok
     assert keyring.keys.keys() == {new}
 
 
+async def test_a_key_in_the_wrong_hands_is_replaced_at_once(
+    keyring: Keyring, owner: asyncpg.Connection
+) -> None:
+    lost = (await keyring.signer()).kid
+    replacement = (await keyring.withdraw(str(lost))).kid
+    assert (await keyring.signer()).kid == replacement
+    assert keyring.keys.keys() == {replacement}
+    stored = "SELECT wrapped_private_key FROM signing_keys WHERE kid = $1"
+    assert await owner.fetchval(stored, lost) is None
+    for unknown in (lost, "none"):
+        with pytest.raises(NotFound):
+            await keyring.withdraw(str(unknown))
+    assert (await keyring.signer()).kid == replacement
+
+
+async def test_withdrawing_a_key_that_signs_no_more_makes_no_other(
+    keyring: Keyring, clock: FakeClock
+) -> None:
+    old = (await keyring.signer()).kid
+    new = (await keyring.rotate()).kid
+    clock.advance(minutes=1)
+    assert (await keyring.withdraw(str(old))).kid == new
+    assert keyring.keys.keys() == {new}
+
+
+async def test_a_key_that_waits_to_sign_does_not_sign_early_for_one_that_was_lost(
+    keyring: Keyring, clock: FakeClock
+) -> None:
+    lost = (await keyring.signer()).kid
+    waiting = (await keyring.rotate()).kid
+    between = (await keyring.withdraw(str(lost))).kid
+    assert between not in {lost, waiting}
+    clock.advance(minutes=1)
+    assert (await keyring.signer()).kid == waiting
+
+
 async def test_withdrawing_a_key_destroys_its_private_half(
     keyring: Keyring, clock: FakeClock, owner: asyncpg.Connection
 ) -> None:
@@ -134,7 +176,7 @@ async def test_rotation_fails_no_call_although_key_sets_are_cached(
         for replica in replicas:
             key = await replica.signer()
             signers.add(key.kid)
-            living.append(mint.make(CALLER, key, clock.now, clock.now + mint.lifetime))
+            living.append(mint.make(CREDENTIALS, key, clock.now, clock.now + mint.lifetime))
         oldest_copy = published[0]
         assert {kid_of(token) for token in living} <= oldest_copy.keys()
         clock.advance(seconds=step)
@@ -163,18 +205,18 @@ async def test_other_processes_keep_the_last_good_key_set_while_auth_is_away(
     server.add_insecure_port(f"unix:{tmp_path}/auth")
     await server.start()
     key = await keyring.signer()
-    token = mint.make(CALLER, key, clock.now, clock.now + timedelta(minutes=10))
+    token = mint.make(CREDENTIALS, key, clock.now, clock.now + timedelta(minutes=10))
     async with grpc.aio.insecure_channel(f"unix:{tmp_path}/auth") as channel:
         remote = RemoteKeys(channel, refresh_seconds=30)
-        checks = TokenVerifier(remote, issuer=ISSUER, audience=AUDIENCE, clock=clock)
-        assert await checks.verify(token) == CALLER
+        checks = TokenVerifier(remote, issuer=ISSUER, audience=AUDIENCE, ended=(), clock=clock)
+        assert await checks.verify(token) == CREDENTIALS
         known = remote.keys
         await remote.refresh()
         assert remote.keys is known
         await server.stop(None)
         await remote.refresh()
         assert remote.keys is known
-        assert await checks.verify(token) == CALLER
+        assert await checks.verify(token) == CREDENTIALS
 
 
 async def test_other_processes_forget_a_withdrawn_key_with_their_next_fetch(
@@ -199,6 +241,6 @@ async def test_a_token_of_a_withdrawn_key_is_refused(
     await keyring.rotate()
     clock.advance(minutes=20)
     await keyring.refresh()
-    token = mint.make(CALLER, key, clock.now, clock.now + mint.lifetime)
+    token = mint.make(CREDENTIALS, key, clock.now, clock.now + mint.lifetime)
     with pytest.raises(Unauthenticated):
         await verifier.verify(token)

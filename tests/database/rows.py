@@ -29,9 +29,11 @@ TENANT_TABLES: Final = sorted(
 
 FIXED: Final[Mapping[str, Mapping[str, object]]] = {
     "accounts": {"password_hash": "$argon2id$"},
+    "api_keys": {"scopes": "{memory.read}", "expires_at": "infinity"},
     "consents": {"purpose": "memory.store", "granted": True},
     "embedding_models": {"dimension": 2},
     "embeddings": {"dimension": 2, "vector": "[0,1]"},
+    "invitations": {"role": "member", "expires_at": "infinity"},
     "jobs": {"max_attempts": 5, "payload": "{}"},
     "meditations": {"shards": 1},
     "memory_versions": {"sensitive": False},
@@ -44,6 +46,7 @@ FIXED: Final[Mapping[str, Mapping[str, object]]] = {
         "predictive_value": 0.2,
         "recency_frequency": 0.1,
     },
+    "mailed_tokens": {"kind": "password_reset"},
     "sessions": {"expires_at": "infinity"},
     "subscriptions": {"plan": "free"},
     "user_schedules": {"cron": "0 0 * * *", "time_zone": "UTC", "missed": "run_once"},

@@ -35,11 +35,25 @@ UPDATE: Final = "UPDATE {name} SET tenant_id = tenant_id RETURNING {owners}"
 DELETE: Final = "DELETE FROM {name} RETURNING {owners}"
 STATEMENTS: Final = (SELECT, UPDATE, DELETE)
 WALL: Final = "row-level security"
-BEHIND_WALLS: Final = frozenset({"accounts", "audit_checkpoints", "audit_heads", "sessions"})
+BEHIND_WALLS: Final = frozenset(
+    {
+        "accounts",
+        "api_key_secrets",
+        "api_keys",
+        "audit_checkpoints",
+        "audit_heads",
+        "ended_grants",
+        "invitations",
+        "mailed_tokens",
+        "sessions",
+    }
+)
 """Tables of which the application role sees nothing at all."""
 WITHOUT_OWNER: Final[Mapping[str, str]] = {
     "audit_cursor": "how far the chain of all tenants is: a number and an id",
     "audit_keys": "keys of the mesh, wrapped",
+    "log_in_attempts": "how often somebody guessed, at emails with or without an account",
+    "mails": "who is to be written to, with or without an account",
     "plans": "a price list, open to all",
     "schedules": "when work of the mesh is due",
     "signing_keys": "keys of the mesh, wrapped",

@@ -15,16 +15,39 @@ from tests.database.statements import Statement, statements
 NAMES: Final = ("tenant_id", "user_id")
 QUEUE: Final = "system role: workers take jobs of everybody, and a lease token says which"
 CHAIN: Final = "system role: the chain is the tenant's; its rows have no user"
+TENANT: Final = "system role: all of one tenant, for those who run it"
+ONE: Final = "system role: one user, whose tenant does not matter"
 RUN: Final = "system role: a run is of one user or of all, and its id or fence says which"
 SESSION: Final = "system role: the session was found by its token, before anybody is known"
 
 ELSEWHERE: Final[Mapping[str, str]] = {
+    "auth.api_key_store._take_turns": "the user's id is the column id",
+    "auth.api_key_store.forget": "system role: what is old goes, whose it ever was",
+    "auth.mail_store._address_invitation": "system role: the mail names the invitation",
+    "auth.member_store._check_may_ask": TENANT,
+    "auth.member_store._check_owner_left": TENANT,
+    "auth.member_store._check_role": "the user's id is the column id",
+    "auth.member_store._forget_expired": TENANT,
+    "auth.member_store._get": "the user's id is the column id",
+    "auth.member_store._update": "the user's id is the column id",
+    "auth.member_store.forget": "system role: what is old goes, whose it ever was",
+    "auth.member_store.list_members": TENANT,
+    "auth.member_store.revoke_invitation": TENANT,
+    "auth.mail_store._forget_tokens": ONE,
+    "auth.mail_store.forget": "system role: what is old goes, whose it ever was",
+    "auth.mail_store.is_living": "system role: whoever has the token may ask about it",
+    "auth.session_store._check_enabled": "the user's id is the column id",
+    "auth.session_store._count_repeat": SESSION,
+    "auth.session_store._end": SESSION,
+    "auth.session_store._mark_used": SESSION,
+    "auth.session_store.start": ONE,
+    "auth.store._accept": "system role: whoever has the token joins",
+    "auth.store.invited": "system role: whoever has the token may ask about it",
     "auth.store._insert_user": "the user's id is the column id",
-    "auth.store._end": SESSION,
-    "auth.store._count_repeat": SESSION,
-    "auth.store._mark_used": SESSION,
-    "auth.store.replace_hash": "system role: one user, whose tenant does not matter",
-    "auth.store.start_session": "system role: one user, whose tenant does not matter",
+    "auth.store._mark_verified": "the user's id is the column id",
+    "auth.store.replace_hash": ONE,
+    "grants._ended_within": "system role: what ended is refused, whose it ever was",
+    "grants.forget": "system role: what is old goes, whose it ever was",
     "enqueue._unfinished": "a unique key says whose job it is",
     "jobs.queue.-": QUEUE,
     "jobs.queue._complete": QUEUE,

@@ -193,6 +193,7 @@ def token(key: ECKey = SIGNING_KEY, **claims: object) -> str:
         "aud": tokens.audience,
         "sub": "usr_1",
         "tid": "ten_1",
+        "role": "owner",
         "iat": now,
         "nbf": now,
         "exp": now + 600,
@@ -391,7 +392,7 @@ def test_a_sidecar_opens_each_method_of_its_process_to_whom_it_is_meant_for(
 def test_the_edge_opens_what_is_meant_for_users_and_nothing_else(mesh: Site) -> None:
     assert policies_of(mesh, access.EDGE) == {
         row.value: {path for path, each in access.METHODS.items() if each is row}
-        for row in (Access.ANYONE, Access.USER)
+        for row in access.PUBLIC
     }
 
 
@@ -429,6 +430,13 @@ def test_rest_calls_without_token_are_those_of_methods_for_anyone() -> None:
         ("POST", "/v1/token:refresh"),
         ("POST", "/v1/logout"),
         ("GET", "/.well-known/jwks.json"),
+        ("GET", "/.well-known/oauth-authorization-server"),
+        ("GET", "/.well-known/openid-configuration"),
+        ("POST", "/v1/oauth/token"),
+        ("POST", "/v1/token:exchange"),
+        ("POST", "/v1/password:requestReset"),
+        ("POST", "/v1/password:reset"),
+        ("POST", "/v1/email:verify"),
     }
 
 

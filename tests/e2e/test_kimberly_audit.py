@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.memory.v1 import memory_pb2 as memory
 from kimberly.users.v1 import users_pb2 as users
 
@@ -31,21 +32,24 @@ async def test_a_user_verifies_the_log_of_what_they_did(
         look, lambda seen: seen.newest_checkpoint.position == seen.verified_events, seconds=30
     )
     assert signed.intact
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "kimberly.cli", "audit", "verify"),
-        *("--address", address_of(mesh), "--ca", str(mesh.ca), "--receipts", str(tmp_path)),
-        env={
-            "PATH": os.defpath,
-            "PYTHONPATH": str(CHECKOUT / "client"),
-            "KIMBERLY_TOKEN": user.token,
-            "COLUMNS": "200",
-        },
-        stdout=asyncio.subprocess.PIPE,
-    )
-    output, _ = await process.communicate()
-    assert process.returncode == 0
-    assert signed.newest_checkpoint.key_id in output.decode()
+    request = auth.CreateApiKeyRequest(name="an auditor", scopes=["audit.read", "profile.read"])
+    key = (await user.grpc(request)).secret
+    for secret in ({"KIMBERLY_TOKEN": user.token}, {"KIMBERLY_API_KEY": key}):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "kimberly.cli", "audit", "verify"),
+            *("--address", address_of(mesh), "--ca", str(mesh.ca), "--receipts", str(tmp_path)),
+            env={
+                "PATH": os.defpath,
+                "PYTHONPATH": str(CHECKOUT / "client"),
+                "COLUMNS": "200",
+                **secret,
+            },
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+        assert process.returncode == 0
+        assert signed.newest_checkpoint.key_id in output.decode()
 
 
 async def test_links_and_checkpoints_are_the_same_over_both_transports(call: Transport) -> None:

@@ -16,6 +16,7 @@ T = TypeVar("T")
 COULD_NOT_TELL: Final = 2
 """Exit status when there is no answer. Wrong usage has the same."""
 _TOKEN_VARIABLE: Final = "KIMBERLY_TOKEN"  # noqa: S105 - the name of a variable
+_KEY_VARIABLE: Final = "KIMBERLY_API_KEY"
 
 Address = Annotated[
     str,
@@ -39,8 +40,8 @@ TokenFile = Annotated[
         exists=True,
         dir_okay=False,
         help=f"File that holds an access token. Without it the environment variable "
-        f"{_TOKEN_VARIABLE} does: a token on the command line would show in the list of "
-        "processes.",
+        f"{_TOKEN_VARIABLE} does, or {_KEY_VARIABLE} holds an API key: a token on the command "
+        "line would show in the list of processes.",
     ),
 ]
 LOCAL_EDGE: Final = "localhost:8443"
@@ -58,6 +59,8 @@ async def _call(
 ) -> T:
     try:
         async with connect(address, ca, access_token=token) as client:
+            if not token:
+                await client.use_api_key(_api_key())
             return await work(client)
     except grpc.aio.AioRpcError as error:
         reason = reason_of(error)
@@ -75,6 +78,13 @@ def give_up(message: str) -> NoReturn:
 
 def _token(token_file: Path | None) -> str:
     token = token_file.read_text() if token_file else os.environ.get(_TOKEN_VARIABLE, "")
-    if not token.strip():
-        give_up(f"no access token: set {_TOKEN_VARIABLE}, or name a file with --token-file")
+    if not token.strip() and not _api_key():
+        give_up(
+            f"no access token: set {_TOKEN_VARIABLE} or {_KEY_VARIABLE}, or name a file with "
+            "--token-file"
+        )
     return token.strip()
+
+
+def _api_key() -> str:
+    return os.environ.get(_KEY_VARIABLE, "").strip()

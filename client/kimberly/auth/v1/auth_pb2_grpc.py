@@ -55,6 +55,81 @@ class AuthServiceStub:
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutRequest.SerializeToString,
                 response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutResponse.FromString,
                 _registered_method=True)
+        self.LogOutEverywhere = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/LogOutEverywhere',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereResponse.FromString,
+                _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ListSessions',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.RevokeSession = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RevokeSession',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionResponse.FromString,
+                _registered_method=True)
+        self.ChangePassword = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ChangePassword',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordResponse.FromString,
+                _registered_method=True)
+        self.RequestPasswordReset = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RequestPasswordReset',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetResponse.FromString,
+                _registered_method=True)
+        self.ResetPassword = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ResetPassword',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordResponse.FromString,
+                _registered_method=True)
+        self.RequestEmailVerification = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RequestEmailVerification',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationResponse.FromString,
+                _registered_method=True)
+        self.VerifyEmail = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/VerifyEmail',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.FromString,
+                _registered_method=True)
+        self.CreateApiKey = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/CreateApiKey',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyResponse.FromString,
+                _registered_method=True)
+        self.ListApiKeys = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ListApiKeys',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysResponse.FromString,
+                _registered_method=True)
+        self.RotateApiKey = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RotateApiKey',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyResponse.FromString,
+                _registered_method=True)
+        self.RevokeApiKey = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/RevokeApiKey',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyResponse.FromString,
+                _registered_method=True)
+        self.ExchangeToken = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ExchangeToken',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenResponse.FromString,
+                _registered_method=True)
+        self.IssueToken = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/IssueToken',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenResponse.FromString,
+                _registered_method=True)
+        self.GetOpenIdConfiguration = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/GetOpenIdConfiguration',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationResponse.FromString,
+                _registered_method=True)
         self.GetJwks = channel.unary_unary(
                 '/kimberly.auth.v1.AuthService/GetJwks',
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetJwksRequest.SerializeToString,
@@ -96,6 +171,119 @@ class AuthServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LogOutEverywhere(self, request, context):
+        """Ends every session of the signed-in user, the one that asks included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSessions(self, request, context):
+        """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
+        oldest one ends when another starts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeSession(self, request, context):
+        """Ends one session of the signed-in user. Within seconds every service refuses its tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChangePassword(self, request, context):
+        """Changes the password of the signed-in user, and ends every other session.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequestPasswordReset(self, request, context):
+        """Has a token mailed that resets the password. Answers alike whether or not the email names an
+        account; one mail a minute is sent at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetPassword(self, request, context):
+        """Sets a new password by a mailed token, and ends every session of the account.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequestEmailVerification(self, request, context):
+        """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
+        asks for one, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyEmail(self, request, context):
+        """Marks the email of an account as verified, by a mailed token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateApiKey(self, request, context):
+        """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
+        the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListApiKeys(self, request, context):
+        """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateApiKey(self, request, context):
+        """Gives an API key a new secret. The old one may stay good for a while, so that clients change
+        over one by one; if it does not, its access tokens are refused within seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeApiKey(self, request, context):
+        """Ends an API key for good. Within seconds every service refuses its access tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExchangeToken(self, request, context):
+        """Exchanges an API key for an access token. Exchange it again when the token expires.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IssueToken(self, request, context):
+        """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
+        JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
+        `client_credentials`, with the id of an API key as the client's id and the key as its secret;
+        and token exchange (RFC 8693), with an API key as the subject token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetOpenIdConfiguration(self, request, context):
+        """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetJwks(self, request, context):
         """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517).
         """
@@ -125,6 +313,81 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.LogOut,
                     request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutRequest.FromString,
                     response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutResponse.SerializeToString,
+            ),
+            'LogOutEverywhere': grpc.unary_unary_rpc_method_handler(
+                    servicer.LogOutEverywhere,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'RevokeSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeSession,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionResponse.SerializeToString,
+            ),
+            'ChangePassword': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangePassword,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordResponse.SerializeToString,
+            ),
+            'RequestPasswordReset': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestPasswordReset,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetResponse.SerializeToString,
+            ),
+            'ResetPassword': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetPassword,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordResponse.SerializeToString,
+            ),
+            'RequestEmailVerification': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestEmailVerification,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationResponse.SerializeToString,
+            ),
+            'VerifyEmail': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyEmail,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.SerializeToString,
+            ),
+            'CreateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateApiKey,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyResponse.SerializeToString,
+            ),
+            'ListApiKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListApiKeys,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysResponse.SerializeToString,
+            ),
+            'RotateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateApiKey,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyResponse.SerializeToString,
+            ),
+            'RevokeApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeApiKey,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyResponse.SerializeToString,
+            ),
+            'ExchangeToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExchangeToken,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenResponse.SerializeToString,
+            ),
+            'IssueToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueToken,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenResponse.SerializeToString,
+            ),
+            'GetOpenIdConfiguration': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOpenIdConfiguration,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationResponse.SerializeToString,
             ),
             'GetJwks': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJwks,
@@ -252,6 +515,411 @@ class AuthService:
             _registered_method=True)
 
     @staticmethod
+    def LogOutEverywhere(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/LogOutEverywhere',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutEverywhereResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ListSessions',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RevokeSession',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangePassword(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ChangePassword',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ChangePasswordResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestPasswordReset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RequestPasswordReset',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestPasswordResetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetPassword(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ResetPassword',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ResetPasswordResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestEmailVerification(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RequestEmailVerification',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RequestEmailVerificationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyEmail(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/VerifyEmail',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/CreateApiKey',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListApiKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ListApiKeys',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListApiKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RotateApiKey',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RotateApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/RevokeApiKey',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExchangeToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ExchangeToken',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ExchangeTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/IssueToken',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.IssueTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOpenIdConfiguration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/GetOpenIdConfiguration',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.GetOpenIdConfigurationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetJwks(request,
             target,
             options=(),
@@ -268,6 +936,395 @@ class AuthService:
             '/kimberly.auth.v1.AuthService/GetJwks',
             kimberly_dot_auth_dot_v1_dot_auth__pb2.GetJwksRequest.SerializeToString,
             kimberly_dot_auth_dot_v1_dot_auth__pb2.GetJwksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class TenantServiceStub:
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListMembers = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/ListMembers',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersResponse.FromString,
+                _registered_method=True)
+        self.AssignRole = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/AssignRole',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleResponse.FromString,
+                _registered_method=True)
+        self.DisableMember = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/DisableMember',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberResponse.FromString,
+                _registered_method=True)
+        self.EnableMember = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/EnableMember',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberResponse.FromString,
+                _registered_method=True)
+        self.LogOutMember = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/LogOutMember',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberResponse.FromString,
+                _registered_method=True)
+        self.CreateInvitation = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/CreateInvitation',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationResponse.FromString,
+                _registered_method=True)
+        self.ListInvitations = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/ListInvitations',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsResponse.FromString,
+                _registered_method=True)
+        self.RevokeInvitation = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/RevokeInvitation',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationResponse.FromString,
+                _registered_method=True)
+
+
+class TenantServiceServicer:
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    def ListMembers(self, request, context):
+        """Lists the people of the tenant, in the order in which they joined.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AssignRole(self, request, context):
+        """Gives somebody another role. Only owners make and unmake owners, and one owner stays. Acts at
+        once on what the person does here, and elsewhere when their access token is refreshed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DisableMember(self, request, context):
+        """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EnableMember(self, request, context):
+        """Lets somebody log in again who was disabled. Their API keys are good again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LogOutMember(self, request, context):
+        """Ends every session of somebody. They may log in again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateInvitation(self, request, context):
+        """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
+        account already keeps that one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListInvitations(self, request, context):
+        """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeInvitation(self, request, context):
+        """Takes an invitation back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TenantServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListMembers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMembers,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersResponse.SerializeToString,
+            ),
+            'AssignRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.AssignRole,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleResponse.SerializeToString,
+            ),
+            'DisableMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.DisableMember,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberResponse.SerializeToString,
+            ),
+            'EnableMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.EnableMember,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberResponse.SerializeToString,
+            ),
+            'LogOutMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.LogOutMember,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberResponse.SerializeToString,
+            ),
+            'CreateInvitation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateInvitation,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationResponse.SerializeToString,
+            ),
+            'ListInvitations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListInvitations,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsResponse.SerializeToString,
+            ),
+            'RevokeInvitation': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeInvitation,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kimberly.auth.v1.TenantService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kimberly.auth.v1.TenantService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class TenantService:
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    @staticmethod
+    def ListMembers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/ListMembers',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AssignRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/AssignRole',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.AssignRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DisableMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/DisableMember',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.DisableMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EnableMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/EnableMember',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LogOutMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/LogOutMember',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateInvitation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/CreateInvitation',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateInvitationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListInvitations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/ListInvitations',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListInvitationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeInvitation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/RevokeInvitation',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RevokeInvitationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,50 @@ class AuthServiceStub:
     """
     LogOut: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
+    LogOutEverywhere: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutEverywhereRequest, _auth_pb2.LogOutEverywhereResponse]
+    """Ends every session of the signed-in user, the one that asks included."""
+    ListSessions: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListSessionsRequest, _auth_pb2.ListSessionsResponse]
+    """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
+    oldest one ends when another starts.
+    """
+    RevokeSession: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RevokeSessionRequest, _auth_pb2.RevokeSessionResponse]
+    """Ends one session of the signed-in user. Within seconds every service refuses its tokens."""
+    ChangePassword: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ChangePasswordRequest, _auth_pb2.ChangePasswordResponse]
+    """Changes the password of the signed-in user, and ends every other session."""
+    RequestPasswordReset: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]
+    """Has a token mailed that resets the password. Answers alike whether or not the email names an
+    account; one mail a minute is sent at most.
+    """
+    ResetPassword: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ResetPasswordRequest, _auth_pb2.ResetPasswordResponse]
+    """Sets a new password by a mailed token, and ends every session of the account."""
+    RequestEmailVerification: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RequestEmailVerificationRequest, _auth_pb2.RequestEmailVerificationResponse]
+    """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
+    asks for one, too.
+    """
+    VerifyEmail: _grpc.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]
+    """Marks the email of an account as verified, by a mailed token."""
+    CreateApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]
+    """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
+    the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+    """
+    ListApiKeys: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListApiKeysRequest, _auth_pb2.ListApiKeysResponse]
+    """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
+    RotateApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RotateApiKeyRequest, _auth_pb2.RotateApiKeyResponse]
+    """Gives an API key a new secret. The old one may stay good for a while, so that clients change
+    over one by one; if it does not, its access tokens are refused within seconds.
+    """
+    RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RevokeApiKeyRequest, _auth_pb2.RevokeApiKeyResponse]
+    """Ends an API key for good. Within seconds every service refuses its access tokens."""
+    ExchangeToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ExchangeTokenRequest, _auth_pb2.ExchangeTokenResponse]
+    """Exchanges an API key for an access token. Exchange it again when the token expires."""
+    IssueToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]
+    """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
+    JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
+    `client_credentials`, with the id of an API key as the client's id and the key as its secret;
+    and token exchange (RFC 8693), with an API key as the subject token.
+    """
+    GetOpenIdConfiguration: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetOpenIdConfigurationRequest, _auth_pb2.GetOpenIdConfigurationResponse]
+    """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
     GetJwks: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetJwksRequest, _auth_pb2.GetJwksResponse]
     """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517)."""
 
@@ -63,6 +107,50 @@ class AuthServiceAsyncStub(AuthServiceStub):
     """
     LogOut: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]  # type: ignore[assignment]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
+    LogOutEverywhere: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutEverywhereRequest, _auth_pb2.LogOutEverywhereResponse]  # type: ignore[assignment]
+    """Ends every session of the signed-in user, the one that asks included."""
+    ListSessions: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListSessionsRequest, _auth_pb2.ListSessionsResponse]  # type: ignore[assignment]
+    """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
+    oldest one ends when another starts.
+    """
+    RevokeSession: _aio.UnaryUnaryMultiCallable[_auth_pb2.RevokeSessionRequest, _auth_pb2.RevokeSessionResponse]  # type: ignore[assignment]
+    """Ends one session of the signed-in user. Within seconds every service refuses its tokens."""
+    ChangePassword: _aio.UnaryUnaryMultiCallable[_auth_pb2.ChangePasswordRequest, _auth_pb2.ChangePasswordResponse]  # type: ignore[assignment]
+    """Changes the password of the signed-in user, and ends every other session."""
+    RequestPasswordReset: _aio.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]  # type: ignore[assignment]
+    """Has a token mailed that resets the password. Answers alike whether or not the email names an
+    account; one mail a minute is sent at most.
+    """
+    ResetPassword: _aio.UnaryUnaryMultiCallable[_auth_pb2.ResetPasswordRequest, _auth_pb2.ResetPasswordResponse]  # type: ignore[assignment]
+    """Sets a new password by a mailed token, and ends every session of the account."""
+    RequestEmailVerification: _aio.UnaryUnaryMultiCallable[_auth_pb2.RequestEmailVerificationRequest, _auth_pb2.RequestEmailVerificationResponse]  # type: ignore[assignment]
+    """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
+    asks for one, too.
+    """
+    VerifyEmail: _aio.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]  # type: ignore[assignment]
+    """Marks the email of an account as verified, by a mailed token."""
+    CreateApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
+    """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
+    the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+    """
+    ListApiKeys: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListApiKeysRequest, _auth_pb2.ListApiKeysResponse]  # type: ignore[assignment]
+    """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
+    RotateApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.RotateApiKeyRequest, _auth_pb2.RotateApiKeyResponse]  # type: ignore[assignment]
+    """Gives an API key a new secret. The old one may stay good for a while, so that clients change
+    over one by one; if it does not, its access tokens are refused within seconds.
+    """
+    RevokeApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.RevokeApiKeyRequest, _auth_pb2.RevokeApiKeyResponse]  # type: ignore[assignment]
+    """Ends an API key for good. Within seconds every service refuses its access tokens."""
+    ExchangeToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.ExchangeTokenRequest, _auth_pb2.ExchangeTokenResponse]  # type: ignore[assignment]
+    """Exchanges an API key for an access token. Exchange it again when the token expires."""
+    IssueToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]  # type: ignore[assignment]
+    """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
+    JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
+    `client_credentials`, with the id of an API key as the client's id and the key as its secret;
+    and token exchange (RFC 8693), with an API key as the subject token.
+    """
+    GetOpenIdConfiguration: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetOpenIdConfigurationRequest, _auth_pb2.GetOpenIdConfigurationResponse]  # type: ignore[assignment]
+    """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
     GetJwks: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetJwksRequest, _auth_pb2.GetJwksResponse]  # type: ignore[assignment]
     """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517)."""
 
@@ -105,6 +193,140 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
 
     @_abc_1.abstractmethod
+    def LogOutEverywhere(
+        self,
+        request: _auth_pb2.LogOutEverywhereRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.LogOutEverywhereResponse, _abc.Awaitable[_auth_pb2.LogOutEverywhereResponse]]:
+        """Ends every session of the signed-in user, the one that asks included."""
+
+    @_abc_1.abstractmethod
+    def ListSessions(
+        self,
+        request: _auth_pb2.ListSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ListSessionsResponse, _abc.Awaitable[_auth_pb2.ListSessionsResponse]]:
+        """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
+        oldest one ends when another starts.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeSession(
+        self,
+        request: _auth_pb2.RevokeSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RevokeSessionResponse, _abc.Awaitable[_auth_pb2.RevokeSessionResponse]]:
+        """Ends one session of the signed-in user. Within seconds every service refuses its tokens."""
+
+    @_abc_1.abstractmethod
+    def ChangePassword(
+        self,
+        request: _auth_pb2.ChangePasswordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ChangePasswordResponse, _abc.Awaitable[_auth_pb2.ChangePasswordResponse]]:
+        """Changes the password of the signed-in user, and ends every other session."""
+
+    @_abc_1.abstractmethod
+    def RequestPasswordReset(
+        self,
+        request: _auth_pb2.RequestPasswordResetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RequestPasswordResetResponse, _abc.Awaitable[_auth_pb2.RequestPasswordResetResponse]]:
+        """Has a token mailed that resets the password. Answers alike whether or not the email names an
+        account; one mail a minute is sent at most.
+        """
+
+    @_abc_1.abstractmethod
+    def ResetPassword(
+        self,
+        request: _auth_pb2.ResetPasswordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ResetPasswordResponse, _abc.Awaitable[_auth_pb2.ResetPasswordResponse]]:
+        """Sets a new password by a mailed token, and ends every session of the account."""
+
+    @_abc_1.abstractmethod
+    def RequestEmailVerification(
+        self,
+        request: _auth_pb2.RequestEmailVerificationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RequestEmailVerificationResponse, _abc.Awaitable[_auth_pb2.RequestEmailVerificationResponse]]:
+        """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
+        asks for one, too.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyEmail(
+        self,
+        request: _auth_pb2.VerifyEmailRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.VerifyEmailResponse, _abc.Awaitable[_auth_pb2.VerifyEmailResponse]]:
+        """Marks the email of an account as verified, by a mailed token."""
+
+    @_abc_1.abstractmethod
+    def CreateApiKey(
+        self,
+        request: _auth_pb2.CreateApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.CreateApiKeyResponse, _abc.Awaitable[_auth_pb2.CreateApiKeyResponse]]:
+        """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
+        the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+        """
+
+    @_abc_1.abstractmethod
+    def ListApiKeys(
+        self,
+        request: _auth_pb2.ListApiKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ListApiKeysResponse, _abc.Awaitable[_auth_pb2.ListApiKeysResponse]]:
+        """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
+
+    @_abc_1.abstractmethod
+    def RotateApiKey(
+        self,
+        request: _auth_pb2.RotateApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RotateApiKeyResponse, _abc.Awaitable[_auth_pb2.RotateApiKeyResponse]]:
+        """Gives an API key a new secret. The old one may stay good for a while, so that clients change
+        over one by one; if it does not, its access tokens are refused within seconds.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeApiKey(
+        self,
+        request: _auth_pb2.RevokeApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RevokeApiKeyResponse, _abc.Awaitable[_auth_pb2.RevokeApiKeyResponse]]:
+        """Ends an API key for good. Within seconds every service refuses its access tokens."""
+
+    @_abc_1.abstractmethod
+    def ExchangeToken(
+        self,
+        request: _auth_pb2.ExchangeTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ExchangeTokenResponse, _abc.Awaitable[_auth_pb2.ExchangeTokenResponse]]:
+        """Exchanges an API key for an access token. Exchange it again when the token expires."""
+
+    @_abc_1.abstractmethod
+    def IssueToken(
+        self,
+        request: _auth_pb2.IssueTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.IssueTokenResponse, _abc.Awaitable[_auth_pb2.IssueTokenResponse]]:
+        """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
+        JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
+        `client_credentials`, with the id of an API key as the client's id and the key as its secret;
+        and token exchange (RFC 8693), with an API key as the subject token.
+        """
+
+    @_abc_1.abstractmethod
+    def GetOpenIdConfiguration(
+        self,
+        request: _auth_pb2.GetOpenIdConfigurationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.GetOpenIdConfigurationResponse, _abc.Awaitable[_auth_pb2.GetOpenIdConfigurationResponse]]:
+        """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
+
+    @_abc_1.abstractmethod
     def GetJwks(
         self,
         request: _auth_pb2.GetJwksRequest,
@@ -113,3 +335,136 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns the public keys that verify access tokens, as a JSON Web Key Set (RFC 7517)."""
 
 def add_AuthServiceServicer_to_server(servicer: AuthServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class TenantServiceStub:
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> TenantServiceAsyncStub: ...
+    ListMembers: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListMembersRequest, _auth_pb2.ListMembersResponse]
+    """Lists the people of the tenant, in the order in which they joined."""
+    AssignRole: _grpc.UnaryUnaryMultiCallable[_auth_pb2.AssignRoleRequest, _auth_pb2.AssignRoleResponse]
+    """Gives somebody another role. Only owners make and unmake owners, and one owner stays. Acts at
+    once on what the person does here, and elsewhere when their access token is refreshed.
+    """
+    DisableMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.DisableMemberRequest, _auth_pb2.DisableMemberResponse]
+    """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds."""
+    EnableMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.EnableMemberRequest, _auth_pb2.EnableMemberResponse]
+    """Lets somebody log in again who was disabled. Their API keys are good again."""
+    LogOutMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutMemberRequest, _auth_pb2.LogOutMemberResponse]
+    """Ends every session of somebody. They may log in again."""
+    CreateInvitation: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateInvitationRequest, _auth_pb2.CreateInvitationResponse]
+    """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
+    account already keeps that one.
+    """
+    ListInvitations: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListInvitationsRequest, _auth_pb2.ListInvitationsResponse]
+    """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most."""
+    RevokeInvitation: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RevokeInvitationRequest, _auth_pb2.RevokeInvitationResponse]
+    """Takes an invitation back."""
+
+@_typing.type_check_only
+class TenantServiceAsyncStub(TenantServiceStub):
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ListMembers: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListMembersRequest, _auth_pb2.ListMembersResponse]  # type: ignore[assignment]
+    """Lists the people of the tenant, in the order in which they joined."""
+    AssignRole: _aio.UnaryUnaryMultiCallable[_auth_pb2.AssignRoleRequest, _auth_pb2.AssignRoleResponse]  # type: ignore[assignment]
+    """Gives somebody another role. Only owners make and unmake owners, and one owner stays. Acts at
+    once on what the person does here, and elsewhere when their access token is refreshed.
+    """
+    DisableMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.DisableMemberRequest, _auth_pb2.DisableMemberResponse]  # type: ignore[assignment]
+    """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds."""
+    EnableMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.EnableMemberRequest, _auth_pb2.EnableMemberResponse]  # type: ignore[assignment]
+    """Lets somebody log in again who was disabled. Their API keys are good again."""
+    LogOutMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutMemberRequest, _auth_pb2.LogOutMemberResponse]  # type: ignore[assignment]
+    """Ends every session of somebody. They may log in again."""
+    CreateInvitation: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateInvitationRequest, _auth_pb2.CreateInvitationResponse]  # type: ignore[assignment]
+    """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
+    account already keeps that one.
+    """
+    ListInvitations: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListInvitationsRequest, _auth_pb2.ListInvitationsResponse]  # type: ignore[assignment]
+    """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most."""
+    RevokeInvitation: _aio.UnaryUnaryMultiCallable[_auth_pb2.RevokeInvitationRequest, _auth_pb2.RevokeInvitationResponse]  # type: ignore[assignment]
+    """Takes an invitation back."""
+
+class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    """
+
+    @_abc_1.abstractmethod
+    def ListMembers(
+        self,
+        request: _auth_pb2.ListMembersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ListMembersResponse, _abc.Awaitable[_auth_pb2.ListMembersResponse]]:
+        """Lists the people of the tenant, in the order in which they joined."""
+
+    @_abc_1.abstractmethod
+    def AssignRole(
+        self,
+        request: _auth_pb2.AssignRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.AssignRoleResponse, _abc.Awaitable[_auth_pb2.AssignRoleResponse]]:
+        """Gives somebody another role. Only owners make and unmake owners, and one owner stays. Acts at
+        once on what the person does here, and elsewhere when their access token is refreshed.
+        """
+
+    @_abc_1.abstractmethod
+    def DisableMember(
+        self,
+        request: _auth_pb2.DisableMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.DisableMemberResponse, _abc.Awaitable[_auth_pb2.DisableMemberResponse]]:
+        """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds."""
+
+    @_abc_1.abstractmethod
+    def EnableMember(
+        self,
+        request: _auth_pb2.EnableMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.EnableMemberResponse, _abc.Awaitable[_auth_pb2.EnableMemberResponse]]:
+        """Lets somebody log in again who was disabled. Their API keys are good again."""
+
+    @_abc_1.abstractmethod
+    def LogOutMember(
+        self,
+        request: _auth_pb2.LogOutMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.LogOutMemberResponse, _abc.Awaitable[_auth_pb2.LogOutMemberResponse]]:
+        """Ends every session of somebody. They may log in again."""
+
+    @_abc_1.abstractmethod
+    def CreateInvitation(
+        self,
+        request: _auth_pb2.CreateInvitationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.CreateInvitationResponse, _abc.Awaitable[_auth_pb2.CreateInvitationResponse]]:
+        """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
+        account already keeps that one.
+        """
+
+    @_abc_1.abstractmethod
+    def ListInvitations(
+        self,
+        request: _auth_pb2.ListInvitationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ListInvitationsResponse, _abc.Awaitable[_auth_pb2.ListInvitationsResponse]]:
+        """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most."""
+
+    @_abc_1.abstractmethod
+    def RevokeInvitation(
+        self,
+        request: _auth_pb2.RevokeInvitationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RevokeInvitationResponse, _abc.Awaitable[_auth_pb2.RevokeInvitationResponse]]:
+        """Takes an invitation back."""
+
+def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

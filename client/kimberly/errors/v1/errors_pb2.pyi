@@ -74,6 +74,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The reader of a stream took nothing while much waited. It may go on where it stopped."""
     ERROR_REASON_CONTENT_UNREADABLE: _ErrorReason.ValueType  # 25
     """Encrypted content does not open: its key was shredded, or it was damaged."""
+    ERROR_REASON_SCOPE_MISSING: _ErrorReason.ValueType  # 30
+    """The access token does not carry the scope that this call needs."""
+    ERROR_REASON_MAILED_TOKEN_INVALID: _ErrorReason.ValueType  # 31
+    """The token from a mail is unknown, expired or used."""
+    ERROR_REASON_API_KEY_INVALID: _ErrorReason.ValueType  # 32
+    """The API key is unknown, expired or revoked."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. The name of the value, without its ERROR_REASON_ prefix, is the
@@ -132,4 +138,10 @@ ERROR_REASON_READER_TOO_SLOW: ErrorReason.ValueType  # 24
 """The reader of a stream took nothing while much waited. It may go on where it stopped."""
 ERROR_REASON_CONTENT_UNREADABLE: ErrorReason.ValueType  # 25
 """Encrypted content does not open: its key was shredded, or it was damaged."""
+ERROR_REASON_SCOPE_MISSING: ErrorReason.ValueType  # 30
+"""The access token does not carry the scope that this call needs."""
+ERROR_REASON_MAILED_TOKEN_INVALID: ErrorReason.ValueType  # 31
+"""The token from a mail is unknown, expired or used."""
+ERROR_REASON_API_KEY_INVALID: ErrorReason.ValueType  # 32
+"""The API key is unknown, expired or revoked."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,123 @@
+"""What AuthService answers about API keys."""
+
+import unicodedata
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeAlias
+
+import grpc
+from google.protobuf import timestamp_pb2
+from kimberly.auth.v1 import auth_pb2 as pb
+
+from server import ids
+from server.auth.api_key_store import ApiKeyStore
+from server.auth.api_keys import LONGEST_OVERLAP, ApiKey, Secret, check_expiry, check_scopes
+from server.auth.issuing import Issuer, seconds
+from server.caller import current_caller
+from server.clock import Clock
+from server.errors import ApiKeyInvalid, InvalidArgument
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_LONGEST_NAME: Final = 100
+
+
+class ApiKeyHandlers:
+    """A part of AuthService."""
+
+    _api_keys: ApiKeyStore
+    _issuer: Issuer
+    _clock: Clock
+
+    async def CreateApiKey(
+        self, request: pb.CreateApiKeyRequest, context: Context
+    ) -> pb.CreateApiKeyResponse:
+        now, secret = self._clock(), Secret.new()
+        asked = _instant(request.expire_time) if request.HasField("expire_time") else None
+        key = ApiKey(
+            id=ids.new_id(),
+            caller=current_caller(),
+            name=_name(request.name),
+            prefix=secret.prefix,
+            scopes=check_scopes(request.scopes, "scopes"),
+            created_at=now,
+            expires_at=check_expiry(asked, "expire_time", now),
+        )
+        await self._api_keys.create(key, secret)
+        return pb.CreateApiKeyResponse(api_key=_key_to(key), secret=secret.text)
+
+    async def ListApiKeys(
+        self, request: pb.ListApiKeysRequest, context: Context
+    ) -> pb.ListApiKeysResponse:
+        keys = await self._api_keys.list_keys(current_caller())
+        return pb.ListApiKeysResponse(api_keys=map(_key_to, keys))
+
+    async def RotateApiKey(
+        self, request: pb.RotateApiKeyRequest, context: Context
+    ) -> pb.RotateApiKeyResponse:
+        key_id = ids.parse(ids.API_KEY, request.id, "id")
+        overlap, secret = _overlap(request), Secret.new()
+        key = await self._api_keys.rotate(current_caller(), key_id, secret, overlap, self._clock())
+        return pb.RotateApiKeyResponse(api_key=_key_to(key), secret=secret.text)
+
+    async def RevokeApiKey(
+        self, request: pb.RevokeApiKeyRequest, context: Context
+    ) -> pb.RevokeApiKeyResponse:
+        key_id = ids.parse(ids.API_KEY, request.id, "id")
+        await self._api_keys.revoke(current_caller(), key_id, self._clock())
+        return pb.RevokeApiKeyResponse()
+
+    async def ExchangeToken(
+        self, request: pb.ExchangeTokenRequest, context: Context
+    ) -> pb.ExchangeTokenResponse:
+        opened = await self._api_keys.open(request.api_key, self._clock())
+        if opened is None:
+            raise ApiKeyInvalid
+        credentials = opened.credentials(request.scopes, "scopes")
+        access = await self._issuer.access_token(credentials, opened.expires_at)
+        return pb.ExchangeTokenResponse(
+            access_token=access.token,
+            access_token_lifetime=seconds(access.lifetime),
+            scopes=sorted(credentials.scopes),
+        )
+
+
+def _name(asked: str) -> str:
+    name = asked.strip()
+    if not 1 <= len(name) <= _LONGEST_NAME:
+        raise InvalidArgument("name", f"must have 1 to {_LONGEST_NAME} characters")
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise InvalidArgument("name", "must have no control characters")
+    return name
+
+
+def _overlap(request: pb.RotateApiKeyRequest) -> timedelta:
+    overlap = timedelta(seconds=request.overlap.seconds)
+    if not timedelta(0) <= overlap <= LONGEST_OVERLAP:
+        raise InvalidArgument("overlap", f"must be at most {LONGEST_OVERLAP.days} days")
+    return overlap
+
+
+def _instant(timestamp: timestamp_pb2.Timestamp) -> datetime:
+    try:
+        return timestamp.ToDatetime(UTC)
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgument("expire_time", "is no instant that exists") from error
+
+
+def _key_to(key: ApiKey) -> pb.ApiKey:
+    used_at = key.last_used_at
+    return pb.ApiKey(
+        id=ids.show(ids.API_KEY, key.id),
+        name=key.name,
+        prefix=key.prefix,
+        scopes=key.scopes,
+        create_time=_timestamp(key.created_at),
+        expire_time=_timestamp(key.expires_at),
+        last_use_time=_timestamp(used_at) if used_at else None,
+    )
+
+
+def _timestamp(instant: datetime) -> timestamp_pb2.Timestamp:
+    timestamp = timestamp_pb2.Timestamp()
+    timestamp.FromDatetime(instant)
+    return timestamp

@@ -1,0 +1,125 @@
+"""A session that is over is over: for refresh tokens at once, for access tokens within seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import grpc
+import httpx
+import pytest
+from google.protobuf.message import Message
+from kimberly.auth.v1 import auth_pb2 as auth
+from kimberly.jobs.v1 import jobs_pb2 as jobs
+from kimberly.memory.v1 import memory_pb2 as memory
+from kimberly.users.v1 import users_pb2 as users
+
+from server.auth.refresh_tokens import MOST_REPEATS
+from server.grants import RELOAD_SECONDS
+from tests.mesh import PASSWORD, User, eventually, sign_up
+from tests.transports import Refused
+
+REFUSED = "REFRESH_TOKEN_INVALID"
+PROMISED_SECONDS = 30.0
+BY_EVERY_SERVICE = (
+    users.GetUserRequest(),
+    memory.ListMemoriesRequest(),
+    jobs.ListJobsRequest(),
+)
+
+
+@pytest.fixture
+async def dan(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
+    """Somebody whose sessions may end."""
+    return await sign_up(http, channel)
+
+
+async def refresh(user: User, refresh_token: str) -> str:
+    """Return the next refresh token."""
+    request = auth.RefreshTokenRequest(refresh_token=refresh_token)
+    token: str = (await user.rest(request)).tokens.refresh_token
+    return token
+
+
+async def refusal(user: User, refresh_token: str) -> str:
+    with pytest.raises(Refused) as caught:
+        await refresh(user, refresh_token)
+    return caught.value.refusal.reason
+
+
+async def is_refused(user: User, request: Message) -> bool:
+    """Tell whether both transports refuse a call because of its token."""
+    answers = await asyncio.gather(
+        *(call(request) for call in user.transports.values()), return_exceptions=True
+    )
+    refused = [answer for answer in answers if isinstance(answer, Refused)]
+    assert {each.refusal.code for each in refused} <= {grpc.StatusCode.UNAUTHENTICATED}
+    return len(refused) == len(answers)
+
+
+async def seconds_until_refused(user: User) -> float:
+    """Return how long the access token is taken by at least one service."""
+    started = time.monotonic()
+
+    async def look() -> list[bool]:
+        return [await is_refused(user, request) for request in BY_EVERY_SERVICE]
+
+    await eventually(look, all, PROMISED_SECONDS)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("replayed", range(4))
+async def test_each_of_the_last_four_generations_gives_a_thief_away(
+    dan: User, replayed: int
+) -> None:
+    tokens = [dan.tokens.refresh_token]
+    for _ in range(5):
+        tokens.append(await refresh(dan, tokens[-1]))
+    assert await refusal(dan, tokens[replayed]) == REFUSED
+    assert await refusal(dan, tokens[-1]) == REFUSED
+
+
+async def test_fifty_replays_at_once_end_the_session(dan: User) -> None:
+    token = dan.tokens.refresh_token
+    answers = await asyncio.gather(
+        *(refresh(dan, token) for _ in range(50)), return_exceptions=True
+    )
+    granted = [answer for answer in answers if isinstance(answer, str)]
+    assert len(granted) <= 1 + MOST_REPEATS
+    for answer in granted:
+        assert await refusal(dan, answer) == REFUSED
+    assert await seconds_until_refused(dan) < PROMISED_SECONDS
+
+
+async def test_a_double_click_logs_nobody_out(dan: User) -> None:
+    token = dan.tokens.refresh_token
+    one, other = await asyncio.gather(refresh(dan, token), refresh(dan, token))
+    assert one != other
+    assert await refresh(dan, one)
+    assert not await is_refused(dan, BY_EVERY_SERVICE[0])
+
+
+async def test_every_service_refuses_the_tokens_of_a_session_that_ended(
+    dan: User, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not any([await is_refused(dan, request) for request in BY_EVERY_SERVICE])
+    await dan.rest(auth.LogOutRequest(refresh_token=dan.tokens.refresh_token))
+    seconds = await seconds_until_refused(dan)
+    with capsys.disabled():
+        sys.stdout.write(f"\nrefused at the edge by every service after {seconds:.1f} s ")
+    assert seconds < 2 * RELOAD_SECONDS + 1
+    assert await refusal(dan, dan.tokens.refresh_token) == REFUSED
+
+
+async def test_changing_the_password_ends_the_others(
+    dan: User, http: httpx.AsyncClient, channel: grpc.aio.Channel
+) -> None:
+    login = auth.LogInRequest(email=dan.email, password=PASSWORD)
+    stolen = (await dan.rest(login)).tokens.refresh_token
+    change = auth.ChangePasswordRequest(
+        current_password=PASSWORD, new_password="a new and longer password"
+    )
+    assert (await dan.rest(change)).ended_sessions == 1
+    assert await refusal(dan, stolen) == REFUSED
+    assert await refresh(dan, dan.tokens.refresh_token)

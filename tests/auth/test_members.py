@@ -1,0 +1,404 @@
+"""Tenants of several people: who joins, who may do what, and that it is written down."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from kimberly.auth.v1 import auth_pb2 as pb
+
+from server import ids
+from server.access import Role
+from server.auth.members import may_change
+from server.auth.postman import Postman
+from server.caller import Credentials
+from server.errors import Unauthenticated
+from server.grants import EndedGrants
+from server.tokens import TokenVerifier
+from tests.auth.conftest import PASSWORD, Auth, Tenants, reason_of, refresh, sign_up
+from tests.auth.mails import deliver, mailed, read
+from tests.conftest import FakeClock, bearer
+
+As = tuple[tuple[str, str], ...]
+ENUM = {
+    "owner": pb.ROLE_OWNER,
+    "admin": pb.ROLE_ADMIN,
+    "member": pb.ROLE_MEMBER,
+    "auditor": pb.ROLE_AUDITOR,
+}
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody with an account."""
+
+    id: str
+    email: str
+    tokens: pb.Tokens
+    credentials: Credentials
+
+    @property
+    def as_(self) -> As:
+        """What their calls carry: the role that their access token names."""
+        return bearer(self.credentials.caller, role=self.credentials.role)
+
+
+Join = Callable[[str], Awaitable[Person]]
+
+
+@pytest.fixture
+def meet(auth: Auth, verifier: TokenVerifier) -> Callable[..., Awaitable[Person]]:
+    async def meet(email: str, invitation: str = "") -> Person:
+        request = pb.SignUpRequest(email=email, password=PASSWORD, invitation=invitation)
+        answer = await auth.SignUp(request)
+        credentials = await verifier.verify(answer.tokens.access_token)
+        return Person(answer.user_id, email, answer.tokens, credentials)
+
+    return meet
+
+
+@pytest_asyncio.fixture
+async def ada(meet: Callable[..., Awaitable[Person]]) -> AsyncIterator[Person]:
+    """Owns a tenant."""
+    yield await meet("ada@example.com")
+
+
+@pytest.fixture
+def join(
+    tenants: Tenants,
+    ada: Person,
+    postman: Postman,
+    outbox: Path,
+    meet: Callable[..., Awaitable[Person]],
+) -> Join:
+    """Have somebody join Ada's tenant in a role, and return them."""
+
+    async def join(role: str) -> Person:
+        email = f"{ids.new_id().hex}@example.com"
+        invited = role if role != "owner" else "member"
+        request = pb.CreateInvitationRequest(email=email, role=ENUM[invited])
+        await tenants.CreateInvitation(request, metadata=ada.as_)
+        person = await meet(email, await mailed(outbox, postman, "invited"))
+        if role == "owner":
+            assign = pb.AssignRoleRequest(user_id=person.id, role=pb.ROLE_OWNER)
+            await tenants.AssignRole(assign, metadata=ada.as_)
+        return person
+
+    return join
+
+
+async def log_in(auth: Auth, person: Person) -> pb.LogInResponse:
+    return await auth.LogIn(pb.LogInRequest(email=person.email, password=PASSWORD))
+
+
+# --- joining -----------------------------------------------------------------------------------
+
+
+async def test_whoever_accepts_an_invitation_joins_in_its_role_with_a_verified_email(
+    tenants: Tenants, ada: Person, join: Join, owner: asyncpg.Connection
+) -> None:
+    guest = await join("auditor")
+    assert guest.credentials.caller.tenant_id == ada.credentials.caller.tenant_id
+    assert (ada.credentials.role, guest.credentials.role) == ("owner", "auditor")
+    listed = await tenants.ListMembers(pb.ListMembersRequest(), metadata=guest.as_)
+    assert [(each.user_id, each.role) for each in listed.members] == [
+        (ada.id, pb.ROLE_OWNER),
+        (guest.id, pb.ROLE_AUDITOR),
+    ]
+    assert [each.email_verified for each in listed.members] == [False, True]
+    assert await owner.fetchval("SELECT count(*) FROM tenants") == 1
+
+
+async def test_an_invitation_is_for_one_email_and_one_person(
+    auth: Auth,
+    tenants: Tenants,
+    ada: Person,
+    postman: Postman,
+    outbox: Path,
+    owner: asyncpg.Connection,
+) -> None:
+    request = pb.CreateInvitationRequest(email="Bob@example.com", role=pb.ROLE_MEMBER)
+    await tenants.CreateInvitation(request, metadata=ada.as_)
+    token = await mailed(outbox, postman, "invited")
+    signing_up = {"password": PASSWORD, "invitation": token}
+    stranger = auth.SignUp(pb.SignUpRequest(email="eve@example.com", **signing_up))
+    assert await reason_of(stranger) == "MAILED_TOKEN_INVALID"
+    uses = (auth.SignUp(pb.SignUpRequest(email="bob@example.com", **signing_up)) for _ in range(5))
+    answers = await asyncio.gather(*uses, return_exceptions=True)
+    assert sum(isinstance(answer, pb.SignUpResponse) for answer in answers) == 1
+    assert await owner.fetchval("SELECT count(*) FROM users") == 2
+    listed = await tenants.ListInvitations(pb.ListInvitationsRequest(), metadata=ada.as_)
+    assert not listed.invitations
+
+
+async def test_an_invitation_that_was_revoked_or_expired_is_none(
+    auth: Auth,
+    tenants: Tenants,
+    ada: Person,
+    postman: Postman,
+    outbox: Path,
+    clock: FakeClock,
+) -> None:
+    async def invite(email: str) -> tuple[pb.Invitation, str]:
+        request = pb.CreateInvitationRequest(email=email, role=pb.ROLE_MEMBER)
+        answer = await tenants.CreateInvitation(request, metadata=ada.as_)
+        return answer.invitation, await mailed(outbox, postman, "invited")
+
+    revoked, token = await invite("bob@example.com")
+    revoke = pb.RevokeInvitationRequest(id=revoked.id)
+    await tenants.RevokeInvitation(revoke, metadata=ada.as_)
+    again = tenants.RevokeInvitation(revoke, metadata=ada.as_)
+    assert await reason_of(again) == "RESOURCE_NOT_FOUND"
+    _, late = await invite("cy@example.com")
+    clock.advance(days=7)
+    for email, shown in (("bob@example.com", token), ("cy@example.com", late)):
+        request = pb.SignUpRequest(email=email, password=PASSWORD, invitation=shown)
+        assert await reason_of(auth.SignUp(request)) == "MAILED_TOKEN_INVALID"
+    # What has expired is not in the way.
+    await invite("cy@example.com")
+
+
+async def test_nobody_is_asked_twice_nor_who_belongs_already(
+    tenants: Tenants, ada: Person, postman: Postman, outbox: Path
+) -> None:
+    request = pb.CreateInvitationRequest(email="bob@example.com", role=pb.ROLE_MEMBER)
+    await tenants.CreateInvitation(request, metadata=ada.as_)
+    again = tenants.CreateInvitation(request, metadata=ada.as_)
+    assert await reason_of(again) == "RESOURCE_EXISTS"
+    herself = pb.CreateInvitationRequest(email="ada@example.com", role=pb.ROLE_MEMBER)
+    refused = tenants.CreateInvitation(herself, metadata=ada.as_)
+    assert await reason_of(refused) == "RESOURCE_EXISTS"
+    await deliver(postman)
+    assert len([mail for mail in read(outbox) if "invited" in mail["Subject"]]) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("email", "bob"), ("role", pb.ROLE_OWNER), ("role", 0), ("role", 99)]
+)
+async def test_an_invitation_that_cannot_be_names_the_field(
+    tenants: Tenants, ada: Person, field: str, value: Any
+) -> None:
+    good: dict[str, Any] = {"email": "bob@example.com", "role": pb.ROLE_MEMBER}
+    request = pb.CreateInvitationRequest(**good | {field: value})
+    refused = tenants.CreateInvitation(request, metadata=ada.as_)
+    assert await reason_of(refused) == f"FIELD_INVALID {field}"
+
+
+async def test_who_has_an_account_keeps_it(auth: Auth, ada: Person, join: Join) -> None:
+    guest = await join("member")
+    again = pb.SignUpRequest(email=guest.email, password=PASSWORD)
+    assert await reason_of(auth.SignUp(again)) == "RESOURCE_EXISTS"
+
+
+# --- roles -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("actor", "member"), [*product(Role, Role)])
+def test_owners_are_for_owners_to_make_and_unmake(actor: Role, member: Role) -> None:
+    assert may_change(actor, member) == (
+        actor is Role.OWNER or (actor is Role.ADMIN and member is not Role.OWNER)
+    )
+    assert may_change(actor, member, Role.OWNER) == (actor is Role.OWNER)
+
+
+async def test_a_role_that_was_taken_opens_nothing_although_the_token_still_names_it(
+    tenants: Tenants, ada: Person, join: Join
+) -> None:
+    admin = await join("admin")
+    await tenants.ListMembers(pb.ListMembersRequest(), metadata=admin.as_)
+    assign = pb.AssignRoleRequest(user_id=admin.id, role=pb.ROLE_MEMBER)
+    await tenants.AssignRole(assign, metadata=ada.as_)
+    for refused in (
+        tenants.ListMembers(pb.ListMembersRequest(), metadata=admin.as_),
+        tenants.LogOutMember(pb.LogOutMemberRequest(user_id=ada.id), metadata=admin.as_),
+    ):
+        assert await reason_of(refused) == "METHOD_NOT_ALLOWED"
+
+
+async def test_a_refreshed_token_names_the_new_role(
+    auth: Auth, tenants: Tenants, ada: Person, join: Join, verifier: TokenVerifier
+) -> None:
+    guest = await join("member")
+    assign = pb.AssignRoleRequest(user_id=guest.id, role=pb.ROLE_ADMIN)
+    await tenants.AssignRole(assign, metadata=ada.as_)
+    tokens = await refresh(auth, guest.tokens.refresh_token)
+    assert (await verifier.verify(tokens.access_token)).role == "admin"
+
+
+async def test_the_last_owner_stays_one_however_many_try_at_once(
+    tenants: Tenants, ada: Person, join: Join
+) -> None:
+    second = await join("owner")
+    as_second = bearer(second.credentials.caller)
+    steps = [
+        tenants.AssignRole(
+            pb.AssignRoleRequest(user_id=each.id, role=pb.ROLE_MEMBER), metadata=metadata
+        )
+        for each, metadata in ((ada, as_second), (second, ada.as_), (ada, ada.as_))
+    ]
+    await asyncio.gather(*steps, return_exceptions=True)
+    for metadata in (ada.as_, as_second):
+        try:
+            listed = await tenants.ListMembers(pb.ListMembersRequest(), metadata=metadata)
+        except Exception:  # noqa: BLE001 - of the two, one is an owner no more
+            continue
+        assert [each.role for each in listed.members].count(pb.ROLE_OWNER) == 1
+        return
+    pytest.fail("nobody owns the tenant")
+
+
+async def test_an_admin_does_nothing_to_an_owner(tenants: Tenants, ada: Person, join: Join) -> None:
+    admin, member = await join("admin"), await join("member")
+    for refused in (
+        tenants.AssignRole(
+            pb.AssignRoleRequest(user_id=ada.id, role=pb.ROLE_MEMBER), metadata=admin.as_
+        ),
+        tenants.AssignRole(
+            pb.AssignRoleRequest(user_id=member.id, role=pb.ROLE_OWNER), metadata=admin.as_
+        ),
+        tenants.DisableMember(pb.DisableMemberRequest(user_id=ada.id), metadata=admin.as_),
+        tenants.LogOutMember(pb.LogOutMemberRequest(user_id=ada.id), metadata=admin.as_),
+    ):
+        assert await reason_of(refused) == "METHOD_NOT_ALLOWED"
+
+
+@pytest.mark.parametrize("role", ["member", "auditor"])
+async def test_only_who_runs_the_tenant_changes_it(
+    tenants: Tenants, ada: Person, join: Join, role: str
+) -> None:
+    person = await join(role)
+    # Even if the token said otherwise.
+    for as_ in (person.as_, bearer(person.credentials.caller, role="owner")):
+        for refused in (
+            tenants.AssignRole(
+                pb.AssignRoleRequest(user_id=person.id, role=pb.ROLE_OWNER), metadata=as_
+            ),
+            tenants.DisableMember(pb.DisableMemberRequest(user_id=ada.id), metadata=as_),
+            tenants.EnableMember(pb.EnableMemberRequest(user_id=ada.id), metadata=as_),
+            tenants.LogOutMember(pb.LogOutMemberRequest(user_id=ada.id), metadata=as_),
+            tenants.CreateInvitation(
+                pb.CreateInvitationRequest(email="x@example.com", role=pb.ROLE_ADMIN),
+                metadata=as_,
+            ),
+        ):
+            assert await reason_of(refused) == "METHOD_NOT_ALLOWED"
+
+
+async def test_somebody_of_another_tenant_is_nobody(
+    tenants: Tenants, ada: Person, meet: Callable[..., Awaitable[Person]]
+) -> None:
+    bob = await meet("bob@example.com")
+    for user_id in (ada.id, ids.show(ids.USER, ids.new_id())):
+        for refused in (
+            tenants.AssignRole(
+                pb.AssignRoleRequest(user_id=user_id, role=pb.ROLE_MEMBER), metadata=bob.as_
+            ),
+            tenants.DisableMember(pb.DisableMemberRequest(user_id=user_id), metadata=bob.as_),
+            tenants.EnableMember(pb.EnableMemberRequest(user_id=user_id), metadata=bob.as_),
+            tenants.LogOutMember(pb.LogOutMemberRequest(user_id=user_id), metadata=bob.as_),
+        ):
+            assert await reason_of(refused) == "RESOURCE_NOT_FOUND"
+    listed = await tenants.ListMembers(pb.ListMembersRequest(), metadata=bob.as_)
+    assert [each.user_id for each in listed.members] == [bob.id]
+
+
+# --- disabling ---------------------------------------------------------------------------------
+
+
+async def test_who_is_disabled_is_out_with_all_they_had_open(
+    auth: Auth,
+    tenants: Tenants,
+    ada: Person,
+    join: Join,
+    verifier: TokenVerifier,
+    ended: EndedGrants,
+) -> None:
+    bob = await join("member")
+    request = pb.CreateApiKeyRequest(name="a script", scopes=["memory.read"])
+    key = await auth.CreateApiKey(request, metadata=bob.as_)
+    exchange = pb.ExchangeTokenRequest(api_key=key.secret)
+    token = (await auth.ExchangeToken(exchange)).access_token
+    disable = pb.DisableMemberRequest(user_id=bob.id)
+    answer = await tenants.DisableMember(disable, metadata=ada.as_)
+    assert answer.member.HasField("disable_time")
+    await ended.refresh()
+    for each in (bob.tokens.access_token, token):
+        with pytest.raises(Unauthenticated):
+            await verifier.verify(each)
+    assert await reason_of(log_in(auth, bob)) == "CREDENTIALS_INVALID"
+    assert await reason_of(auth.ExchangeToken(exchange)) == "API_KEY_INVALID"
+    assert await reason_of(refresh(auth, bob.tokens.refresh_token)) == "REFRESH_TOKEN_INVALID"
+
+    await tenants.EnableMember(pb.EnableMemberRequest(user_id=bob.id), metadata=ada.as_)
+    await log_in(auth, bob)
+    await verifier.verify((await auth.ExchangeToken(exchange)).access_token)
+
+
+async def test_of_log_ins_and_a_disabling_at_once_no_session_is_left(
+    auth: Auth, tenants: Tenants, ada: Person, join: Join, owner: asyncpg.Connection
+) -> None:
+    bob = await join("member")
+    disable = tenants.DisableMember(pb.DisableMemberRequest(user_id=bob.id), metadata=ada.as_)
+    await asyncio.gather(*(log_in(auth, bob) for _ in range(8)), disable, return_exceptions=True)
+    living = """
+        SELECT count(*) FROM sessions
+         WHERE user_id = (SELECT id FROM users WHERE email = $1) AND ended_at IS NULL
+    """
+    assert await owner.fetchval(living, bob.email) == 0
+
+
+async def test_nobody_disables_themselves(tenants: Tenants, ada: Person) -> None:
+    refused = tenants.DisableMember(pb.DisableMemberRequest(user_id=ada.id), metadata=ada.as_)
+    assert await reason_of(refused) == "STATE_CONFLICT"
+
+
+async def test_what_is_done_to_somebody_stands_in_their_log_with_who_did_it(
+    tenants: Tenants, ada: Person, join: Join, owner: asyncpg.Connection
+) -> None:
+    bob = await join("member")
+    assign = pb.AssignRoleRequest(user_id=bob.id, role=pb.ROLE_AUDITOR)
+    await tenants.AssignRole(assign, metadata=ada.as_)
+    log_out = pb.LogOutMemberRequest(user_id=bob.id)
+    assert (await tenants.LogOutMember(log_out, metadata=ada.as_)).ended == 1
+    await tenants.DisableMember(pb.DisableMemberRequest(user_id=bob.id), metadata=ada.as_)
+    await tenants.EnableMember(pb.EnableMemberRequest(user_id=bob.id), metadata=ada.as_)
+    rows = await owner.fetch(
+        """
+        SELECT action, actor, user_id FROM audit_events
+         WHERE action LIKE 'member.%' ORDER BY id
+        """
+    )
+    assert [row["action"] for row in rows] == [
+        "member.assign_auditor",
+        "member.log_out",
+        "member.disable",
+        "member.enable",
+    ]
+    assert {row["actor"] for row in rows} == {ada.id}
+    assert {row["user_id"].hex for row in rows} == {bob.id.removeprefix("usr_")}
+
+
+async def test_a_long_list_of_members_comes_in_pages(
+    tenants: Tenants, ada: Person, join: Join
+) -> None:
+    everybody = [ada.id, *[(await join("member")).id for _ in range(4)]]
+    for size in (1, 2, 5, 100):
+        seen, token = [], ""
+        while True:
+            request = pb.ListMembersRequest(page_size=size, page_token=token)
+            page = await tenants.ListMembers(request, metadata=ada.as_)
+            seen += [each.user_id for each in page.members]
+            token = page.next_page_token
+            if not token:
+                break
+        assert seen == everybody
+
+
+async def test_the_first_of_a_tenant_owns_it(auth: Auth, verifier: TokenVerifier) -> None:
+    tokens = await sign_up(auth, "grace@example.com")
+    assert (await verifier.verify(tokens.access_token)).role == "owner"
