@@ -14,7 +14,8 @@ import grpc
 
 from local.certificates import Names, make_leaf, make_root
 from local.ports import LOOPBACK
-from tests.conftest import Serve
+from server.caller import Caller
+from tests.conftest import Serve, bearer
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -77,3 +78,9 @@ async def command_of(
 
     await serve(register)
     return Command(f"localhost:{ports[0]}", directory)
+
+
+def token_of(caller: Caller) -> str:
+    """Return the token that `bearer` sends."""
+    ((_, value),) = bearer(caller)
+    return value.removeprefix("Bearer ")

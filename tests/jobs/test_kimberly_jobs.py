@@ -20,8 +20,8 @@ from server.jobs.schedule_store import ScheduleStore
 from server.jobs.service import JobService
 from server.jobs.store import JobStore
 from server.jobs.watching import JobFeed
-from tests.commands import Command, Ended, command_of
-from tests.conftest import Serve, bearer, new_caller
+from tests.commands import Command, Ended, command_of, token_of
+from tests.conftest import Serve, new_caller
 
 
 @pytest_asyncio.fixture
@@ -38,11 +38,6 @@ async def kimberly(
     )
     running.cancel()
     await asyncio.wait([running])
-
-
-def token_of(caller: Caller) -> str:
-    ((_, value),) = bearer(caller)
-    return value.removeprefix("Bearer ")
 
 
 async def make(database: Database, caller: Caller) -> str:

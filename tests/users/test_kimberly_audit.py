@@ -28,7 +28,7 @@ from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
 from server.users.service import UserService
 from server.users.store import UserStore
-from tests.commands import Command, command_of
+from tests.commands import Command, command_of, token_of
 from tests.conftest import FakeClock, Serve, Urls, bearer, new_caller
 from tests.users.conftest import Users
 from tests.users.tampering import CARELESS, EVENTS, THOROUGH, act, tampered
@@ -290,10 +290,6 @@ async def open_command(serve: Serve, database: Database, tmp_path: Path) -> Open
         )
 
     return start
-
-
-def token_of(caller: Caller) -> str:
-    return f"{caller.tenant_id}.{caller.user_id}"
 
 
 async def test_the_command_ends_with_0_intact_and_1_broken(
