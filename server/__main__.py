@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from server import telemetry
 from server.app import (
+    erase_again,
     migrate_database,
     rotate_audit_key,
     rotate_data_keys,
@@ -21,6 +22,7 @@ from server.app import (
 )
 from server.kms import KmsUnusable, UnwrapFailed
 from server.migrate import MigrationChanged
+from server.privacy.words import WordForged
 from server.rpc.serving import UnsafeSocketDirectory
 from server.settings import NEEDED_BY, PREFIX, MigrationSettings, Settings, explain
 
@@ -87,6 +89,14 @@ def rotate_data_keys_command() -> None:
     typer.echo(f"enqueued {_run(rotate_data_keys(settings))}")
 
 
+@app.command("erase-again")
+def erase_again_command() -> None:
+    """After a backup of the database was restored: erase again whoever had been erased since."""
+    settings = _settings(Settings)
+    telemetry.configure("erase-again", settings.log_level)
+    typer.echo(f"{_run(erase_again(settings))} erasures begin again")
+
+
 @app.command("settings")
 def settings_command(
     variable: Annotated[str, typer.Argument(help="Only this one.")] = "",
@@ -120,7 +130,13 @@ def _settings(kind: type[T]) -> T:
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
     try:
         return uvloop.run(work)
-    except (KmsUnusable, MigrationChanged, UnwrapFailed, UnsafeSocketDirectory) as error:
+    except (
+        KmsUnusable,
+        MigrationChanged,
+        UnwrapFailed,
+        UnsafeSocketDirectory,
+        WordForged,
+    ) as error:
         _exit(str(error))
 
 

@@ -36,6 +36,10 @@ METHODS: Mapping[str, Access] = {
     "/kimberly.users.v1.UserService/ListAuditEvents": Access.USER,
     "/kimberly.users.v1.UserService/ListAuditLinks": Access.USER,
     "/kimberly.users.v1.UserService/VerifyAuditLog": Access.USER,
+    "/kimberly.privacy.v1.PrivacyService/CreateErasure": Access.USER,
+    "/kimberly.privacy.v1.PrivacyService/GetErasure": Access.USER,
+    "/kimberly.privacy.v1.PrivacyService/GetErasureReceipt": Access.ANYONE,
+    "/kimberly.privacy.v1.PrivacyWorkService/EraseUser": Access.WORKER,
     "/kimberly.memory.v1.MemoryService/CreateMemory": Access.USER,
     "/kimberly.memory.v1.MemoryService/GetMemory": Access.USER,
     "/kimberly.memory.v1.MemoryService/ListMemories": Access.USER,
@@ -81,10 +85,19 @@ METHODS: Mapping[str, Access] = {
     "/grpc.health.v1.Health/Check": Access.WORKLOAD,
 }
 
+OPEN_TO_ERASED = frozenset(
+    {
+        "/kimberly.privacy.v1.PrivacyService/CreateErasure",
+        "/kimberly.privacy.v1.PrivacyService/GetErasure",
+    }
+)
+"""What a user who is being erased may still call: to ask again is to be told the same."""
+
 PROCESSES: Mapping[str, tuple[str, ...]] = {
     "auth": (
         "kimberly.auth.v1.AuthService",
         "kimberly.users.v1.UserService",
+        "kimberly.privacy.v1.PrivacyService",
         REFLECTION,
     ),
     "memory": (
@@ -92,6 +105,7 @@ PROCESSES: Mapping[str, tuple[str, ...]] = {
         "kimberly.scoring.v1.ScoringService",
         "kimberly.embedding.v1.EmbeddingService",
         "kimberly.maintenance.v1.MaintenanceService",
+        "kimberly.privacy.v1.PrivacyWorkService",
     ),
     "jobs": ("kimberly.jobs.v1.JobService", "kimberly.jobs.v1.WorkerService"),
 }

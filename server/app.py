@@ -17,6 +17,7 @@ from kimberly.embedding.v1 import embedding_pb2_grpc
 from kimberly.jobs.v1 import jobs_pb2_grpc
 from kimberly.maintenance.v1 import maintenance_pb2_grpc
 from kimberly.memory.v1 import memory_pb2_grpc
+from kimberly.privacy.v1 import privacy_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 from kimberly.users.v1 import users_pb2_grpc
 
@@ -33,6 +34,7 @@ from server.clock import utc_now
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.enqueue import enqueue
+from server.erased import ErasedUsers
 from server.jobs.doorbell import Doorbell
 from server.jobs.queue import Queue
 from server.jobs.schedules import Planner, Schedule
@@ -60,7 +62,7 @@ from server.memory.key_rotation import KeyRotation
 from server.memory.lifecycle_store import LifecycleStore
 from server.memory.maintenance_service import MaintenanceService
 from server.memory.meditation_store import MeditationStore
-from server.memory.objects import DoomedObjects
+from server.memory.objects import DoomedObjects, Kind
 from server.memory.promotion import Promotion
 from server.memory.promotion_rounds import PromotionRounds
 from server.memory.query_handlers import Queries
@@ -83,6 +85,11 @@ from server.memory.transcripts import Transcripts
 from server.memory.usage_store import UsageStore
 from server.memory.watching import Feed, Watcher
 from server.migrate import migrate, read_migrations
+from server.privacy.erasing import Eraser
+from server.privacy.erasure_archive import ErasureArchive
+from server.privacy.erasure_store import ErasureStore, Patience
+from server.privacy.service import PrivacyService
+from server.privacy.work_service import PrivacyWorkService
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server, channel_to_peers
 from server.settings import MigrationSettings, Settings
@@ -121,6 +128,8 @@ class Application:
     register: Callable[[grpc.aio.Server], None]
     keys: KeySource
     """Where access tokens are verified with."""
+    erased: ErasedUsers
+    """Whose access tokens are refused all the same."""
     loops: Sequence[Loop] = field(default_factory=list)
     """What runs beside the server until it stops."""
     announce_drain: Callable[[], None] = _nothing
@@ -177,12 +186,38 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
     )
     audit_log = AuditLog(AuditStore(system), archive, seal_seconds=settings.audit_seal_seconds)
     users = UserService(UserStore(database), audit_log)
+    erased = ErasedUsers(system)
+    erasures = ErasureStore(system, _patience(settings))
+    erasure_archive = ErasureArchive(
+        erasures, _blobs(settings), audit_keys.signer, audit_keys.known
+    )
+    privacy = PrivacyService(erasures, hashing.match, audit_keys.signer)
 
     def register(server: grpc.aio.Server) -> None:
         auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
+        privacy_pb2_grpc.add_PrivacyServiceServicer_to_server(privacy, server)
 
-    return Application(register, keyring, loops=[keyring.run, audit_log.run, checkpointer.run])
+    return Application(
+        register,
+        keyring,
+        erased,
+        loops=[
+            keyring.run,
+            audit_log.run,
+            checkpointer.run,
+            erased.run,
+            erasure_archive.run,
+        ],
+    )
+
+
+def _patience(settings: Settings) -> Patience:
+    """Return how long an erasure waits: for calls under way, and for URLs that are out."""
+    return Patience(
+        settle=timedelta(seconds=settings.erasure_settle_seconds),
+        confirm=timedelta(seconds=settings.upload_url_seconds + settings.sweep_margin_seconds),
+    )
 
 
 async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
@@ -251,16 +286,30 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
         utc_now,
     )
 
+    erased = ErasedUsers(system)
+    privacy_work = PrivacyWorkService(
+        Eraser(
+            system,
+            ErasureStore(system, _patience(settings)),
+            data_keys,
+            blobs,
+            redis,
+            object_kinds=tuple(Kind),
+        )
+    )
+
     def register(server: grpc.aio.Server) -> None:
         memory_pb2_grpc.add_MemoryServiceServicer_to_server(memories, server)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, server)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(embedding, server)
         maintenance_pb2_grpc.add_MaintenanceServiceServicer_to_server(maintenance, server)
+        privacy_pb2_grpc.add_PrivacyWorkServiceServicer_to_server(privacy_work, server)
 
     return Application(
         register,
         keys,
-        loops=[keys.run, blobs.keep_versions, feed.run, answers.run, counts.run],
+        erased,
+        loops=[keys.run, erased.run, blobs.keep_versions, feed.run, answers.run, counts.run],
         announce_drain=feed.drain,
     )
 
@@ -288,6 +337,7 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     promotion = Schedule("short_term.promote", settings.promotion_schedule, "short_term.promote")
     planner = Planner(system, [nightly, rewrapping, sweeping, retention, promotion])
     jobs = JobService(JobStore(database))
+    erased = ErasedUsers(system)
 
     def register(server: grpc.aio.Server) -> None:
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
@@ -296,7 +346,8 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     return Application(
         register,
         keys,
-        loops=[keys.run, workers.run, planner.run],
+        erased,
+        loops=[keys.run, erased.run, workers.run, planner.run],
         announce_drain=workers.drain,
     )
 
@@ -380,6 +431,20 @@ async def rotate_data_keys(settings: Settings) -> str:
     return ids.show(ids.JOB, job_id)
 
 
+async def erase_again(settings: Settings) -> int:
+    """Begin anew every erasure that S3 knows of, and return how many those are."""
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(_databases(settings, "erase-again"))
+        audit_keys = AuditKeys(CheckpointStore(system), await _kms(settings, stack))
+        archive = ErasureArchive(
+            ErasureStore(system, _patience(settings)),
+            _blobs(settings),
+            audit_keys.signer,
+            audit_keys.known,
+        )
+        return await archive.erase_again()
+
+
 def _server(process: str, settings: Settings, application: Application) -> Server:
     verifier = TokenVerifier(
         application.keys, issuer=settings.token_issuer, audience=settings.token_audience
@@ -389,6 +454,7 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
         worker_id=access.spiffe_id(settings.trust_domain, settings.namespace, access.WORKER),
         unary_seconds=settings.unary_seconds,
         stream_seconds=settings.stream_seconds,
+        erased=application.erased,
     )
     server = Server(
         settings.listen_socket,

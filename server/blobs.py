@@ -254,9 +254,12 @@ class Blobs:
         """Remove one version of an object; without one, the object of a bucket that keeps none."""
         await _run(self._client.remove_object, self._bucket, key, version_id)
 
-    async def versions(self, *, token: str, limit: int) -> VersionPage:
-        """Return a page of all versions of all objects; `token` is empty for the first page."""
-        return await _run(self._client.versions, self._bucket, "", limit, token)
+    async def versions(self, *, token: str, limit: int, prefix: str = "") -> VersionPage:
+        """Return a page of all versions of all objects, or of those whose keys begin so.
+
+        `token` is empty for the first page.
+        """
+        return await _run(self._client.versions, self._bucket, prefix, limit, token)
 
     async def put_new(self, key: str, data: bytes) -> bool:
         """Write a small object and return True; if there is one under this key, return False."""
@@ -284,9 +287,9 @@ class Blobs:
         """Make parts an object; an upload that is over stays as it is."""
         await _run(self._complete_upload, key, upload_id, parts)
 
-    async def unfinished(self) -> list[UnfinishedUpload]:
-        """Return uploads that are not over: all of them, or a thousand of more."""
-        return await _run(self._client.unfinished, self._bucket, "")
+    async def unfinished(self, prefix: str = "") -> list[UnfinishedUpload]:
+        """Return uploads that are not over, of keys that begin so: all, or a thousand of more."""
+        return await _run(self._client.unfinished, self._bucket, prefix)
 
     async def abort_upload(self, key: str, upload_id: str) -> None:
         """Give an upload up; one that is over stays as it is."""

@@ -5,6 +5,7 @@ is a name of kimberly.errors.v1.ErrorReason without its prefix.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 
 class Problem(Exception):
@@ -77,6 +78,17 @@ class RefreshTokenInvalid(Unauthenticated):
         super().__init__("the refresh token is not valid; log in again")
 
 
+class AccountErased(Unauthenticated):
+    """Who calls has asked to be erased."""
+
+    reason = "ACCOUNT_ERASED"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the account is erased; POST /v1/user/erasures:receipt says how far that is"
+        )
+
+
 class PermissionDenied(Problem):
     """The caller is known and may not."""
 
@@ -84,6 +96,25 @@ class PermissionDenied(Problem):
 
     def __init__(self) -> None:
         super().__init__("the caller may not use this method")
+
+
+class ProofInvalid(Problem):
+    """The caller did not prove that they are who they seem to be."""
+
+    reason = "PROOF_INVALID"
+
+    def __init__(self) -> None:
+        super().__init__("the password is wrong; nothing was done")
+
+
+class RateLimited(Problem):
+    """Too much of something within a time."""
+
+    reason = "RATE_LIMITED"
+
+    def __init__(self, what: str, retry_after: timedelta) -> None:
+        super().__init__(f"too many {what}; try again later")
+        self.retry_after = retry_after
 
 
 class ConsentMissing(Problem):

@@ -16,6 +16,9 @@ ATTACHMENT: Final = "att"
 MEDITATION: Final = "med"
 JOB: Final = "job"
 AUDIT_EVENT: Final = "aud"
+ERASURE: Final = "era"
+RECEIPT: Final = "rcp"
+EXPORT: Final = "exp"
 
 ABOVE_ALL: Final = UUID(int=(1 << 128) - 1)
 """No id is as high: where a list begins that goes down."""

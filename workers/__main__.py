@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from server.telemetry import configure
 from workers.embedding import EMBED, Embedding
 from workers.embedding_models import Embedder, ModelUnusable, load_embedders
+from workers.erasure import ERASE, Erasing
 from workers.housekeeping import SWEEP_ATTACHMENTS, SWEEP_MEMORIES, Housekeeping
 from workers.meditation import PLAN, SHARD, Meditation
 from workers.promotion import PROMOTE, Promoting
@@ -88,6 +89,7 @@ async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
                 SWEEP_ATTACHMENTS: housekeeping.sweep_attachments,
                 SWEEP_MEMORIES: housekeeping.sweep_memories,
                 PROMOTE: Promoting(channel).promote,
+                ERASE: Erasing(channel).erase,
                 **_embedding(channel, embedders),
             },
             concurrency=settings.concurrency,

@@ -4,22 +4,30 @@
 2. errors     turns everything below into a status; nothing raised further in escapes it
 3. deadline   bounds all the work below, the look-up of keys included
 4. caller     who is calling, before anyone asks whether they may
-5. access     last: a method without a row is denied to everybody
+5. access     a method without a row is denied to everybody
+6. erased     last: whoever asked to be erased may do nothing that they might have done before
 """
 
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Container, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, assert_never
+from uuid import UUID
 
 import grpc
 import structlog
 
-from server.access import METHODS, Access
+from server.access import METHODS, OPEN_TO_ERASED, Access
 from server.caller import Caller, current_caller, set_caller
-from server.errors import DeadlineExceeded, PermissionDenied, Problem, Unauthenticated
+from server.errors import (
+    AccountErased,
+    DeadlineExceeded,
+    PermissionDenied,
+    Problem,
+    Unauthenticated,
+)
 from server.rpc.around import Call, Layer
 from server.rpc.status import STATUS_METADATA_KEY, Internal, code_of, to_status
 
@@ -37,7 +45,12 @@ class Verifier(Protocol):
 
 
 def chain(
-    verifier: Verifier, *, worker_id: str, unary_seconds: float, stream_seconds: float
+    verifier: Verifier,
+    *,
+    worker_id: str,
+    unary_seconds: float,
+    stream_seconds: float,
+    erased: Container[UUID] = (),
 ) -> Sequence[Layer]:
     """Return the layers of every server, outermost first.
 
@@ -46,6 +59,7 @@ def chain(
         worker_id: SPIFFE id of workers.
         unary_seconds: Longest time of a unary call.
         stream_seconds: Longest time of a call that streams.
+        erased: Users whose tokens open nothing any more.
     """
     return (
         logged,
@@ -53,6 +67,7 @@ def chain(
         _Deadline(unary_seconds, stream_seconds).bounded,
         _Caller(verifier).identified,
         _Access(worker_id).allowed,
+        _Erased(erased).refused,
     )
 
 
@@ -159,6 +174,20 @@ class _Access:
                     raise PermissionDenied
             case _:
                 assert_never(access)
+
+
+class _Erased:
+    """Refuses users who asked to be erased, although their tokens have not expired."""
+
+    def __init__(self, users: Container[UUID]) -> None:
+        self._users = users
+
+    @asynccontextmanager
+    async def refused(self, call: Call) -> AsyncIterator[None]:
+        is_closed = METHODS.get(call.method) is Access.USER and call.method not in OPEN_TO_ERASED
+        if is_closed and current_caller().user_id in self._users:
+            raise AccountErased
+        yield
 
 
 def workload_id(call: Call) -> str | None:

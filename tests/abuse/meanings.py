@@ -32,7 +32,8 @@ class Means(enum.Enum):
     FILTER = "narrows what is the caller's own"
     FREE = "a name that each user gives away anew"
     NOTHING = "is the server's to say; counts for nothing in a request"
-    SECRET = "speaks for whoever shows it: tests/abuse/test_tokens"
+    END = "the end of whoever asks, whom the other tests still need: tests/privacy"
+    SECRET = "speaks for whoever shows it: tests/abuse/test_tokens, tests/privacy"
 
 
 IDS: Final = (Means.MEMORY, Means.ATTACHMENT, Means.MEDITATION, Means.JOB)
@@ -72,6 +73,8 @@ def _kept(path: str) -> dict[str, Means]:
 FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "RefreshToken": {"refresh_token": Means.SECRET},
     "LogOut": {"refresh_token": Means.SECRET},
+    "GetErasure": {"id": Means.END},
+    "GetErasureReceipt": {"receipt_id": Means.SECRET},
     "ListAuditEvents": {"page_token": Means.PLACE},
     "ListAuditLinks": {"page_token": Means.PLACE},
     "CreateMemory": {**_kept("memory"), "request_id": Means.FREE},

@@ -445,7 +445,9 @@ READING: Final = sorted(
     method.name
     for method in METHODS.values()
     if (rule_of(method).get or method.name == "QueryMemories")
-    and not any(means in (*IDS, *NAMED) for means in FIELDS.get(method.name, {}).values())
+    and not any(
+        means in (*IDS, *NAMED, Means.END) for means in FIELDS.get(method.name, {}).values()
+    )
 )
 
 

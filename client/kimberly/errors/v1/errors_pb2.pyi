@@ -74,6 +74,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The reader of a stream took nothing while much waited. It may go on where it stopped."""
     ERROR_REASON_CONTENT_UNREADABLE: _ErrorReason.ValueType  # 25
     """Encrypted content does not open: its key was shredded, or it was damaged."""
+    ERROR_REASON_ACCOUNT_ERASED: _ErrorReason.ValueType  # 26
+    """The user has asked to be erased: their tokens open nothing more."""
+    ERROR_REASON_PROOF_INVALID: _ErrorReason.ValueType  # 27
+    """What was to prove that the user themselves asks is wrong. Nothing was done."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. The name of the value, without its ERROR_REASON_ prefix, is the
@@ -132,4 +136,8 @@ ERROR_REASON_READER_TOO_SLOW: ErrorReason.ValueType  # 24
 """The reader of a stream took nothing while much waited. It may go on where it stopped."""
 ERROR_REASON_CONTENT_UNREADABLE: ErrorReason.ValueType  # 25
 """Encrypted content does not open: its key was shredded, or it was damaged."""
+ERROR_REASON_ACCOUNT_ERASED: ErrorReason.ValueType  # 26
+"""The user has asked to be erased: their tokens open nothing more."""
+ERROR_REASON_PROOF_INVALID: ErrorReason.ValueType  # 27
+"""What was to prove that the user themselves asks is wrong. Nothing was done."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
