@@ -56,6 +56,7 @@ from server.memory.embedding_search import EmbeddingSearch
 from server.memory.embedding_service import EmbeddingService
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.exporting import Exporter
+from server.memory.histories import Histories
 from server.memory.import_store import ImportStore
 from server.memory.importing import Importer
 from server.memory.key_rotation import KeyRotation
@@ -85,9 +86,12 @@ from server.memory.transcripts import Transcripts
 from server.memory.usage_store import UsageStore
 from server.memory.watching import Feed, Watcher
 from server.migrate import migrate, read_migrations
+from server.privacy.dumping import Dumper
 from server.privacy.erasing import Eraser
 from server.privacy.erasure_archive import ErasureArchive
 from server.privacy.erasure_store import ErasureStore, Patience
+from server.privacy.export_store import ExportStore
+from server.privacy.exporting import UserExporter
 from server.privacy.service import PrivacyService
 from server.privacy.work_service import PrivacyWorkService
 from server.rpc.interceptors import chain
@@ -191,7 +195,14 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
     erasure_archive = ErasureArchive(
         erasures, _blobs(settings), audit_keys.signer, audit_keys.known
     )
-    privacy = PrivacyService(erasures, hashing.match, audit_keys.signer)
+    privacy = PrivacyService(
+        erasures,
+        ExportStore(database, timedelta(days=settings.export_days)),
+        hashing.match,
+        audit_keys.signer,
+        _blobs(settings),
+        url_lifetime=timedelta(seconds=settings.upload_url_seconds),
+    )
 
     def register(server: grpc.aio.Server) -> None:
         auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
@@ -242,6 +253,7 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     collection = Collection(BulkStore(database), short_term, opener)
     promotion = Promotion(database, short_term)
     transcripts = Transcripts(database, blobs, doomed, url_lifetime)
+    exporter = Exporter(collection, changes)
     memories = MemoryService(
         MemoryStore(database, data_keys),
         BatchStore(database, data_keys),
@@ -263,7 +275,7 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
         MeditationStore(database),
         Streams(
             Importer(ImportStore(database, data_keys), utc_now),
-            Exporter(collection, changes),
+            exporter,
             Watcher(feed, collection.some, session_seconds=_watch_seconds(settings)),
         ),
         opener,
@@ -295,7 +307,13 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
             blobs,
             redis,
             object_kinds=tuple(Kind),
-        )
+        ),
+        UserExporter(
+            ExportStore(database, timedelta(days=settings.export_days)),
+            Dumper(database, system),
+            Histories(exporter, LifecycleStore(database), short_term, opener),
+            blobs,
+        ),
     )
 
     def register(server: grpc.aio.Server) -> None:

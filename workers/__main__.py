@@ -16,6 +16,7 @@ from server.telemetry import configure
 from workers.embedding import EMBED, Embedding
 from workers.embedding_models import Embedder, ModelUnusable, load_embedders
 from workers.erasure import ERASE, Erasing
+from workers.exporting import EXPIRE, EXPORT, Exporting
 from workers.housekeeping import SWEEP_ATTACHMENTS, SWEEP_MEMORIES, Housekeeping
 from workers.meditation import PLAN, SHARD, Meditation
 from workers.promotion import PROMOTE, Promoting
@@ -79,6 +80,7 @@ async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
     async with open_channel(settings.outbound_socket) as channel:
         meditation = Meditation(channel)
         housekeeping = Housekeeping(channel)
+        exporting = Exporting(channel)
         worker = Worker(
             channel,
             {
@@ -90,6 +92,8 @@ async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
                 SWEEP_MEMORIES: housekeeping.sweep_memories,
                 PROMOTE: Promoting(channel).promote,
                 ERASE: Erasing(channel).erase,
+                EXPORT: exporting.export,
+                EXPIRE: exporting.expire,
                 **_embedding(channel, embedders),
             },
             concurrency=settings.concurrency,

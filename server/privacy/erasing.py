@@ -1,7 +1,7 @@
 """Erasing a user: rounds through all stores, until one finds nothing.
 
 What is to be removed is not listed here, where something new would be forgotten. Every table that
-has a column `user_id` is gone through, as the catalogue of the database tells them; every object
+has a column `user_id`, or `email` alone, is gone through, as the catalogue tells them; every object
 under the user's prefixes; every key under the user's own. A round removes what it finds and counts
 it; one that finds nothing proves that nothing is left, and is the last. Everything may be repeated,
 and what is removed stays so: whoever goes on after a crash goes on from what is left.
@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Final, assert_never
+
+import asyncpg
 
 from server.blobs import Blobs
 from server.cache import Redis, out_of_reach, prefix_of
@@ -35,7 +37,8 @@ class Table:
 
     name: str
     """As it is written in SQL."""
-    owner_column: str
+    condition: str
+    """Which rows are a user's: of the tenant $1 and the user $2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class Eraser:
             DELETE FROM {table.name}
              WHERE ctid = ANY (ARRAY(SELECT ctid
                                        FROM {table.name}
-                                      WHERE tenant_id = $1 AND {table.owner_column} = $2
+                                      WHERE {table.condition}
                                       LIMIT $3))
             """,  # noqa: S608 - names from the catalogue, as it quotes them
             caller.tenant_id,
@@ -165,7 +168,8 @@ async def erasable_tables(connection: Connection) -> Mapping[str, Table]:
     """
     rows = await connection.fetch(
         """
-        SELECT quote_ident(class.relname) AS name, quote_ident(attribute.attname) AS owner_column,
+        SELECT DISTINCT ON (class.relname)
+               quote_ident(class.relname) AS name, attribute.attname AS owner_column,
                ARRAY(SELECT quote_ident(referred.relname)
                        FROM pg_constraint AS reference
                        JOIN pg_class AS referred ON referred.oid = reference.confrelid
@@ -174,17 +178,28 @@ async def erasable_tables(connection: Connection) -> Mapping[str, Table]:
           FROM pg_class AS class
           JOIN pg_attribute AS attribute ON attribute.attrelid = class.oid
          WHERE class.relnamespace = 'public'::regnamespace AND class.relkind = 'r'
-           AND attname = CASE relname WHEN 'users' THEN 'id' ELSE 'user_id' END
-         ORDER BY class.relname
+           AND attname IN ('user_id', 'email')
+         ORDER BY class.relname, attname = 'user_id' DESC
         """
     )
-    tables = {row["name"]: Table(row["name"], row["owner_column"]) for row in rows}
+    tables = {row["name"]: Table(row["name"], _condition(row)) for row in rows}
     order = TopologicalSorter[str]()
     for row in rows:
         order.add(row["name"])
+        if row["owner_column"] == "email" and row["name"] != "users":
+            order.add("users", row["name"])
         for referred in row["refers_to"]:
             order.add(referred, row["name"])
     return {name: tables[name] for name in order.static_order() if name in tables.keys() - KEPT}
+
+
+def _condition(row: asyncpg.Record) -> str:
+    if row["name"] == "users":
+        return "tenant_id = $1 AND id = $2"
+    if row["owner_column"] == "user_id":
+        return "tenant_id = $1 AND user_id = $2"
+    # As long as there is the user; they go last.
+    return "email IN (SELECT email FROM users WHERE tenant_id = $1 AND id = $2)"
 
 
 def _prefix(kind: str, caller: Caller) -> str:

@@ -24,6 +24,7 @@ class Means(enum.Enum):
     ATTACHMENT = "att"
     MEDITATION = "med"
     JOB = "job"
+    EXPORT = "exp"
     SESSION = "a conversation that was begun"
     TRANSCRIPT = "a conversation that was written down"
     IMPORT = "an import that was begun"
@@ -36,7 +37,7 @@ class Means(enum.Enum):
     SECRET = "speaks for whoever shows it: tests/abuse/test_tokens, tests/privacy"
 
 
-IDS: Final = (Means.MEMORY, Means.ATTACHMENT, Means.MEDITATION, Means.JOB)
+IDS: Final = (Means.MEMORY, Means.ATTACHMENT, Means.MEDITATION, Means.JOB, Means.EXPORT)
 """What the server names, by ids that say the kind."""
 NAMED: Final = (Means.SESSION, Means.TRANSCRIPT, Means.IMPORT)
 """What users name, each in a space of their own."""
@@ -73,6 +74,8 @@ def _kept(path: str) -> dict[str, Means]:
 FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "RefreshToken": {"refresh_token": Means.SECRET},
     "LogOut": {"refresh_token": Means.SECRET},
+    "CreateExport": {"request_id": Means.FREE},
+    "GetExport": {"id": Means.EXPORT},
     "GetErasure": {"id": Means.END},
     "GetErasureReceipt": {"receipt_id": Means.SECRET},
     "ListAuditEvents": {"page_token": Means.PLACE},

@@ -49,7 +49,7 @@ REFERENCES: Final = fields_that_mean(*IDS, *NAMED)
 OWN_REFUSALS: Final = {"CompleteAttachment": "UPLOAD_MISMATCH"}
 """What an owner is told because of the state of the thing."""
 
-_ANY_ID: Final = re.compile(rb"(?:mem|att|med|job|usr|aud)_[0-9a-f]{32}")
+_ANY_ID: Final = re.compile(rb"(?:mem|att|med|job|exp|usr|aud)_[0-9a-f]{32}")
 _LAST: Final = {"end", "caught_up"}
 
 

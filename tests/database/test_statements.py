@@ -26,6 +26,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "auth.store.replace_hash": "system role: one user, whose tenant does not matter",
     "auth.store.start_session": "system role: one user, whose tenant does not matter",
     "erased.refresh": "system role: whose tokens open nothing, whoever shows one",
+    "privacy.erasing._condition": "a part of a statement: a user by the email that they have",
     "privacy.erasure_store.note_archived": "system role: one erasure, by its id",
     "enqueue._unfinished": "a unique key says whose job it is",
     "jobs.queue._complete": QUEUE,

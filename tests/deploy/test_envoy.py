@@ -428,6 +428,7 @@ def test_rest_calls_without_token_are_those_of_methods_for_anyone() -> None:
         ("POST", "/v1/login"),
         ("POST", "/v1/token:refresh"),
         ("POST", "/v1/logout"),
+        ("POST", "/v1/user/erasures:receipt"),
         ("GET", "/.well-known/jwks.json"),
     }
 

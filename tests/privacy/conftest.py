@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import argon2
 import asyncpg
+import grpc
 import pytest
 import pytest_asyncio
 from kimberly.privacy.v1 import privacy_pb2_grpc as rpc
@@ -20,11 +21,22 @@ from server.cache import Redis, prefix_of
 from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.kms.local import LocalKms
+from server.memory.bulk_store import BulkStore
+from server.memory.change_store import ChangeStore
+from server.memory.collection import Collection
+from server.memory.exporting import Exporter
+from server.memory.histories import Histories
+from server.memory.lifecycle_store import LifecycleStore
 from server.memory.objects import Kind
+from server.memory.sensitive import Opener
+from server.memory.short_term import ShortTermStore
 from server.privacy import words
+from server.privacy.dumping import Dumper
 from server.privacy.erasing import Eraser
 from server.privacy.erasure_archive import ErasureArchive
 from server.privacy.erasure_store import ErasureStore, Patience
+from server.privacy.export_store import ExportStore
+from server.privacy.exporting import UserExporter
 from server.privacy.service import PrivacyService
 from server.privacy.work_service import PrivacyWorkService
 from server.users.audit_keys import AuditKeys
@@ -32,6 +44,7 @@ from server.users.checkpoint_store import CheckpointStore
 from tests.conftest import Serve, as_worker, data_keys_of
 from tests.database.rows import populate, three
 from workers.erasure import Erasing
+from workers.exporting import Exporting
 from workers.stream import Task
 
 Privacy: TypeAlias = "rpc.PrivacyServiceAsyncStub"
@@ -64,7 +77,7 @@ class Everything:
                     await self.put_object(caller, kind)
             key = f"attachments/{caller.tenant_id.hex}/{caller.user_id.hex}/unfinished"
             await self.blobs.begin_upload(key)
-            for name in ("short:1", "shorts", "answers", "session:x", "anything else"):
+            for name in ("one", "another", "session:x", "anything else"):
                 await self.redis.set(prefix_of(caller) + name, "said")
 
     async def put_object(self, caller: Caller, kind: Kind) -> None:
@@ -155,13 +168,48 @@ def eraser(
     return Eraser(system_database, erasures, keys, blobs, redis, object_kinds=tuple(Kind))
 
 
+@pytest.fixture
+def exports(database: Database) -> ExportStore:
+    """Keeps exports for a week."""
+    return ExportStore(database, timedelta(days=7))
+
+
+@pytest.fixture
+def exporter(
+    database: Database,
+    system_database: SystemDatabase,
+    exports: ExportStore,
+    blobs: Blobs,
+    redis: Redis,
+) -> UserExporter:
+    """Writes exports."""
+    opener = Opener(data_keys_of(database))
+    short_term = ShortTermStore(redis, database, timedelta(days=1))
+    memories = Exporter(
+        Collection(BulkStore(database), short_term, opener), ChangeStore(system_database)
+    )
+    histories = Histories(memories, LifecycleStore(database), short_term, opener)
+    return UserExporter(exports, Dumper(database, system_database), histories, blobs)
+
+
 @pytest_asyncio.fixture
 async def privacy(
-    serve: Serve, erasures: ErasureStore, audit_keys: AuditKeys
+    serve: Serve,
+    erasures: ErasureStore,
+    exports: ExportStore,
+    audit_keys: AuditKeys,
+    blobs: Blobs,
 ) -> AsyncIterator[Privacy]:
     """A stub of the privacy service."""
     with Passwords(concurrency=2, hasher=CHEAP) as hashing:
-        service = PrivacyService(erasures, hashing.match, audit_keys.signer)
+        service = PrivacyService(
+            erasures,
+            exports,
+            hashing.match,
+            audit_keys.signer,
+            blobs,
+            url_lifetime=timedelta(minutes=5),
+        )
         channel = await serve(
             lambda server: rpc.add_PrivacyServiceServicer_to_server(service, server)
         )
@@ -169,13 +217,22 @@ async def privacy(
 
 
 @pytest_asyncio.fixture
-async def erasing(serve: Serve, eraser: Eraser) -> Erasing:
+async def work(serve: Serve, eraser: Eraser, exporter: UserExporter) -> grpc.aio.Channel:
+    """A channel to what workers call."""
+    service = PrivacyWorkService(eraser, exporter)
+    return await serve(lambda server: rpc.add_PrivacyWorkServiceServicer_to_server(service, server))
+
+
+@pytest.fixture
+def erasing(work: grpc.aio.Channel) -> Erasing:
     """The worker's side of an erasure, in small pages."""
-    service = PrivacyWorkService(eraser)
-    channel = await serve(
-        lambda server: rpc.add_PrivacyWorkServiceServicer_to_server(service, server)
-    )
-    return Erasing(channel, metadata=as_worker(), page_size=2)
+    return Erasing(work, metadata=as_worker(), page_size=2)
+
+
+@pytest.fixture
+def exporting(work: grpc.aio.Channel) -> Exporting:
+    """The worker's side of exports."""
+    return Exporting(work, metadata=as_worker())
 
 
 def task_of(caller: Caller) -> Task:

@@ -26,8 +26,7 @@ from server.privacy.erasing import Eraser, erasable_tables
 from server.privacy.erasure_archive import ErasureArchive
 from server.privacy.erasure_store import ErasureStore
 from server.privacy.words import WordForged
-from server.privacy.work_service import PrivacyWorkService
-from tests.conftest import Serve, Urls, as_worker, bearer
+from tests.conftest import Urls, as_worker, bearer
 from tests.database.rows import TENANT_TABLES
 from tests.privacy.conftest import PASSWORD, Everything, Privacy, task_of
 from tests.refusals import refusal_of
@@ -224,22 +223,18 @@ async def test_of_many_guesses_at_once_no_more_than_five_are_looked_at(
 
 
 async def test_without_a_token_nobody_asks_and_only_workers_erase(
-    privacy: Privacy, serve: Serve, eraser: Eraser, everything: Everything
+    privacy: Privacy, work: grpc.aio.Channel, everything: Everything
 ) -> None:
     request = pb.CreateErasureRequest(password=PASSWORD)
     refusal = await refusal_of(privacy.CreateErasure(request))
     assert refusal.code is grpc.StatusCode.UNAUTHENTICATED
-    service = PrivacyWorkService(eraser)
-    channel = await serve(
-        lambda server: rpc.add_PrivacyWorkServiceServicer_to_server(service, server)
-    )
-    stub = rpc.PrivacyWorkServiceStub(channel)
-    work = pb.EraseUserRequest(**task_of(everything.mine).payload)
+    stub = rpc.PrivacyWorkServiceStub(work)
+    erase = pb.EraseUserRequest(**task_of(everything.mine).payload)
     for metadata in ((), bearer(everything.mine)):
-        refusal = await refusal_of(stub.EraseUser(work, metadata=metadata))
+        refusal = await refusal_of(stub.EraseUser(erase, metadata=metadata))
         assert refusal.code is grpc.StatusCode.PERMISSION_DENIED
     # And nobody whom nobody asked for.
-    refusal = await refusal_of(stub.EraseUser(work, metadata=as_worker()))
+    refusal = await refusal_of(stub.EraseUser(erase, metadata=as_worker()))
     assert refusal.code is grpc.StatusCode.NOT_FOUND
 
 
@@ -391,6 +386,34 @@ async def test_the_receipt_says_what_was_removed_and_anybody_can_verify_it(
 
 
 # --- what new tables need
+
+
+async def test_what_knows_a_user_by_their_email_alone_is_erased_too(
+    urls: Urls,
+    privacy: Privacy,
+    archive: ErasureArchive,
+    erasing: Erasing,
+    everything: Everything,
+) -> None:
+    tables_owner = await asyncpg.connect(urls.owner)
+    try:
+        await tables_owner.execute(
+            """
+            CREATE TABLE letters (email text);
+            GRANT SELECT, DELETE ON letters TO kimberly_system;
+            """
+        )
+        await everything.owner.execute("INSERT INTO letters SELECT email FROM users")
+        await ask(privacy, everything.mine)
+        await archive.archive()
+        await erasing.erase(task_of(everything.mine))
+        left = await everything.owner.fetch("SELECT email FROM letters ORDER BY email")
+        users = await everything.owner.fetch("SELECT email FROM users ORDER BY email")
+        assert left == users
+        assert len(left) == 2
+    finally:
+        await tables_owner.execute("DROP TABLE IF EXISTS letters")
+        await tables_owner.close()
 
 
 async def test_a_table_that_no_migration_makes_erasable_stops_an_erasure_loudly(

@@ -26,43 +26,67 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kimberly/privacy/v1/privacy.proto\x12\x13kimberly.privacy.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\'\n\x07Removed\x12\r\n\x05place\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\xf7\x02\n\x07\x45rasure\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x30\n\x05state\x18\x04 \x01(\x0e\x32!.kimberly.privacy.v1.ErasureState\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nerase_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x63onfirm_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x07removed\x18\x08 \x03(\x0b\x32\x1c.kimberly.privacy.v1.Removed\x12\x0e\n\x06rounds\x18\t \x01(\x05\x12\x0f\n\x07receipt\x18\n \x01(\t\x12\x13\n\x0breceipt_key\x18\x0b \x01(\t\x12\x12\n\nreceipt_id\x18\x0c \x01(\t\"(\n\x14\x43reateErasureRequest\x12\x10\n\x08password\x18\x01 \x01(\t\"F\n\x15\x43reateErasureResponse\x12-\n\x07\x65rasure\x18\x01 \x01(\x0b\x32\x1c.kimberly.privacy.v1.Erasure\"\x1f\n\x11GetErasureRequest\x12\n\n\x02id\x18\x01 \x01(\t\"C\n\x12GetErasureResponse\x12-\n\x07\x65rasure\x18\x01 \x01(\x0b\x32\x1c.kimberly.privacy.v1.Erasure\".\n\x18GetErasureReceiptRequest\x12\x12\n\nreceipt_id\x18\x01 \x01(\t\"J\n\x19GetErasureReceiptResponse\x12-\n\x07\x65rasure\x18\x01 \x01(\x0b\x32\x1c.kimberly.privacy.v1.Erasure\"I\n\x10\x45raseUserRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\"B\n\x11\x45raseUserResponse\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\x12\x0f\n\x07removed\x18\x02 \x01(\x03\x12\x0e\n\x06rounds\x18\x03 \x01(\x05*\x7f\n\x0c\x45rasureState\x12\x1d\n\x19\x45RASURE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45RASURE_STATE_ERASING\x10\x01\x12\x18\n\x14\x45RASURE_STATE_ERASED\x10\x02\x12\x1b\n\x17\x45RASURE_STATE_CONFIRMED\x10\x03\x32\xb1\x03\n\x0ePrivacyService\x12\x84\x01\n\rCreateErasure\x12).kimberly.privacy.v1.CreateErasureRequest\x1a*.kimberly.privacy.v1.CreateErasureResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/user/erasures:\x01*\x12}\n\nGetErasure\x12&.kimberly.privacy.v1.GetErasureRequest\x1a\'.kimberly.privacy.v1.GetErasureResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\x12\x16/v1/user/erasures/{id}\x12\x98\x01\n\x11GetErasureReceipt\x12-.kimberly.privacy.v1.GetErasureReceiptRequest\x1a..kimberly.privacy.v1.GetErasureReceiptResponse\"$\x82\xd3\xe4\x93\x02\x1e\"\x19/v1/user/erasures:receipt:\x01*2p\n\x12PrivacyWorkService\x12Z\n\tEraseUser\x12%.kimberly.privacy.v1.EraseUserRequest\x1a&.kimberly.privacy.v1.EraseUserResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kimberly/privacy/v1/privacy.proto\x12\x13kimberly.privacy.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x02\n\x06\x45xport\x12\n\n\x02id\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .kimberly.privacy.v1.ExportState\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06sha256\x18\x08 \x01(\t\"\'\n\x07Removed\x12\r\n\x05place\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\xf7\x02\n\x07\x45rasure\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x30\n\x05state\x18\x04 \x01(\x0e\x32!.kimberly.privacy.v1.ErasureState\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nerase_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x63onfirm_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x07removed\x18\x08 \x03(\x0b\x32\x1c.kimberly.privacy.v1.Removed\x12\x0e\n\x06rounds\x18\t \x01(\x05\x12\x0f\n\x07receipt\x18\n \x01(\t\x12\x13\n\x0breceipt_key\x18\x0b \x01(\t\x12\x12\n\nreceipt_id\x18\x0c \x01(\t\")\n\x13\x43reateExportRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"C\n\x14\x43reateExportResponse\x12+\n\x06\x65xport\x18\x01 \x01(\x0b\x32\x1b.kimberly.privacy.v1.Export\"\x1e\n\x10GetExportRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x94\x01\n\x11GetExportResponse\x12+\n\x06\x65xport\x18\x01 \x01(\x0b\x32\x1b.kimberly.privacy.v1.Export\x12\x14\n\x0c\x64ownload_url\x18\x02 \x01(\t\x12<\n\x18\x64ownload_url_expire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"J\n\x11\x45xportUserRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\texport_id\x18\x03 \x01(\t\"9\n\x12\x45xportUserResponse\x12\x15\n\rwritten_bytes\x18\x01 \x01(\x03\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\"L\n\x13\x45xpireExportRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\texport_id\x18\x03 \x01(\t\"\'\n\x14\x45xpireExportResponse\x12\x0f\n\x07removed\x18\x01 \x01(\x08\"(\n\x14\x43reateErasureRequest\x12\x10\n\x08password\x18\x01 \x01(\t\"F\n\x15\x43reateErasureResponse\x12-\n\x07\x65rasure\x18\x01 \x01(\x0b\x32\x1c.kimberly.privacy.v1.Erasure\"\x1f\n\x11GetErasureRequest\x12\n\n\x02id\x18\x01 \x01(\t\"C\n\x12GetErasureResponse\x12-\n\x07\x65rasure\x18\x01 \x01(\x0b\x32\x1c.kimberly.privacy.v1.Erasure\".\n\x18GetErasureReceiptRequest\x12\x12\n\nreceipt_id\x18\x01 \x01(\t\"J\n\x19GetErasureReceiptResponse\x12-\n\x07\x65rasure\x18\x01 \x01(\x0b\x32\x1c.kimberly.privacy.v1.Erasure\"I\n\x10\x45raseUserRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\"B\n\x11\x45raseUserResponse\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\x12\x0f\n\x07removed\x18\x02 \x01(\x03\x12\x0e\n\x06rounds\x18\x03 \x01(\x05*v\n\x0b\x45xportState\x12\x1c\n\x18\x45XPORT_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45XPORT_STATE_PENDING\x10\x01\x12\x16\n\x12\x45XPORT_STATE_READY\x10\x02\x12\x17\n\x13\x45XPORT_STATE_FAILED\x10\x03*\x7f\n\x0c\x45rasureState\x12\x1d\n\x19\x45RASURE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45RASURE_STATE_ERASING\x10\x01\x12\x18\n\x14\x45RASURE_STATE_ERASED\x10\x02\x12\x1b\n\x17\x45RASURE_STATE_CONFIRMED\x10\x03\x32\xaf\x05\n\x0ePrivacyService\x12\x80\x01\n\x0c\x43reateExport\x12(.kimberly.privacy.v1.CreateExportRequest\x1a).kimberly.privacy.v1.CreateExportResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\"\x10/v1/user/exports:\x01*\x12y\n\tGetExport\x12%.kimberly.privacy.v1.GetExportRequest\x1a&.kimberly.privacy.v1.GetExportResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\x12\x15/v1/user/exports/{id}\x12\x84\x01\n\rCreateErasure\x12).kimberly.privacy.v1.CreateErasureRequest\x1a*.kimberly.privacy.v1.CreateErasureResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/user/erasures:\x01*\x12}\n\nGetErasure\x12&.kimberly.privacy.v1.GetErasureRequest\x1a\'.kimberly.privacy.v1.GetErasureResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\x12\x16/v1/user/erasures/{id}\x12\x98\x01\n\x11GetErasureReceipt\x12-.kimberly.privacy.v1.GetErasureReceiptRequest\x1a..kimberly.privacy.v1.GetErasureReceiptResponse\"$\x82\xd3\xe4\x93\x02\x1e\"\x19/v1/user/erasures:receipt:\x01*2\xb6\x02\n\x12PrivacyWorkService\x12_\n\nExportUser\x12&.kimberly.privacy.v1.ExportUserRequest\x1a\'.kimberly.privacy.v1.ExportUserResponse0\x01\x12\x63\n\x0c\x45xpireExport\x12(.kimberly.privacy.v1.ExpireExportRequest\x1a).kimberly.privacy.v1.ExpireExportResponse\x12Z\n\tEraseUser\x12%.kimberly.privacy.v1.EraseUserRequest\x1a&.kimberly.privacy.v1.EraseUserResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kimberly.privacy.v1.privacy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PRIVACYSERVICE'].methods_by_name['CreateExport']._loaded_options = None
+  _globals['_PRIVACYSERVICE'].methods_by_name['CreateExport']._serialized_options = b'\202\323\344\223\002\025\"\020/v1/user/exports:\001*'
+  _globals['_PRIVACYSERVICE'].methods_by_name['GetExport']._loaded_options = None
+  _globals['_PRIVACYSERVICE'].methods_by_name['GetExport']._serialized_options = b'\202\323\344\223\002\027\022\025/v1/user/exports/{id}'
   _globals['_PRIVACYSERVICE'].methods_by_name['CreateErasure']._loaded_options = None
   _globals['_PRIVACYSERVICE'].methods_by_name['CreateErasure']._serialized_options = b'\202\323\344\223\002\026\"\021/v1/user/erasures:\001*'
   _globals['_PRIVACYSERVICE'].methods_by_name['GetErasure']._loaded_options = None
   _globals['_PRIVACYSERVICE'].methods_by_name['GetErasure']._serialized_options = b'\202\323\344\223\002\030\022\026/v1/user/erasures/{id}'
   _globals['_PRIVACYSERVICE'].methods_by_name['GetErasureReceipt']._loaded_options = None
   _globals['_PRIVACYSERVICE'].methods_by_name['GetErasureReceipt']._serialized_options = b'\202\323\344\223\002\036\"\031/v1/user/erasures:receipt:\001*'
-  _globals['_ERASURESTATE']._serialized_start=1023
-  _globals['_ERASURESTATE']._serialized_end=1150
-  _globals['_REMOVED']._serialized_start=121
-  _globals['_REMOVED']._serialized_end=160
-  _globals['_ERASURE']._serialized_start=163
-  _globals['_ERASURE']._serialized_end=538
-  _globals['_CREATEERASUREREQUEST']._serialized_start=540
-  _globals['_CREATEERASUREREQUEST']._serialized_end=580
-  _globals['_CREATEERASURERESPONSE']._serialized_start=582
-  _globals['_CREATEERASURERESPONSE']._serialized_end=652
-  _globals['_GETERASUREREQUEST']._serialized_start=654
-  _globals['_GETERASUREREQUEST']._serialized_end=685
-  _globals['_GETERASURERESPONSE']._serialized_start=687
-  _globals['_GETERASURERESPONSE']._serialized_end=754
-  _globals['_GETERASURERECEIPTREQUEST']._serialized_start=756
-  _globals['_GETERASURERECEIPTREQUEST']._serialized_end=802
-  _globals['_GETERASURERECEIPTRESPONSE']._serialized_start=804
-  _globals['_GETERASURERECEIPTRESPONSE']._serialized_end=878
-  _globals['_ERASEUSERREQUEST']._serialized_start=880
-  _globals['_ERASEUSERREQUEST']._serialized_end=953
-  _globals['_ERASEUSERRESPONSE']._serialized_start=955
-  _globals['_ERASEUSERRESPONSE']._serialized_end=1021
-  _globals['_PRIVACYSERVICE']._serialized_start=1153
-  _globals['_PRIVACYSERVICE']._serialized_end=1586
-  _globals['_PRIVACYWORKSERVICE']._serialized_start=1588
-  _globals['_PRIVACYWORKSERVICE']._serialized_end=1700
+  _globals['_EXPORTSTATE']._serialized_start=1843
+  _globals['_EXPORTSTATE']._serialized_end=1961
+  _globals['_ERASURESTATE']._serialized_start=1963
+  _globals['_ERASURESTATE']._serialized_end=2090
+  _globals['_EXPORT']._serialized_start=122
+  _globals['_EXPORT']._serialized_end=390
+  _globals['_REMOVED']._serialized_start=392
+  _globals['_REMOVED']._serialized_end=431
+  _globals['_ERASURE']._serialized_start=434
+  _globals['_ERASURE']._serialized_end=809
+  _globals['_CREATEEXPORTREQUEST']._serialized_start=811
+  _globals['_CREATEEXPORTREQUEST']._serialized_end=852
+  _globals['_CREATEEXPORTRESPONSE']._serialized_start=854
+  _globals['_CREATEEXPORTRESPONSE']._serialized_end=921
+  _globals['_GETEXPORTREQUEST']._serialized_start=923
+  _globals['_GETEXPORTREQUEST']._serialized_end=953
+  _globals['_GETEXPORTRESPONSE']._serialized_start=956
+  _globals['_GETEXPORTRESPONSE']._serialized_end=1104
+  _globals['_EXPORTUSERREQUEST']._serialized_start=1106
+  _globals['_EXPORTUSERREQUEST']._serialized_end=1180
+  _globals['_EXPORTUSERRESPONSE']._serialized_start=1182
+  _globals['_EXPORTUSERRESPONSE']._serialized_end=1239
+  _globals['_EXPIREEXPORTREQUEST']._serialized_start=1241
+  _globals['_EXPIREEXPORTREQUEST']._serialized_end=1317
+  _globals['_EXPIREEXPORTRESPONSE']._serialized_start=1319
+  _globals['_EXPIREEXPORTRESPONSE']._serialized_end=1358
+  _globals['_CREATEERASUREREQUEST']._serialized_start=1360
+  _globals['_CREATEERASUREREQUEST']._serialized_end=1400
+  _globals['_CREATEERASURERESPONSE']._serialized_start=1402
+  _globals['_CREATEERASURERESPONSE']._serialized_end=1472
+  _globals['_GETERASUREREQUEST']._serialized_start=1474
+  _globals['_GETERASUREREQUEST']._serialized_end=1505
+  _globals['_GETERASURERESPONSE']._serialized_start=1507
+  _globals['_GETERASURERESPONSE']._serialized_end=1574
+  _globals['_GETERASURERECEIPTREQUEST']._serialized_start=1576
+  _globals['_GETERASURERECEIPTREQUEST']._serialized_end=1622
+  _globals['_GETERASURERECEIPTRESPONSE']._serialized_start=1624
+  _globals['_GETERASURERECEIPTRESPONSE']._serialized_end=1698
+  _globals['_ERASEUSERREQUEST']._serialized_start=1700
+  _globals['_ERASEUSERREQUEST']._serialized_end=1773
+  _globals['_ERASEUSERRESPONSE']._serialized_start=1775
+  _globals['_ERASEUSERRESPONSE']._serialized_end=1841
+  _globals['_PRIVACYSERVICE']._serialized_start=2093
+  _globals['_PRIVACYSERVICE']._serialized_end=2780
+  _globals['_PRIVACYWORKSERVICE']._serialized_start=2783
+  _globals['_PRIVACYWORKSERVICE']._serialized_end=3093
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PrivacyServiceStub:
-    """Serves users who leave.
+    """Serves users who take along what is theirs, and users who leave.
     """
 
     def __init__(self, channel):
@@ -35,6 +35,16 @@ class PrivacyServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.CreateExport = channel.unary_unary(
+                '/kimberly.privacy.v1.PrivacyService/CreateExport',
+                request_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.CreateExportRequest.SerializeToString,
+                response_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.CreateExportResponse.FromString,
+                _registered_method=True)
+        self.GetExport = channel.unary_unary(
+                '/kimberly.privacy.v1.PrivacyService/GetExport',
+                request_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.GetExportRequest.SerializeToString,
+                response_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.GetExportResponse.FromString,
+                _registered_method=True)
         self.CreateErasure = channel.unary_unary(
                 '/kimberly.privacy.v1.PrivacyService/CreateErasure',
                 request_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.CreateErasureRequest.SerializeToString,
@@ -53,8 +63,24 @@ class PrivacyServiceStub:
 
 
 class PrivacyServiceServicer:
-    """Serves users who leave.
+    """Serves users who take along what is theirs, and users who leave.
     """
+
+    def CreateExport(self, request, context):
+        """Asks for a copy of everything that is kept of the signed-in user: a ZIP archive of JSON Lines,
+        files and a manifest with their digests. A job makes it; while one is under way, another
+        request returns the same. Five are made a day.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetExport(self, request, context):
+        """Returns an export of the signed-in user's, and once it is ready a URL to download it from.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def CreateErasure(self, request, context):
         """Erases the signed-in user, for good: account, memories of all tiers with their versions,
@@ -88,6 +114,16 @@ class PrivacyServiceServicer:
 
 def add_PrivacyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'CreateExport': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateExport,
+                    request_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.CreateExportRequest.FromString,
+                    response_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.CreateExportResponse.SerializeToString,
+            ),
+            'GetExport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExport,
+                    request_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.GetExportRequest.FromString,
+                    response_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.GetExportResponse.SerializeToString,
+            ),
             'CreateErasure': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateErasure,
                     request_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.CreateErasureRequest.FromString,
@@ -112,8 +148,62 @@ def add_PrivacyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrivacyService:
-    """Serves users who leave.
+    """Serves users who take along what is theirs, and users who leave.
     """
+
+    @staticmethod
+    def CreateExport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.privacy.v1.PrivacyService/CreateExport',
+            kimberly_dot_privacy_dot_v1_dot_privacy__pb2.CreateExportRequest.SerializeToString,
+            kimberly_dot_privacy_dot_v1_dot_privacy__pb2.CreateExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.privacy.v1.PrivacyService/GetExport',
+            kimberly_dot_privacy_dot_v1_dot_privacy__pb2.GetExportRequest.SerializeToString,
+            kimberly_dot_privacy_dot_v1_dot_privacy__pb2.GetExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def CreateErasure(request,
@@ -198,7 +288,8 @@ class PrivacyService:
 
 
 class PrivacyWorkServiceStub:
-    """Does what the jobs "user.erase" ask for. Only the worker identity may call it.
+    """Does what the jobs "user.erase", "user.export" and "exports.expire" ask for. Only the worker
+    identity may call it.
     """
 
     def __init__(self, channel):
@@ -207,6 +298,16 @@ class PrivacyWorkServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.ExportUser = channel.unary_stream(
+                '/kimberly.privacy.v1.PrivacyWorkService/ExportUser',
+                request_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExportUserRequest.SerializeToString,
+                response_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExportUserResponse.FromString,
+                _registered_method=True)
+        self.ExpireExport = channel.unary_unary(
+                '/kimberly.privacy.v1.PrivacyWorkService/ExpireExport',
+                request_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExpireExportRequest.SerializeToString,
+                response_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExpireExportResponse.FromString,
+                _registered_method=True)
         self.EraseUser = channel.unary_unary(
                 '/kimberly.privacy.v1.PrivacyWorkService/EraseUser',
                 request_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.EraseUserRequest.SerializeToString,
@@ -215,8 +316,24 @@ class PrivacyWorkServiceStub:
 
 
 class PrivacyWorkServiceServicer:
-    """Does what the jobs "user.erase" ask for. Only the worker identity may call it.
+    """Does what the jobs "user.erase", "user.export" and "exports.expire" ask for. Only the worker
+    identity may call it.
     """
+
+    def ExportUser(self, request, context):
+        """Writes an export, and tells meanwhile how far it is. It may be repeated: one that is written
+        is not written again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExpireExport(self, request, context):
+        """Removes an export whose time is over; one whose time is not stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def EraseUser(self, request, context):
         """Goes on with an erasure, for a second or so. It may be repeated and goes on from what is left.
@@ -228,6 +345,16 @@ class PrivacyWorkServiceServicer:
 
 def add_PrivacyWorkServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'ExportUser': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportUser,
+                    request_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExportUserRequest.FromString,
+                    response_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExportUserResponse.SerializeToString,
+            ),
+            'ExpireExport': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExpireExport,
+                    request_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExpireExportRequest.FromString,
+                    response_serializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExpireExportResponse.SerializeToString,
+            ),
             'EraseUser': grpc.unary_unary_rpc_method_handler(
                     servicer.EraseUser,
                     request_deserializer=kimberly_dot_privacy_dot_v1_dot_privacy__pb2.EraseUserRequest.FromString,
@@ -242,8 +369,63 @@ def add_PrivacyWorkServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrivacyWorkService:
-    """Does what the jobs "user.erase" ask for. Only the worker identity may call it.
+    """Does what the jobs "user.erase", "user.export" and "exports.expire" ask for. Only the worker
+    identity may call it.
     """
+
+    @staticmethod
+    def ExportUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kimberly.privacy.v1.PrivacyWorkService/ExportUser',
+            kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExportUserRequest.SerializeToString,
+            kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExportUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExpireExport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.privacy.v1.PrivacyWorkService/ExpireExport',
+            kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExpireExportRequest.SerializeToString,
+            kimberly_dot_privacy_dot_v1_dot_privacy__pb2.ExpireExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def EraseUser(request,
