@@ -36,6 +36,10 @@ METHODS: Mapping[str, Access] = {
     "/kimberly.users.v1.UserService/ListAuditEvents": Access.USER,
     "/kimberly.users.v1.UserService/ListAuditLinks": Access.USER,
     "/kimberly.users.v1.UserService/VerifyAuditLog": Access.USER,
+    "/kimberly.billing.v1.BillingService/ListPlans": Access.USER,
+    "/kimberly.billing.v1.BillingService/GetSubscription": Access.USER,
+    "/kimberly.billing.v1.BillingService/ChangeSubscription": Access.USER,
+    "/kimberly.billing.v1.BillingService/ListUsage": Access.USER,
     "/kimberly.privacy.v1.PrivacyService/CreateErasure": Access.USER,
     "/kimberly.privacy.v1.PrivacyService/GetErasure": Access.USER,
     "/kimberly.privacy.v1.PrivacyService/GetErasureReceipt": Access.ANYONE,
@@ -102,6 +106,7 @@ PROCESSES: Mapping[str, tuple[str, ...]] = {
         "kimberly.auth.v1.AuthService",
         "kimberly.users.v1.UserService",
         "kimberly.privacy.v1.PrivacyService",
+        "kimberly.billing.v1.BillingService",
         REFLECTION,
     ),
     "memory": (

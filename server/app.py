@@ -13,6 +13,7 @@ import asyncpg
 import grpc
 import structlog
 from kimberly.auth.v1 import auth_pb2_grpc
+from kimberly.billing.v1 import billing_pb2_grpc
 from kimberly.embedding.v1 import embedding_pb2_grpc
 from kimberly.jobs.v1 import jobs_pb2_grpc
 from kimberly.maintenance.v1 import maintenance_pb2_grpc
@@ -21,13 +22,17 @@ from kimberly.privacy.v1 import privacy_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 from kimberly.users.v1 import users_pb2_grpc
 
-from server import access, ids, telemetry
+from server import access, audit, ids, telemetry
 from server.auth.access_tokens import Mint
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.auth.passwords import Passwords
 from server.auth.service import AuthService
 from server.auth.store import AccountStore
+from server.billing.payments import ManualPayments
+from server.billing.service import BillingService
+from server.billing.store import BillingStore
+from server.billing.toll import Toll
 from server.blobs import Blobs
 from server.cache import open_cache
 from server.clock import utc_now
@@ -134,6 +139,8 @@ class Application:
     """Where access tokens are verified with."""
     erased: ErasedUsers
     """Whose access tokens are refused all the same."""
+    toll: Toll | None
+    """How fast users may call; None: as fast as they like."""
     loops: Sequence[Loop] = field(default_factory=list)
     """What runs beside the server until it stops."""
     announce_drain: Callable[[], None] = _nothing
@@ -190,6 +197,8 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
     )
     audit_log = AuditLog(AuditStore(system), archive, seal_seconds=settings.audit_seal_seconds)
     users = UserService(UserStore(database), audit_log)
+    billing_store = BillingStore(system)
+    billing = BillingService(billing_store, ManualPayments(billing_store))
     erased = ErasedUsers(system)
     erasures = ErasureStore(system, _patience(settings))
     erasure_archive = ErasureArchive(
@@ -208,12 +217,16 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
         auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
         privacy_pb2_grpc.add_PrivacyServiceServicer_to_server(privacy, server)
+        billing_pb2_grpc.add_BillingServiceServicer_to_server(billing, server)
 
+    toll = _toll(settings, stack, system)
     return Application(
         register,
         keyring,
         erased,
+        toll,
         loops=[
+            *_loops(toll),
             keyring.run,
             audit_log.run,
             checkpointer.run,
@@ -221,6 +234,18 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
             erasure_archive.run,
         ],
     )
+
+
+def _toll(settings: Settings, stack: AsyncExitStack, system: SystemDatabase) -> Toll | None:
+    if not settings.rate_limit_scale:
+        return None
+    redis = open_cache(settings.redis_url.get_secret_value())
+    stack.push_async_callback(redis.aclose)
+    return Toll(redis, BillingStore(system), scale=settings.rate_limit_scale)
+
+
+def _loops(toll: Toll | None) -> list[Loop]:
+    return [toll.run] if toll else []
 
 
 def _patience(settings: Settings) -> Patience:
@@ -323,11 +348,21 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
         maintenance_pb2_grpc.add_MaintenanceServiceServicer_to_server(maintenance, server)
         privacy_pb2_grpc.add_PrivacyWorkServiceServicer_to_server(privacy_work, server)
 
+    toll = _toll(settings, stack, system)
     return Application(
         register,
         keys,
         erased,
-        loops=[keys.run, erased.run, blobs.keep_versions, feed.run, answers.run, counts.run],
+        toll,
+        loops=[
+            *_loops(toll),
+            keys.run,
+            erased.run,
+            blobs.keep_versions,
+            feed.run,
+            answers.run,
+            counts.run,
+        ],
         announce_drain=feed.drain,
     )
 
@@ -361,11 +396,13 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
         jobs_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
 
+    toll = _toll(settings, stack, system)
     return Application(
         register,
         keys,
         erased,
-        loops=[keys.run, erased.run, workers.run, planner.run],
+        toll,
+        loops=[*_loops(toll), keys.run, erased.run, workers.run, planner.run],
         announce_drain=workers.drain,
     )
 
@@ -449,6 +486,15 @@ async def rotate_data_keys(settings: Settings) -> str:
     return ids.show(ids.JOB, job_id)
 
 
+async def set_plan(settings: Settings, user_id: str, plan: str) -> str:
+    """Give a user a plan whose payment is settled, and return the one that they have now."""
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(_databases(settings, "set-plan"))
+        store = BillingStore(system)
+        caller = await store.find(ids.parse(ids.USER, user_id, "user"))
+        return (await store.settle(caller, plan, actor=audit.SYSTEM)).plan
+
+
 async def erase_again(settings: Settings) -> int:
     """Begin anew every erasure that S3 knows of, and return how many those are."""
     async with AsyncExitStack() as stack:
@@ -473,6 +519,7 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
         unary_seconds=settings.unary_seconds,
         stream_seconds=settings.stream_seconds,
         erased=application.erased,
+        gate=application.toll,
     )
     server = Server(
         settings.listen_socket,

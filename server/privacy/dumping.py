@@ -37,6 +37,7 @@ DUMPS: Final[Mapping[str, Dump]] = {
     "subscriptions": Dump({"plan": "text"}),
     "sessions": Dump(_BY_ID, ids={"id": "ses"}, is_behind_wall=True),
     "memory_usage": Dump({"data_version": "bigint"}, without=("data_version",)),
+    "usage_by_month": Dump({"month": "date"}),
     "ended_sessions": Dump({"session_id": "text"}),
     "transcripts": Dump({"session_id": "text"}, ids={"id": "trs"}),
     "attachments": Dump(

@@ -5,7 +5,8 @@
 3. deadline   bounds all the work below, the look-up of keys included
 4. caller     who is calling, before anyone asks whether they may
 5. access     a method without a row is denied to everybody
-6. erased     last: whoever asked to be erased may do nothing that they might have done before
+6. erased     whoever asked to be erased may do nothing that they might have done before
+7. toll       last: what is refused for another reason counts against no limit
 """
 
 import asyncio
@@ -44,6 +45,16 @@ class Verifier(Protocol):
         """Return whom the token names, or raise Unauthenticated."""
 
 
+class Gate(Protocol):
+    """Admits calls of users, and counts them."""
+
+    async def admit(self, caller: Caller) -> None:
+        """Let a call pass, or raise RateLimited."""
+
+    def note(self, caller: Caller, method: str, received_bytes: int) -> None:
+        """Count a call that was served."""
+
+
 def chain(
     verifier: Verifier,
     *,
@@ -51,6 +62,7 @@ def chain(
     unary_seconds: float,
     stream_seconds: float,
     erased: Container[UUID] = (),
+    gate: Gate | None = None,
 ) -> Sequence[Layer]:
     """Return the layers of every server, outermost first.
 
@@ -60,8 +72,9 @@ def chain(
         unary_seconds: Longest time of a unary call.
         stream_seconds: Longest time of a call that streams.
         erased: Users whose tokens open nothing any more.
+        gate: Admits calls of users and counts them; None admits all.
     """
-    return (
+    layers: tuple[Layer, ...] = (
         logged,
         answered,
         _Deadline(unary_seconds, stream_seconds).bounded,
@@ -69,6 +82,7 @@ def chain(
         _Access(worker_id).allowed,
         _Erased(erased).refused,
     )
+    return layers if gate is None else (*layers, _Toll(gate).paid)
 
 
 @asynccontextmanager
@@ -188,6 +202,23 @@ class _Erased:
         if is_closed and current_caller().user_id in self._users:
             raise AccountErased
         yield
+
+
+class _Toll:
+    """Has calls of users admitted, and counts those that were served."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    @asynccontextmanager
+    async def paid(self, call: Call) -> AsyncIterator[None]:
+        if METHODS.get(call.method) is not Access.USER:
+            yield
+            return
+        caller = current_caller()
+        await self._gate.admit(caller)
+        yield
+        self._gate.note(caller, call.method, call.received_bytes)
 
 
 def workload_id(call: Call) -> str | None:

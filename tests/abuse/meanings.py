@@ -54,6 +54,7 @@ TEXT: Final = frozenset(
         "etag",
         "file_name",
         "password",
+        "plan",
         "query",
         "sha256",
         "speaker",

@@ -46,6 +46,7 @@ FIXED: Final[Mapping[str, Mapping[str, object]]] = {
     },
     "sessions": {"expires_at": "infinity"},
     "subscriptions": {"plan": "free"},
+    "usage_by_month": {"month": "2026-05-01"},
 }
 """What the checks of a table want to see in it; everything else is made up by type."""
 
