@@ -176,6 +176,8 @@ class Fleet:
             "KIMBERLY_S3_BUCKET": BUCKET,
             # So that whoever tries the mesh sees a checkpoint of what they just did.
             "KIMBERLY_AUDIT_CHECKPOINT_SECONDS": "5",
+            # Plans are for many users of many machines: here one may ask for all that there is.
+            "KIMBERLY_RATE_LIMIT_SCALE": "50",
             "KIMBERLY_MASTER_KEY_FILE": str(stores.secrets.path(MASTER_KEY)),
             "KIMBERLY_PUBLIC_URL": f"https://{LOOPBACK}:{self.ports[EDGE]}",
             "KIMBERLY_MAIL_DIRECTORY": str(self.layout.mails),

@@ -13,19 +13,30 @@ from pydantic.fields import FieldInfo
 
 from server import telemetry
 from server.app import (
+    erase_again,
     migrate_database,
     rotate_audit_key,
     rotate_data_keys,
     rotate_signing_key,
     serve,
+    set_plan,
     withdraw_signing_key,
 )
-from server.errors import NotFound
+from server.errors import Problem
 from server.kms import KmsUnusable, UnwrapFailed
 from server.migrate import MigrationChanged
+from server.privacy.words import WordForged
 from server.rpc.serving import UnsafeSocketDirectory
 from server.settings import NEEDED_BY, PREFIX, MigrationSettings, Settings, explain
 
+_REFUSED = (
+    KmsUnusable,
+    MigrationChanged,
+    Problem,
+    UnsafeSocketDirectory,
+    UnwrapFailed,
+    WordForged,
+)
 EX_CONFIG = 78
 """Exit status of sysexits.h for a wrong configuration: trying again will not help."""
 
@@ -99,6 +110,25 @@ def rotate_data_keys_command() -> None:
     typer.echo(f"enqueued {_run(rotate_data_keys(settings))}")
 
 
+@app.command("set-plan")
+def set_plan_command(
+    user: Annotated[str, typer.Argument(help="usr_…")],
+    plan: Annotated[str, typer.Argument(help="free or premium")],
+) -> None:
+    """Give a user a plan that has been paid for."""
+    settings = _settings(Settings)
+    telemetry.configure("set-plan", settings.log_level)
+    typer.echo(f"{user} has {_run(set_plan(settings, user, plan))}")
+
+
+@app.command("erase-again")
+def erase_again_command() -> None:
+    """After a backup of the database was restored: erase again whoever had been erased since."""
+    settings = _settings(Settings)
+    telemetry.configure("erase-again", settings.log_level)
+    typer.echo(f"{_run(erase_again(settings))} erasures begin again")
+
+
 @app.command("settings")
 def settings_command(
     variable: Annotated[str, typer.Argument(help="Only this one.")] = "",
@@ -132,7 +162,7 @@ def _settings(kind: type[T]) -> T:
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
     try:
         return uvloop.run(work)
-    except (KmsUnusable, MigrationChanged, NotFound, UnwrapFailed, UnsafeSocketDirectory) as error:
+    except _REFUSED as error:
         _exit(str(error))
 
 

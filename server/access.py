@@ -95,6 +95,18 @@ METHODS: Mapping[str, Access] = {
     "/kimberly.users.v1.UserService/ListAuditEvents": Access.USER,
     "/kimberly.users.v1.UserService/ListAuditLinks": Access.USER,
     "/kimberly.users.v1.UserService/VerifyAuditLog": Access.USER,
+    "/kimberly.billing.v1.BillingService/ListPlans": Access.USER,
+    "/kimberly.billing.v1.BillingService/GetSubscription": Access.USER,
+    "/kimberly.billing.v1.BillingService/ChangeSubscription": Access.USER,
+    "/kimberly.billing.v1.BillingService/ListUsage": Access.USER,
+    "/kimberly.privacy.v1.PrivacyService/CreateErasure": Access.USER,
+    "/kimberly.privacy.v1.PrivacyService/GetErasure": Access.USER,
+    "/kimberly.privacy.v1.PrivacyService/GetErasureReceipt": Access.ANYONE,
+    "/kimberly.privacy.v1.PrivacyService/CreateExport": Access.USER,
+    "/kimberly.privacy.v1.PrivacyService/GetExport": Access.USER,
+    "/kimberly.privacy.v1.PrivacyWorkService/EraseUser": Access.WORKER,
+    "/kimberly.privacy.v1.PrivacyWorkService/ExportUser": Access.WORKER,
+    "/kimberly.privacy.v1.PrivacyWorkService/ExpireExport": Access.WORKER,
     "/kimberly.memory.v1.MemoryService/CreateMemory": Access.USER,
     "/kimberly.memory.v1.MemoryService/GetMemory": Access.USER,
     "/kimberly.memory.v1.MemoryService/ListMemories": Access.USER,
@@ -176,6 +188,9 @@ SCOPES: Mapping[str, Scope] = {
             f"{_MEMORY}ListAttachments",
             f"{_MEMORY}GetTranscript",
             f"{_MEMORY}GetMeditation",
+            f"{_MEMORY}ListMeditations",
+            f"{_MEMORY}GetGoal",
+            f"{_MEMORY}ListGoals",
         ),
         Scope.MEMORY_READ,
     ),
@@ -199,10 +214,23 @@ SCOPES: Mapping[str, Scope] = {
             f"{_MEMORY}EndSession",
             f"{_MEMORY}DeleteTranscript",
             f"{_MEMORY}Meditate",
+            f"{_MEMORY}UndoMeditation",
+            f"{_MEMORY}CreateGoal",
+            f"{_MEMORY}UpdateGoal",
+            f"{_MEMORY}DeleteGoal",
         ),
         Scope.MEMORY_WRITE,
     ),
-    **dict.fromkeys((f"{_JOBS}GetJob", f"{_JOBS}ListJobs"), Scope.JOBS_READ),
+    **dict.fromkeys(
+        (
+            f"{_JOBS}GetJob",
+            f"{_JOBS}ListJobs",
+            f"{_JOBS}WatchJob",
+            f"{_JOBS}GetSchedule",
+            f"{_JOBS}ListSchedules",
+        ),
+        Scope.JOBS_READ,
+    ),
     **dict.fromkeys(
         (f"{_USERS}GetUser", f"{_USERS}GetSettings", f"{_USERS}ListConsents"), Scope.PROFILE_READ
     ),
@@ -219,12 +247,21 @@ SCOPES: Mapping[str, Scope] = {
 
 A method of users without a row here asks for Scope.USER: what is new is closed to API keys.
 """
+OPEN_TO_ERASED = frozenset(
+    {
+        "/kimberly.privacy.v1.PrivacyService/CreateErasure",
+        "/kimberly.privacy.v1.PrivacyService/GetErasure",
+    }
+)
+"""What a user who is being erased may still call: to ask again is to be told the same."""
 
 PROCESSES: Mapping[str, tuple[str, ...]] = {
     "auth": (
         "kimberly.auth.v1.AuthService",
         "kimberly.auth.v1.TenantService",
         "kimberly.users.v1.UserService",
+        "kimberly.privacy.v1.PrivacyService",
+        "kimberly.billing.v1.BillingService",
         REFLECTION,
     ),
     "memory": (
@@ -232,6 +269,7 @@ PROCESSES: Mapping[str, tuple[str, ...]] = {
         "kimberly.scoring.v1.ScoringService",
         "kimberly.embedding.v1.EmbeddingService",
         "kimberly.maintenance.v1.MaintenanceService",
+        "kimberly.privacy.v1.PrivacyWorkService",
     ),
     "jobs": ("kimberly.jobs.v1.JobService", "kimberly.jobs.v1.WorkerService"),
 }

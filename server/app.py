@@ -13,14 +13,16 @@ import asyncpg
 import grpc
 import structlog
 from kimberly.auth.v1 import auth_pb2_grpc
+from kimberly.billing.v1 import billing_pb2_grpc
 from kimberly.embedding.v1 import embedding_pb2_grpc
 from kimberly.jobs.v1 import jobs_pb2_grpc
 from kimberly.maintenance.v1 import maintenance_pb2_grpc
 from kimberly.memory.v1 import memory_pb2_grpc
+from kimberly.privacy.v1 import privacy_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 from kimberly.users.v1 import users_pb2_grpc
 
-from server import access, ids, telemetry
+from server import access, audit, ids, telemetry
 from server.auth.access_tokens import Mint
 from server.auth.api_key_store import ApiKeyStore
 from server.auth.attempt_store import AttemptStore
@@ -38,12 +40,17 @@ from server.auth.service import AuthService
 from server.auth.session_store import SessionStore
 from server.auth.store import AccountStore
 from server.auth.tenant_service import TenantService
+from server.billing.payments import ManualPayments
+from server.billing.service import BillingService
+from server.billing.store import BillingStore
+from server.billing.toll import Toll
 from server.blobs import Blobs
 from server.cache import open_cache
 from server.clock import utc_now
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.enqueue import enqueue
+from server.erased import ErasedUsers
 from server.grants import EndedGrants
 from server.jobs.doorbell import Doorbell
 from server.jobs.forgetting import Forgetting
@@ -70,13 +77,14 @@ from server.memory.embedding_service import EmbeddingService
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.exporting import Exporter
 from server.memory.goal_store import GoalStore
+from server.memory.histories import Histories
 from server.memory.import_store import ImportStore
 from server.memory.importing import Importer
 from server.memory.key_rotation import KeyRotation
 from server.memory.lifecycle_store import LifecycleStore
 from server.memory.maintenance_service import MaintenanceService
 from server.memory.meditation_store import MeditationStore
-from server.memory.objects import DoomedObjects
+from server.memory.objects import DoomedObjects, Kind
 from server.memory.promotion import Promotion
 from server.memory.promotion_rounds import PromotionRounds
 from server.memory.query_handlers import Queries
@@ -101,6 +109,14 @@ from server.memory.undoing import Undoing
 from server.memory.usage_store import UsageStore
 from server.memory.watching import Feed, Watcher
 from server.migrate import migrate, read_migrations
+from server.privacy.dumping import Dumper
+from server.privacy.erasing import Eraser
+from server.privacy.erasure_archive import ErasureArchive
+from server.privacy.erasure_store import ErasureStore, Patience
+from server.privacy.export_store import ExportStore
+from server.privacy.exporting import UserExporter
+from server.privacy.service import PrivacyService
+from server.privacy.work_service import PrivacyWorkService
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server, channel_to_peers
 from server.settings import MigrationSettings, Settings
@@ -141,6 +157,10 @@ class Application:
     """Where access tokens are verified with."""
     ended: EndedGrants
     """The sessions and API keys whose access tokens are refused."""
+    erased: ErasedUsers
+    """Whose access tokens are refused all the same."""
+    toll: Toll | None
+    """How fast users may call; None: as fast as they like."""
     loops: Sequence[Loop] = field(default_factory=list)
     """What runs beside the server until it stops."""
     announce_drain: Callable[[], None] = _nothing
@@ -211,18 +231,72 @@ async def _auth(settings: Settings, stack: AsyncExitStack) -> Application:
     )
     audit_log = AuditLog(AuditStore(system), archive, seal_seconds=settings.audit_seal_seconds)
     users = UserService(UserStore(database), audit_log)
+    billing_store = BillingStore(system)
+    billing = BillingService(billing_store, ManualPayments(billing_store))
+    erased = ErasedUsers(system)
+    erasures = ErasureStore(system, _patience(settings))
+    erasure_archive = ErasureArchive(
+        erasures, _blobs(settings), audit_keys.signer, audit_keys.known
+    )
+    privacy = PrivacyService(
+        erasures,
+        ExportStore(database, timedelta(days=settings.export_days)),
+        hashing.match,
+        audit_keys.signer,
+        _blobs(settings),
+        url_lifetime=timedelta(seconds=settings.upload_url_seconds),
+    )
 
     def register(server: grpc.aio.Server) -> None:
         auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
         auth_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
+        privacy_pb2_grpc.add_PrivacyServiceServicer_to_server(privacy, server)
+        billing_pb2_grpc.add_BillingServiceServicer_to_server(billing, server)
 
     forgetful = [each.forget for each in (ended, attempts, mails, api_keys, members)]
     housekeeping = Housekeeping(forgetful)
     mailer = _mailer(settings)
     delivery = [Postman(mails, mailer).run] if mailer else []
-    loops = [keyring.run, audit_log.run, checkpointer.run, ended.run, housekeeping.run, *delivery]
-    return Application(register, keyring, ended, loops=loops)
+    toll = _toll(settings, stack, system)
+    return Application(
+        register,
+        keyring,
+        ended,
+        erased,
+        toll,
+        loops=[
+            *_loops(toll),
+            keyring.run,
+            audit_log.run,
+            checkpointer.run,
+            ended.run,
+            erased.run,
+            erasure_archive.run,
+            housekeeping.run,
+            *delivery,
+        ],
+    )
+
+
+def _toll(settings: Settings, stack: AsyncExitStack, system: SystemDatabase) -> Toll | None:
+    if not settings.rate_limit_scale:
+        return None
+    redis = open_cache(settings.redis_url.get_secret_value())
+    stack.push_async_callback(redis.aclose)
+    return Toll(redis, BillingStore(system), scale=settings.rate_limit_scale)
+
+
+def _loops(toll: Toll | None) -> list[Loop]:
+    return [toll.run] if toll else []
+
+
+def _patience(settings: Settings) -> Patience:
+    """Return how long an erasure waits: for calls under way, and for URLs that are out."""
+    return Patience(
+        settle=timedelta(seconds=settings.erasure_settle_seconds),
+        confirm=timedelta(seconds=settings.upload_url_seconds + settings.sweep_margin_seconds),
+    )
 
 
 async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
@@ -248,6 +322,7 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
     collection = Collection(BulkStore(database), short_term, opener)
     promotion = Promotion(database, short_term)
     transcripts = Transcripts(database, blobs, doomed, url_lifetime)
+    exporter = Exporter(collection, changes)
     memories = MemoryService(
         MemoryStore(database, data_keys),
         BatchStore(database, data_keys),
@@ -271,7 +346,7 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
         GoalStore(database),
         Streams(
             Importer(ImportStore(database, data_keys), utc_now),
-            Exporter(collection, changes),
+            exporter,
             Watcher(feed, collection.some, session_seconds=_watch_seconds(settings)),
         ),
         opener,
@@ -306,17 +381,48 @@ async def _memory(settings: Settings, stack: AsyncExitStack) -> Application:
         utc_now,
     )
 
+    erased = ErasedUsers(system)
+    privacy_work = PrivacyWorkService(
+        Eraser(
+            system,
+            ErasureStore(system, _patience(settings)),
+            data_keys,
+            blobs,
+            redis,
+            object_kinds=tuple(Kind),
+        ),
+        UserExporter(
+            ExportStore(database, timedelta(days=settings.export_days)),
+            Dumper(database, system),
+            Histories(exporter, LifecycleStore(database), short_term, opener),
+            blobs,
+        ),
+    )
+
     def register(server: grpc.aio.Server) -> None:
         memory_pb2_grpc.add_MemoryServiceServicer_to_server(memories, server)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, server)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(embedding, server)
         maintenance_pb2_grpc.add_MaintenanceServiceServicer_to_server(maintenance, server)
+        privacy_pb2_grpc.add_PrivacyWorkServiceServicer_to_server(privacy_work, server)
 
+    toll = _toll(settings, stack, system)
     return Application(
         register,
         keys,
         ended,
-        loops=[keys.run, ended.run, blobs.keep_versions, feed.run, answers.run, counts.run],
+        erased,
+        toll,
+        loops=[
+            *_loops(toll),
+            keys.run,
+            ended.run,
+            erased.run,
+            blobs.keep_versions,
+            feed.run,
+            answers.run,
+            counts.run,
+        ],
         announce_drain=feed.drain,
     )
 
@@ -356,6 +462,7 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
     forgetting = Forgetting(
         queue, timedelta(days=settings.done_job_days), timedelta(days=settings.dead_job_days)
     )
+    erased = ErasedUsers(system)
 
     def announce_drain() -> None:
         workers.drain()
@@ -365,11 +472,23 @@ async def _jobs(settings: Settings, stack: AsyncExitStack) -> Application:
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
         jobs_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
 
+    toll = _toll(settings, stack, system)
     return Application(
         register,
         keys,
         ended,
-        loops=[keys.run, ended.run, workers.run, planner.run, feed.run, forgetting.run],
+        erased,
+        toll,
+        loops=[
+            *_loops(toll),
+            keys.run,
+            ended.run,
+            erased.run,
+            workers.run,
+            planner.run,
+            feed.run,
+            forgetting.run,
+        ],
         announce_drain=announce_drain,
     )
 
@@ -470,6 +589,29 @@ async def rotate_data_keys(settings: Settings) -> str:
     return ids.show(ids.JOB, job_id)
 
 
+async def set_plan(settings: Settings, user_id: str, plan: str) -> str:
+    """Give a user a plan whose payment is settled, and return the one that they have now."""
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(_databases(settings, "set-plan"))
+        store = BillingStore(system)
+        caller = await store.find(ids.parse(ids.USER, user_id, "user"))
+        return (await store.settle(caller, plan, actor=audit.SYSTEM)).plan
+
+
+async def erase_again(settings: Settings) -> int:
+    """Begin anew every erasure that S3 knows of, and return how many those are."""
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(_databases(settings, "erase-again"))
+        audit_keys = AuditKeys(CheckpointStore(system), await _kms(settings, stack))
+        archive = ErasureArchive(
+            ErasureStore(system, _patience(settings)),
+            _blobs(settings),
+            audit_keys.signer,
+            audit_keys.known,
+        )
+        return await archive.erase_again()
+
+
 def _server(process: str, settings: Settings, application: Application) -> Server:
     verifier = TokenVerifier(
         application.keys,
@@ -482,6 +624,8 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
         worker_id=access.spiffe_id(settings.trust_domain, settings.namespace, access.WORKER),
         unary_seconds=settings.unary_seconds,
         stream_seconds=settings.stream_seconds,
+        erased=application.erased,
+        gate=application.toll,
     )
     server = Server(
         settings.listen_socket,

@@ -8,7 +8,7 @@ import asyncio
 import base64
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -26,7 +26,7 @@ from minio.error import S3Error
 from minio.helpers import DictType
 from minio.versioningconfig import VersioningConfig
 
-from server.errors import StoreUnavailable
+from server.errors import NotFound, StoreUnavailable
 from server.presigning import Key, presign
 
 log = structlog.get_logger()
@@ -105,8 +105,13 @@ class _S3(Minio):
     def parts_of(self, bucket: str, key: str, upload_id: str) -> list[Part]:
         return self._list_parts(bucket, key, upload_id).parts
 
-    def complete_upload(self, bucket: str, key: str, upload_id: str, parts: list[Part]) -> None:
-        self._complete_multipart_upload(bucket, key, upload_id, parts)
+    def upload_part(self, bucket: str, key: str, upload_id: str, number: int, data: bytes) -> Part:
+        return Part(number, self._upload_part(bucket, key, data, None, upload_id, number))
+
+    def complete_upload(
+        self, bucket: str, key: str, upload_id: str, parts: list[Part]
+    ) -> str | None:
+        return self._complete_multipart_upload(bucket, key, upload_id, parts).version_id
 
     def abort_upload(self, bucket: str, key: str, upload_id: str) -> None:
         self._abort_multipart_upload(bucket, key, upload_id)
@@ -254,9 +259,12 @@ class Blobs:
         """Remove one version of an object; without one, the object of a bucket that keeps none."""
         await _run(self._client.remove_object, self._bucket, key, version_id)
 
-    async def versions(self, *, token: str, limit: int) -> VersionPage:
-        """Return a page of all versions of all objects; `token` is empty for the first page."""
-        return await _run(self._client.versions, self._bucket, "", limit, token)
+    async def versions(self, *, token: str, limit: int, prefix: str = "") -> VersionPage:
+        """Return a page of all versions of all objects, or of those whose keys begin so.
+
+        `token` is empty for the first page.
+        """
+        return await _run(self._client.versions, self._bucket, prefix, limit, token)
 
     async def put_new(self, key: str, data: bytes) -> bool:
         """Write a small object and return True; if there is one under this key, return False."""
@@ -265,6 +273,21 @@ class Blobs:
     async def get_small(self, key: str, *, longest: int) -> bytes | None:
         """Return what an object holds, at most `longest` bytes of it; None if there is none."""
         return await _run(self._get_small, key, longest)
+
+    async def chunks(self, key: str, version_id: str | None) -> AsyncGenerator[bytes, None]:
+        """Yield what a version of an object holds, a quarter of a MiB at a time.
+
+        Raises:
+            NotFound: There is none.
+        """
+        response = await _run(self._open, key, version_id)
+        try:
+            stream = response.stream(_CHUNK_BYTES)
+            while chunk := await _run(next, stream, b""):
+                yield chunk
+        finally:
+            response.close()
+            response.release_conn()
 
     async def list_keys(self, prefix: str, *, after: str = "") -> list[str]:
         """Return the keys with a prefix that sort behind `after`, in order."""
@@ -280,13 +303,21 @@ class Blobs:
         """Return the parts that are there; None if the upload is over, in whatever way."""
         return await _run(self._parts, key, upload_id)
 
-    async def complete_upload(self, key: str, upload_id: str, parts: list[Part]) -> None:
-        """Make parts an object; an upload that is over stays as it is."""
-        await _run(self._complete_upload, key, upload_id, parts)
+    async def put_part(self, key: str, upload_id: str, number: int, data: bytes) -> Part:
+        """Write a part of an upload and return it; all but the last have 5 MiB at least."""
+        return await _run(self._client.upload_part, self._bucket, key, upload_id, number, data)
 
-    async def unfinished(self) -> list[UnfinishedUpload]:
-        """Return uploads that are not over: all of them, or a thousand of more."""
-        return await _run(self._client.unfinished, self._bucket, "")
+    async def complete_upload(self, key: str, upload_id: str, parts: list[Part]) -> str | None:
+        """Make parts an object and return its version; an upload that is over stays as it is.
+
+        Returns:
+            The version; None if the bucket keeps none, or the upload was over before.
+        """
+        return await _run(self._complete_upload, key, upload_id, parts)
+
+    async def unfinished(self, prefix: str = "") -> list[UnfinishedUpload]:
+        """Return uploads that are not over, of keys that begin so: all, or a thousand of more."""
+        return await _run(self._client.unfinished, self._bucket, prefix)
 
     async def abort_upload(self, key: str, upload_id: str) -> None:
         """Give an upload up; one that is over stays as it is."""
@@ -333,6 +364,14 @@ class Blobs:
             raise OSError(f"PUT was answered {answer.status}")
         return answer.status == HTTPStatus.OK
 
+    def _open(self, key: str, version_id: str | None) -> urllib3.BaseHTTPResponse:
+        try:
+            return self._client.get_object(self._bucket, key, version_id=version_id)
+        except S3Error as error:
+            if error.code in _MISSING:
+                raise NotFound("object") from error
+            raise
+
     def _get_small(self, key: str, longest: int) -> bytes | None:
         try:
             response = self._client.get_object(self._bucket, key)
@@ -377,12 +416,13 @@ class Blobs:
                 return None
             raise
 
-    def _complete_upload(self, key: str, upload_id: str, parts: list[Part]) -> None:
+    def _complete_upload(self, key: str, upload_id: str, parts: list[Part]) -> str | None:
         try:
-            self._client.complete_upload(self._bucket, key, upload_id, parts)
+            return self._client.complete_upload(self._bucket, key, upload_id, parts)
         except S3Error as error:
             if error.code != "NoSuchUpload":
                 raise
+            return None
 
     def _abort_upload(self, key: str, upload_id: str) -> None:
         try:

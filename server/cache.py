@@ -9,6 +9,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from server.caller import Caller
 from server.errors import StoreUnavailable
 
 log = structlog.get_logger()
@@ -17,6 +18,11 @@ KEY_PREFIX = "mesh:"
 """The role of the services may touch no other keys."""
 
 _PATIENCE_SECONDS = 2.0
+
+
+def prefix_of(caller: Caller) -> str:
+    """Return what all keys of a user begin with, and nobody else's."""
+    return f"{KEY_PREFIX}{caller.tenant_id.hex}:{caller.user_id.hex}:"
 
 
 def open_cache(url: str) -> Redis:
@@ -46,4 +52,4 @@ def out_of_reach() -> Iterator[None]:
         raise StoreUnavailable("the short-term store") from error
 
 
-__all__ = ["KEY_PREFIX", "Redis", "RedisError", "open_cache", "out_of_reach"]
+__all__ = ["KEY_PREFIX", "Redis", "RedisError", "open_cache", "out_of_reach", "prefix_of"]

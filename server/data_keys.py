@@ -98,17 +98,21 @@ class DataKeys:
                 stored = await self._insert(connection, caller, made)
         await self._plain(caller, stored)
 
-    async def shred(self, connection: Connection, caller: Caller) -> None:
+    async def shred(self, connection: Connection, caller: Caller) -> int:
         """Destroy a user's key, with the commit of a system transaction.
 
         What it sealed can never be opened again, also when the user is given a new key later.
+
+        Returns:
+            1, or 0 if there was none.
         """
-        await connection.execute(
+        deleted = await connection.execute(
             "DELETE FROM user_keys WHERE tenant_id = $1 AND user_id = $2",
             caller.tenant_id,
             caller.user_id,
         )
         self._remembered.forget(caller)
+        return int(deleted.removeprefix("DELETE "))
 
     async def _find(self, caller: Caller) -> _Stored | None:
         rows = await self._database.fetch(

@@ -16,7 +16,7 @@ import structlog
 from asyncpg.pool import PoolConnectionProxy as Connection
 
 from server.caller import Caller
-from server.errors import StoreUnavailable
+from server.errors import AccountErased, StoreUnavailable
 
 type_codecs = pgvector.asyncpg.register_vector
 
@@ -32,6 +32,8 @@ _OUT_OF_REACH = (
     # What asyncpg says of an idle connection whose end it has read but not yet understood.
     asyncpg.InternalClientError,
 )
+_ERASED = "KM002"
+"""What the function refuse_erased raises."""
 _SETTINGS = {
     "jit": "off",
     "plan_cache_mode": "force_generic_plan",
@@ -190,6 +192,10 @@ def _translated() -> Iterator[None]:
             raise
         log.warning("database out of reach", error=repr(error))
         raise StoreUnavailable("the database") from error
+    except asyncpg.PostgresError as error:
+        if error.sqlstate != _ERASED:
+            raise
+        raise AccountErased from error
 
 
 def _is_cancelling() -> bool:

@@ -5,6 +5,7 @@ is a name of kimberly.errors.v1.ErrorReason without its prefix.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 
 class Problem(Exception):
@@ -95,6 +96,17 @@ class MailedTokenInvalid(Unauthenticated):
         super().__init__("the token is unknown, expired or used; ask for another mail")
 
 
+class AccountErased(Unauthenticated):
+    """Who calls has asked to be erased."""
+
+    reason = "ACCOUNT_ERASED"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the account is erased; POST /v1/user/erasures:receipt says how far that is"
+        )
+
+
 class PermissionDenied(Problem):
     """The caller is known and may not."""
 
@@ -111,6 +123,25 @@ class ScopeMissing(PermissionDenied):
 
     def __init__(self, scope: str) -> None:
         Problem.__init__(self, f"the access token is not good for this: it lacks the scope {scope}")
+
+
+class ProofInvalid(Problem):
+    """The caller did not prove that they are who they seem to be."""
+
+    reason = "PROOF_INVALID"
+
+    def __init__(self) -> None:
+        super().__init__("the password is wrong; nothing was done")
+
+
+class RateLimited(Problem):
+    """Too much of something within a time."""
+
+    reason = "RATE_LIMITED"
+
+    def __init__(self, what: str, retry_after: timedelta) -> None:
+        super().__init__(f"too many {what}; try again later")
+        self.retry_after = retry_after
 
 
 class ConsentMissing(Problem):

@@ -21,6 +21,9 @@ AUDIT_EVENT: Final = "aud"
 SESSION: Final = "ses"
 API_KEY: Final = "key"
 INVITATION: Final = "inv"
+ERASURE: Final = "era"
+RECEIPT: Final = "rcp"
+EXPORT: Final = "exp"
 
 ABOVE_ALL: Final = UUID(int=(1 << 128) - 1)
 """No id is as high: where a list begins that goes down."""

@@ -92,6 +92,12 @@ class Settings(BaseSettings):
     upload_url_seconds: int = Field(default=900, ge=1, le=86_400)
     sweep_margin_seconds: int = Field(default=3600, ge=60)
     """What is younger may still be written: the sweep of the object store leaves it alone."""
+    rate_limit_scale: float = Field(default=1.0, ge=0)
+    """How many times the calls of their plan users may make; 0: as many as they like."""
+    export_days: int = Field(default=7, ge=1, le=90)
+    """How long an export can be downloaded."""
+    erasure_settle_seconds: int = Field(default=30, ge=0)
+    """How long an erasure waits before it removes anything: longer than a call may take."""
     retention_schedule: str = "47 * * * *"
     """When memories are archived and deleted whose time has come: a cron expression in UTC."""
     sweep_schedule: str = "17 * * * *"

@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from server.telemetry import configure
 from workers.embedding import EMBED, Embedding
 from workers.embedding_models import Embedder, ModelUnusable, load_embedders
+from workers.erasure import ERASE, Erasing
+from workers.exporting import EXPIRE, EXPORT, Exporting
 from workers.housekeeping import SWEEP_ATTACHMENTS, SWEEP_MEMORIES, Housekeeping
 from workers.meditation import PLAN, SHARD, Meditation
 from workers.promotion import PROMOTE, Promoting
@@ -78,6 +80,7 @@ async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
     async with open_channel(settings.outbound_socket) as channel:
         meditation = Meditation(channel)
         housekeeping = Housekeeping(channel)
+        exporting = Exporting(channel)
         worker = Worker(
             channel,
             {
@@ -88,6 +91,9 @@ async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
                 SWEEP_ATTACHMENTS: housekeeping.sweep_attachments,
                 SWEEP_MEMORIES: housekeeping.sweep_memories,
                 PROMOTE: Promoting(channel).promote,
+                ERASE: Erasing(channel).erase,
+                EXPORT: exporting.export,
+                EXPIRE: exporting.expire,
                 **_embedding(channel, embedders),
             },
             concurrency=settings.concurrency,

@@ -25,7 +25,7 @@ from uuid import uuid4
 
 import structlog
 
-from server.cache import KEY_PREFIX, Redis, RedisError
+from server.cache import Redis, RedisError, prefix_of
 from server.caller import Caller
 from server.memory.search_store import Versions
 
@@ -214,7 +214,7 @@ class Answers:
 
 
 def _key(caller: Caller, name: str) -> str:
-    return f"{KEY_PREFIX}{caller.tenant_id.hex}:{caller.user_id.hex}:{name}"
+    return f"{prefix_of(caller)}{name}"
 
 
 def _milliseconds(instant: datetime) -> int:

@@ -1,7 +1,7 @@
 """Exporting all memories over one stream."""
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from kimberly.memory.v1 import memory_pb2 as pb
@@ -23,7 +23,7 @@ class Exporter:
 
     async def stream(
         self, caller: Caller, request: pb.ExportMemoriesRequest
-    ) -> AsyncIterator[pb.ExportMemoriesResponse]:
+    ) -> AsyncGenerator[pb.ExportMemoriesResponse, None]:
         """Send every memory that is there now, then the end.
 
         Raises:

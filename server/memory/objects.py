@@ -22,7 +22,9 @@ from server.errors import StoreUnavailable
 log = structlog.get_logger()
 
 _PATIENCE_SECONDS = 3.0
-_KEY = re.compile(r"(attachments|transcripts)/([0-9a-f]{32})/([0-9a-f]{32})/([0-9a-f]{32})\Z")
+_KEY = re.compile(
+    r"(attachments|transcripts|exports)/([0-9a-f]{32})/([0-9a-f]{32})/([0-9a-f]{32})\Z"
+)
 
 
 class Kind(enum.StrEnum):
@@ -30,6 +32,7 @@ class Kind(enum.StrEnum):
 
     ATTACHMENT = "attachments"
     TRANSCRIPT = "transcripts"
+    EXPORT = "exports"
 
 
 @dataclass(frozen=True, slots=True)

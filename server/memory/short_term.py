@@ -32,7 +32,7 @@ from uuid import UUID
 import structlog
 
 from server import audit, ids, requests
-from server.cache import KEY_PREFIX, Redis, out_of_reach
+from server.cache import KEY_PREFIX, Redis, out_of_reach, prefix_of
 from server.caller import Caller
 from server.database import Connection, Database
 from server.errors import (
@@ -372,7 +372,7 @@ class ShortTermStore:
         Raises:
             StoreUnavailable: Redis does not answer.
         """
-        prefix = f"{_prefix(caller)}past:"
+        prefix = f"{prefix_of(caller)}past:"
         with out_of_reach():
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for memory in memories:
@@ -593,7 +593,7 @@ class ShortTermStore:
 
     async def _run(self, script: Any, caller: Caller, *arguments: object) -> Any:
         with out_of_reach():
-            return await script(keys=[_prefix(caller)], args=list(arguments))
+            return await script(keys=[prefix_of(caller)], args=list(arguments))
 
 
 def refuse_sensitive(is_sensitive: bool | None) -> None:  # noqa: FBT001 - what a draft says
@@ -638,10 +638,6 @@ async def note_usage(
     ]
     if crossed:
         await audit.record_all(connection, caller, "quota.threshold", crossed, actor=audit.SYSTEM)
-
-
-def _prefix(caller: Caller) -> str:
-    return f"{KEY_PREFIX}{caller.tenant_id.hex}:{caller.user_id.hex}:"
 
 
 def _living(snapshot: Snapshot) -> list[Memory]:

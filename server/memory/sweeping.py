@@ -176,6 +176,11 @@ class Sweep:
                   FROM asked
                   JOIN transcripts USING (tenant_id, user_id, id)
                  WHERE kind = 'transcripts'
+                 UNION ALL
+                SELECT kind, tenant_id, user_id, id, version_id
+                  FROM asked
+                  JOIN exports USING (tenant_id, user_id, id)
+                 WHERE kind = 'exports'
                 """,
                 [name.kind for name in names],
                 [name.owner.tenant_id for name in names],

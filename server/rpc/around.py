@@ -18,7 +18,7 @@ _MALFORMED = object()
 class Call:
     """One call that is being served, as the layers see it."""
 
-    __slots__ = ("context", "metadata", "method", "streams")
+    __slots__ = ("context", "metadata", "method", "received_bytes", "streams")
 
     def __init__(self, method: str, context: Any, *, streams: bool) -> None:
         self.method = method
@@ -27,6 +27,8 @@ class Call:
         """grpc.aio.ServicerContext of the call."""
         self.streams = streams
         """Whether either side sends more than one message."""
+        self.received_bytes = 0
+        """Size of the requests that have come."""
         self.metadata: dict[str, str | bytes] = dict(context.invocation_metadata() or ())
 
 
@@ -84,8 +86,9 @@ def _wrap(handler: Handler, method: str, enter: Enter) -> Handler:
 def _answers_once(behavior: Any, method: str, enter: Enter, *, streams: bool) -> Any:
     async def serve(request: Any, context: Any) -> Any:
         async with AsyncExitStack() as stack:
-            await enter(stack, Call(method, context, streams=streams))
-            return await behavior(_well_formed(request), context)
+            call = Call(method, context, streams=streams)
+            await enter(stack, call)
+            return await behavior(_well_formed(request, call), context)
 
     return serve
 
@@ -93,9 +96,10 @@ def _answers_once(behavior: Any, method: str, enter: Enter, *, streams: bool) ->
 def _answers_often(behavior: Any, method: str, enter: Enter) -> Any:
     async def serve(request: Any, context: Any) -> AsyncIterator[Any]:
         async with AsyncExitStack() as stack:
-            await enter(stack, Call(method, context, streams=True))
+            call = Call(method, context, streams=True)
+            await enter(stack, call)
             responses = await stack.enter_async_context(
-                aclosing(behavior(_well_formed(request), context))
+                aclosing(behavior(_well_formed(request, call), context))
             )
             async for response in responses:
                 yield response
@@ -117,17 +121,19 @@ def _guarded(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], An
     return attempt
 
 
-def _well_formed(request: Any) -> Any:
+def _well_formed(request: Any, call: Call) -> Any:
     """Return the request, or an iterator over it that stops at the first malformed message."""
     if request is _MALFORMED:
         raise MalformedMessage
     if hasattr(request, "__aiter__"):
-        return _each_well_formed(request)
+        return _each_well_formed(request, call)
+    call.received_bytes = request.ByteSize()
     return request
 
 
-async def _each_well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _each_well_formed(requests: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
     async for request in requests:
         if request is _MALFORMED:
             raise MalformedMessage
+        call.received_bytes += request.ByteSize()
         yield request

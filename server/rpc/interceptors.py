@@ -4,22 +4,32 @@
 2. errors     turns everything below into a status; nothing raised further in escapes it
 3. deadline   bounds all the work below, the look-up of keys included
 4. caller     who is calling, before anyone asks whether they may
-5. access     last: a method without a row is denied to everybody
+5. access     a method without a row is denied to everybody
+6. erased     whoever asked to be erased may do nothing that they might have done before
+7. toll       last: what is refused for another reason counts against no limit
 """
 
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Container, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, assert_never
+from uuid import UUID
 
 import grpc
 import structlog
 
-from server.access import METHODS, ROLES, Access, Scope, scope_of
-from server.caller import Credentials, current_credentials, set_credentials
+from server.access import METHODS, OPEN_TO_ERASED, ROLES, Access, Scope, scope_of
+from server.caller import (
+    Caller,
+    Credentials,
+    current_caller,
+    current_credentials,
+    set_credentials,
+)
 from server.errors import (
+    AccountErased,
     DeadlineExceeded,
     PermissionDenied,
     Problem,
@@ -42,8 +52,24 @@ class Verifier(Protocol):
         """Return what the token says, or raise Unauthenticated."""
 
 
+class Gate(Protocol):
+    """Admits calls of users, and counts them."""
+
+    async def admit(self, caller: Caller) -> None:
+        """Let a call pass, or raise RateLimited."""
+
+    def note(self, caller: Caller, method: str, received_bytes: int) -> None:
+        """Count a call that was served."""
+
+
 def chain(
-    verifier: Verifier, *, worker_id: str, unary_seconds: float, stream_seconds: float
+    verifier: Verifier,
+    *,
+    worker_id: str,
+    unary_seconds: float,
+    stream_seconds: float,
+    erased: Container[UUID] = (),
+    gate: Gate | None = None,
 ) -> Sequence[Layer]:
     """Return the layers of every server, outermost first.
 
@@ -52,14 +78,18 @@ def chain(
         worker_id: SPIFFE id of workers.
         unary_seconds: Longest time of a unary call.
         stream_seconds: Longest time of a call that streams.
+        erased: Users whose tokens open nothing any more.
+        gate: Admits calls of users and counts them; None admits all.
     """
-    return (
+    layers: tuple[Layer, ...] = (
         logged,
         answered,
         _Deadline(unary_seconds, stream_seconds).bounded,
         _Caller(verifier).identified,
         _Access(worker_id).allowed,
+        _Erased(erased).refused,
     )
+    return layers if gate is None else (*layers, _Toll(gate).paid)
 
 
 @asynccontextmanager
@@ -174,6 +204,37 @@ def _check_user(method: str, access: Access) -> None:
     scopes = credentials.scopes
     if Scope.USER not in scopes and scope_of(method) not in scopes:
         raise ScopeMissing(scope_of(method))
+
+
+class _Erased:
+    """Refuses users who asked to be erased, although their tokens have not expired."""
+
+    def __init__(self, users: Container[UUID]) -> None:
+        self._users = users
+
+    @asynccontextmanager
+    async def refused(self, call: Call) -> AsyncIterator[None]:
+        is_closed = METHODS.get(call.method) in ROLES and call.method not in OPEN_TO_ERASED
+        if is_closed and current_caller().user_id in self._users:
+            raise AccountErased
+        yield
+
+
+class _Toll:
+    """Has calls of users admitted, and counts those that were served."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    @asynccontextmanager
+    async def paid(self, call: Call) -> AsyncIterator[None]:
+        if METHODS.get(call.method) not in ROLES:
+            yield
+            return
+        caller = current_caller()
+        await self._gate.admit(caller)
+        yield
+        self._gate.note(caller, call.method, call.received_bytes)
 
 
 def workload_id(call: Call) -> str | None:

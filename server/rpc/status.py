@@ -16,6 +16,8 @@ _CODES: Mapping[type[errors.Problem], grpc.StatusCode] = {
     errors.MalformedMessage: grpc.StatusCode.INVALID_ARGUMENT,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.ProofInvalid: grpc.StatusCode.PERMISSION_DENIED,
+    errors.RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ConsentMissing: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
@@ -77,4 +79,8 @@ def _details(problem: errors.Problem) -> list[object]:
         return [error_details_pb2.QuotaFailure(violations=[failure])]
     if isinstance(problem, errors.StoreUnavailable):
         return [error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1))]
+    if isinstance(problem, errors.RateLimited):
+        delay = duration_pb2.Duration()
+        delay.FromTimedelta(problem.retry_after)
+        return [error_details_pb2.RetryInfo(retry_delay=delay)]
     return []

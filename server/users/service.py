@@ -79,7 +79,9 @@ class UserService(rpc.UserServiceServicer):
         self, request: pb.ListConsentsRequest, context: Context
     ) -> pb.ListConsentsResponse:
         """Return where each consent stands."""
-        consents = await self._store.list_consents(current_caller())
+        consents = await self._store.list_consents(
+            current_caller(), with_history=request.include_history
+        )
         return pb.ListConsentsResponse(consents=map(_consent, consents))
 
     async def ListAuditEvents(

@@ -179,18 +179,25 @@ class UserStore:
             await ask_for_embedding(connection, caller)
         return consent
 
-    async def list_consents(self, caller: Caller) -> Sequence[Consent]:
-        """Return the latest decision on each purpose."""
+    async def list_consents(
+        self, caller: Caller, *, with_history: bool = False
+    ) -> Sequence[Consent]:
+        """Return the latest decision on each purpose, or every decision, the latest first."""
         async with self._database.transaction(caller) as connection:
             rows = await connection.fetch(
                 """
-                SELECT DISTINCT ON (purpose) purpose, granted, version, recorded_at
-                  FROM consents
+                SELECT purpose, granted, version, recorded_at
+                  FROM consents AS decision
                  WHERE tenant_id = $1 AND user_id = $2
+                   AND ($3 OR version = (SELECT max(version)
+                                           FROM consents AS last
+                                          WHERE last.tenant_id = $1 AND last.user_id = $2
+                                            AND last.purpose = decision.purpose))
                  ORDER BY purpose, version DESC
                 """,
                 caller.tenant_id,
                 caller.user_id,
+                with_history,
             )
         return [Consent(**row) for row in rows]
 

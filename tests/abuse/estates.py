@@ -12,6 +12,7 @@ import httpx
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.memory.v1 import memory_pb2 as pb
+from kimberly.privacy.v1 import privacy_pb2 as privacy
 from kimberly.users.v1 import users_pb2 as users
 
 from tests.abuse.meanings import Means
@@ -94,6 +95,12 @@ async def schedule(user: User) -> str:
     return made
 
 
+async def export(user: User) -> str:
+    """Ask for an export, or for the one that is under way, and return its id."""
+    asked: str = (await user.grpc(privacy.CreateExportRequest())).export.id
+    return asked
+
+
 async def talk(user: User) -> str:
     """Begin a conversation and return what it is called."""
     name = secrets.token_hex(4)
@@ -152,6 +159,7 @@ STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.SCHEDULE: {"made": schedule},
     Means.API_KEY: {"living": make_key},
     Means.LOG_IN: {"going on": log_in},
+    Means.EXPORT: {"asked for": export},
     Means.SESSION: {"begun": talk, "ended": write_down},
     Means.TRANSCRIPT: {"written": write_down},
     Means.IMPORT: {"begun": import_},

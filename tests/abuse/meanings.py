@@ -29,6 +29,7 @@ class Means(enum.Enum):
     SCHEDULE = "sch"
     LOG_IN = "ses"
     API_KEY = "key"
+    EXPORT = "exp"
     SESSION = "a conversation that was begun"
     TRANSCRIPT = "a conversation that was written down"
     IMPORT = "an import that was begun"
@@ -38,7 +39,8 @@ class Means(enum.Enum):
     FREE = "a name that each user gives away anew"
     NOTHING = "is the server's to say; counts for nothing in a request"
     MEMBER = "somebody of the tenant, or asked to join: tests/auth/test_members"
-    SECRET = "speaks for whoever shows it: tests/abuse/test_tokens"
+    END = "the end of whoever asks, whom the other tests still need: tests/privacy"
+    SECRET = "speaks for whoever shows it: tests/abuse/test_tokens, tests/privacy"
 
 
 IDS: Final = (
@@ -50,6 +52,7 @@ IDS: Final = (
     Means.GOAL,
     Means.LOG_IN,
     Means.API_KEY,
+    Means.EXPORT,
 )
 """What the server names, by ids that say the kind."""
 NAMED: Final = (Means.SESSION, Means.TRANSCRIPT, Means.IMPORT)
@@ -72,6 +75,7 @@ TEXT: Final = frozenset(
         "name",
         "new_password",
         "password",
+        "plan",
         "query",
         "scopes",
         "sha256",
@@ -107,6 +111,10 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "ExchangeToken": {"api_key": Means.SECRET},
     "ResetPassword": {"token": Means.SECRET},
     "VerifyEmail": {"token": Means.SECRET},
+    "CreateExport": {"request_id": Means.FREE},
+    "GetExport": {"id": Means.EXPORT},
+    "GetErasure": {"id": Means.END},
+    "GetErasureReceipt": {"receipt_id": Means.SECRET},
     "ListAuditEvents": {"page_token": Means.PLACE},
     "ListAuditLinks": {"page_token": Means.PLACE},
     "CreateMemory": {**_kept("memory"), "request_id": Means.FREE},

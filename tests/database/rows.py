@@ -50,6 +50,7 @@ FIXED: Final[Mapping[str, Mapping[str, object]]] = {
     "sessions": {"expires_at": "infinity"},
     "subscriptions": {"plan": "free"},
     "user_schedules": {"cron": "0 0 * * *", "time_zone": "UTC", "missed": "run_once"},
+    "usage_by_month": {"month": "2026-05-01"},
 }
 """What the checks of a table want to see in it; everything else is made up by type."""
 

@@ -429,6 +429,7 @@ def test_rest_calls_without_token_are_those_of_methods_for_anyone() -> None:
         ("POST", "/v1/login"),
         ("POST", "/v1/token:refresh"),
         ("POST", "/v1/logout"),
+        ("POST", "/v1/user/erasures:receipt"),
         ("GET", "/.well-known/jwks.json"),
         ("GET", "/.well-known/oauth-authorization-server"),
         ("GET", "/.well-known/openid-configuration"),

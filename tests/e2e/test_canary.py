@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
+from uuid import UUID
 
 import asyncpg
 import grpc
@@ -22,8 +23,10 @@ import pytest
 import pytest_asyncio
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
+from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.maintenance.v1 import maintenance_pb2_grpc
 from kimberly.memory.v1 import memory_pb2 as pb
+from kimberly.privacy.v1 import privacy_pb2 as privacy
 from kimberly.users.v1 import users_pb2 as users
 
 from local.fleet import MASTER_KEY
@@ -38,8 +41,8 @@ from server.kms.local import LocalKms
 from tests.conftest import Serve, as_worker
 from tests.e2e.canary import Haystack, fingerprints, word
 from tests.maintenance import maintenance_service
-from tests.mesh import User, eventually
-from tests.transports import Refused
+from tests.mesh import PASSWORD, User, eventually
+from tests.transports import Grpc, Refused, Rest
 from workers.housekeeping import Housekeeping
 from workers.promotion import Promoting
 from workers.stream import Task
@@ -350,3 +353,62 @@ async def test_what_a_conversation_was_called_is_not_kept_for_ever(
     await house.owner.execute("UPDATE ended_sessions SET ended_at = ended_at - interval '9 days'")
     await house.keep()
     assert await haystack.find(canary.heard) == {}
+
+
+@pytest.mark.timeout(180)
+async def test_whoever_is_erased_is_found_nowhere_but_in_the_audit_log(
+    mesh: Mesh, user: User, house: House
+) -> None:
+    haystack, canary = Haystack(mesh), Canary(user, house)
+    await canary.sing()
+    assert {store for store, _ in await haystack.find(canary.heard)} == {"postgres", "valkey", "s3"}
+    asked = privacy.CreateErasureRequest(password=PASSWORD)
+    wrong = privacy.CreateErasureRequest(password=f"not {PASSWORD}")
+    for transport in user.transports.values():
+        with pytest.raises(Refused) as refused:
+            await transport(wrong)
+        assert refused.value.refusal.reason == "PROOF_INVALID"
+    erasures = [(await transport(asked)).erasure for transport in user.transports.values()]
+    assert erasures[0].id == erasures[1].id
+
+    async def refusal() -> str:
+        try:
+            await user.grpc(pb.ListMemoriesRequest())
+        except Refused as error:
+            return error.refusal.reason
+        return ""
+
+    assert await eventually(refusal, bool, seconds=5) == "ACCOUNT_ERASED"
+    with pytest.raises(Refused):
+        await user.grpc(auth.RefreshTokenRequest(refresh_token=user.tokens.refresh_token))
+    stranger = Rest(user.rest.http, ""), Grpc(user.grpc.channel)
+
+    async def look() -> privacy.Erasure:
+        request = privacy.GetErasureReceiptRequest(receipt_id=erasures[0].receipt_id)
+        one, other = [(await transport(request)).erasure for transport in stranger]
+        assert (one.id, one.user_id) == (other.id, other.user_id)
+        later: privacy.Erasure = other
+        return later
+
+    # Not before whatever was under way has ended.
+    told = await eventually(
+        look, lambda erasure: erasure.state == privacy.ERASURE_STATE_ERASED, seconds=90
+    )
+    assert told.receipt
+    assert await haystack.find(canary.heard) == {}
+    assert await haystack.find(canary.fingerprints) == {}
+    assert await haystack.find(word(user.email)) == {}
+    found = await haystack.find(re.compile(user.id.removeprefix("usr_") + "|" + dashed(user.id)))
+    # Statistics of statements go by themselves; they hold ids, since SET takes no parameters.
+    passing = {("postgres", "pg_stat_statements"), ("postgres", "pg_stat_activity")}
+    named = {place for place in found if place[0] != "logs"} - passing
+    # That there was somebody of this id is told by nothing but these.
+    assert named == {
+        *(("postgres", table) for table in ("audit_events", "erasures", "jobs")),
+        ("s3", "erasures"),
+    }
+
+
+def dashed(user_id: str) -> str:
+    """Return how Postgres writes the id of a user."""
+    return str(UUID(user_id.removeprefix("usr_")))

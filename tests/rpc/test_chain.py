@@ -223,3 +223,29 @@ def test_every_method_of_the_contract_has_a_row() -> None:
 async def test_server_refuses_a_directory_that_others_can_enter(shared: Path) -> None:
     with pytest.raises(UnsafeSocketDirectory):
         await Server(shared / "s", (), services=()).start()
+
+
+async def test_whoever_was_erased_opens_nothing_with_a_token_that_is_still_good(
+    private: Path,
+) -> None:
+    layers = chain(
+        PlainTokens(),
+        worker_id=WORKER_ID,
+        unary_seconds=1,
+        stream_seconds=1,
+        erased={CALLER.user_id},
+    )
+    server = Server(private / "s", layers, services=())
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(memories(), server.grpc)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"unix:{private / 's'}") as channel:
+        stub = memory_pb2_grpc.MemoryServiceStub(channel)
+        request = memory_pb2.GetMemoryRequest(id="any")
+        refusal = await refusal_of(stub.GetMemory(request, metadata=bearer(CALLER)))
+        assert (refusal.code, refusal.reason) == (
+            grpc.StatusCode.UNAUTHENTICATED,
+            "ACCOUNT_ERASED",
+        )
+        other = Caller(CALLER.tenant_id, ids.new_id())
+        assert (await stub.GetMemory(request, metadata=bearer(other))).memory.id
+    await server.grpc.stop(None)

@@ -70,6 +70,19 @@ async def test_the_last_decision_on_a_purpose_stands(users: Users, database: Dat
         assert list(listed.consents) == [response.consent]
 
 
+async def test_every_decision_stays_to_be_read(users: Users, database: Database) -> None:
+    mine = bearer(await new_caller(database, consenting=False))
+    made = [
+        (await users.RecordConsent(decide(granted=granted), metadata=mine)).consent
+        for granted in (True, False, True)
+    ]
+    request = pb.ListConsentsRequest(include_history=True)
+    listed = await users.ListConsents(request, metadata=mine)
+    assert list(listed.consents) == made[::-1]
+    stranger = bearer(await new_caller(database, consenting=False))
+    assert not (await users.ListConsents(request, metadata=stranger)).consents
+
+
 async def test_consents_are_everyone_s_own(users: Users, database: Database) -> None:
     await users.RecordConsent(decide(granted=True), metadata=bearer(await new_caller(database)))
     other = await new_caller(database, consenting=False)

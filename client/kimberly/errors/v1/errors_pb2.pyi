@@ -80,6 +80,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The token from a mail is unknown, expired or used."""
     ERROR_REASON_API_KEY_INVALID: _ErrorReason.ValueType  # 32
     """The API key is unknown, expired or revoked."""
+    ERROR_REASON_ACCOUNT_ERASED: _ErrorReason.ValueType  # 26
+    """The user has asked to be erased: their tokens open nothing more."""
+    ERROR_REASON_PROOF_INVALID: _ErrorReason.ValueType  # 27
+    """What was to prove that the user themselves asks is wrong. Nothing was done."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. The name of the value, without its ERROR_REASON_ prefix, is the
@@ -144,4 +148,8 @@ ERROR_REASON_MAILED_TOKEN_INVALID: ErrorReason.ValueType  # 31
 """The token from a mail is unknown, expired or used."""
 ERROR_REASON_API_KEY_INVALID: ErrorReason.ValueType  # 32
 """The API key is unknown, expired or revoked."""
+ERROR_REASON_ACCOUNT_ERASED: ErrorReason.ValueType  # 26
+"""The user has asked to be erased: their tokens open nothing more."""
+ERROR_REASON_PROOF_INVALID: ErrorReason.ValueType  # 27
+"""What was to prove that the user themselves asks is wrong. Nothing was done."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -114,7 +114,7 @@ class UserServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListConsents(self, request, context):
-        """Lists where the user's consent stands, one entry a purpose.
+        """Lists where the user's consent stands, one entry a purpose; or every decision ever made.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,7 @@ class UserServiceStub:
     RecordConsent: _grpc.UnaryUnaryMultiCallable[_users_pb2.RecordConsentRequest, _users_pb2.RecordConsentResponse]
     """Grants or withdraws consent to one purpose. It acts on every call that comes after it."""
     ListConsents: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListConsentsRequest, _users_pb2.ListConsentsResponse]
-    """Lists where the user's consent stands, one entry a purpose."""
+    """Lists where the user's consent stands, one entry a purpose; or every decision ever made."""
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListAuditEventsRequest, _users_pb2.ListAuditEventsResponse]
     """Lists the audit events of the user, newest first."""
     ListAuditLinks: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListAuditLinksRequest, _users_pb2.ListAuditLinksResponse]
@@ -78,7 +78,7 @@ class UserServiceAsyncStub(UserServiceStub):
     RecordConsent: _aio.UnaryUnaryMultiCallable[_users_pb2.RecordConsentRequest, _users_pb2.RecordConsentResponse]  # type: ignore[assignment]
     """Grants or withdraws consent to one purpose. It acts on every call that comes after it."""
     ListConsents: _aio.UnaryUnaryMultiCallable[_users_pb2.ListConsentsRequest, _users_pb2.ListConsentsResponse]  # type: ignore[assignment]
-    """Lists where the user's consent stands, one entry a purpose."""
+    """Lists where the user's consent stands, one entry a purpose; or every decision ever made."""
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_users_pb2.ListAuditEventsRequest, _users_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
     """Lists the audit events of the user, newest first."""
     ListAuditLinks: _aio.UnaryUnaryMultiCallable[_users_pb2.ListAuditLinksRequest, _users_pb2.ListAuditLinksResponse]  # type: ignore[assignment]
@@ -136,7 +136,7 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _users_pb2.ListConsentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_users_pb2.ListConsentsResponse, _abc.Awaitable[_users_pb2.ListConsentsResponse]]:
-        """Lists where the user's consent stands, one entry a purpose."""
+        """Lists where the user's consent stands, one entry a purpose; or every decision ever made."""
 
     @_abc_1.abstractmethod
     def ListAuditEvents(

@@ -1,0 +1,1 @@
+"""Plans, what users use of them, and how fast they may."""

@@ -1,0 +1,110 @@
+"""Plans and usage as values, and when the audit log is told of usage."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from datetime import date, datetime
+from typing import Final
+
+METERED: Final = ("writes", "queries", "bytes", "jobs")
+SHARES: Final = (80, 100)
+"""Percentages of what is meant for a month that the audit log is told of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What was used, or may be used, in a month."""
+
+    writes: int = 0
+    queries: int = 0
+    bytes: int = 0
+    jobs: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        """Return both together."""
+        return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How fast a user may call."""
+
+    calls_per_second: int
+    burst: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a user gets."""
+
+    name: str
+    short_term_bytes: int
+    long_term_bytes: int
+    permanent_bytes: int
+    vectors: int
+    price_cents: int
+    rate: Rate
+    monthly: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """Which plan a user has, and which they asked for."""
+
+    plan: str
+    requested_plan: str | None
+    requested_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class UsedInMonth:
+    """What was used in a month, named by its first day."""
+
+    month: date
+    used: Usage
+
+
+def crossed(before: Usage, now: Usage, limits: Usage) -> Iterator[str]:
+    """Yield what the audit log is told of: each share of a limit that usage has now reached."""
+    for name in METERED:
+        limit, was, is_now = (getattr(each, name) for each in (limits, before, now))
+        for share in SHARES:
+            if was * 100 < limit * share <= is_now * 100:
+                yield f"usage/{name}/{share}"
+
+
+METERS: Final[Mapping[str, str]] = {
+    f"/kimberly.memory.v1.MemoryService/{method}": "writes"
+    for method in (
+        "CreateMemory",
+        "UpdateMemory",
+        "DeleteMemory",
+        "BatchCreateMemories",
+        "ArchiveMemory",
+        "RestoreMemory",
+        "ProtectMemory",
+        "GiveFeedback",
+        "ImportMemories",
+        "UploadEmbeddings",
+        "CreateAttachment",
+        "AppendToSession",
+        "EndSession",
+    )
+} | {
+    "/kimberly.memory.v1.MemoryService/QueryMemories": "queries",
+    "/kimberly.memory.v1.MemoryService/Meditate": "jobs",
+    "/kimberly.privacy.v1.PrivacyService/CreateExport": "jobs",
+}
+"""What a call counts as, by method. What is not here counts as nothing."""
+
+
+def usage_of(method: str, received_bytes: int) -> Usage:
+    """Return what one call uses."""
+    match METERS.get(method):
+        case "writes":
+            return Usage(writes=1, bytes=received_bytes)
+        case "queries":
+            return Usage(queries=1)
+        case "jobs":
+            return Usage(jobs=1)
+        case _:
+            return Usage()

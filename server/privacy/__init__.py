@@ -1,0 +1,1 @@
+"""What is kept about a user as a whole: a copy of it, and its end."""

@@ -1,0 +1,141 @@
+"""Rate limits that processes share, and counts that no call waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from kimberly.billing.v1 import billing_pb2 as pb
+from kimberly.billing.v1 import billing_pb2_grpc as rpc
+
+from server.billing.payments import ManualPayments
+from server.billing.service import BillingService
+from server.billing.store import BillingStore
+from server.billing.toll import Toll
+from server.cache import Redis, open_cache, prefix_of
+from server.caller import Caller
+from server.database import Database
+from server.errors import RateLimited
+from server.rpc.interceptors import chain
+from server.rpc.serving import Server
+from tests.conftest import WORKER_ID, PlainTokens, bearer, new_caller
+
+CREATE = "/kimberly.memory.v1.MemoryService/CreateMemory"
+QUERY = "/kimberly.memory.v1.MemoryService/QueryMemories"
+SLOW = 0.01
+"""Times the free plan: 2 calls a second, 20 at once."""
+LONGEST_WAIT = 0.5
+
+
+async def admitted(toll: Toll, caller: Caller, attempts: int) -> int:
+    """Return how many of some calls pass."""
+    waits = list[float]()
+    for _ in range(attempts):
+        try:
+            await toll.admit(caller)
+        except RateLimited as refused:
+            waits.append(refused.retry_after.total_seconds())
+    assert all(0 < wait <= LONGEST_WAIT for wait in waits)
+    return attempts - len(waits)
+
+
+async def test_a_burst_passes_and_then_no_more_than_the_rate(
+    redis: Redis, store: BillingStore, caller: Caller
+) -> None:
+    toll = Toll(redis, store, scale=SLOW)
+    assert 20 <= await admitted(toll, caller, 60) <= 22
+    await asyncio.sleep(1.05)
+    assert 2 <= await admitted(toll, caller, 20) <= 4
+
+
+async def test_all_processes_share_a_bucket_and_a_restart_fills_none(
+    redis: Redis, store: BillingStore, database: Database, caller: Caller
+) -> None:
+    tolls = [Toll(redis, store, scale=SLOW) for _ in range(3)]
+    counts = await asyncio.gather(*(admitted(toll, caller, 40) for toll in tolls))
+    assert 20 <= sum(counts) <= 23
+    assert await admitted(Toll(redis, store, scale=SLOW), caller, 10) <= 1
+    # Another user has a bucket of their own.
+    assert await admitted(tolls[0], await new_caller(database), 10) == 10
+
+
+async def test_a_larger_plan_admits_more(redis: Redis, store: BillingStore, caller: Caller) -> None:
+    await store.settle(caller, "premium")
+    assert 100 <= await admitted(Toll(redis, store, scale=SLOW), caller, 200) <= 110
+
+
+async def test_the_bucket_goes_by_itself_and_with_its_user(
+    redis: Redis, store: BillingStore, caller: Caller
+) -> None:
+    await admitted(Toll(redis, store, scale=SLOW), caller, 10)
+    (key,) = [each async for each in redis.scan_iter(f"{prefix_of(caller)}*")]
+    assert 0 < await redis.pttl(key) <= 10_000
+
+
+async def test_without_valkey_nobody_is_refused(store: BillingStore, caller: Caller) -> None:
+    away = open_cache("redis://127.0.0.1:1/0")
+    toll = Toll(away, store, scale=SLOW)
+    assert await admitted(toll, caller, 50) == 50
+    await away.aclose()
+
+
+async def test_what_calls_use_is_counted_and_written_a_moment_later(
+    redis: Redis, store: BillingStore, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    toll = Toll(redis, store, clock=lambda: datetime(2026, 5, 31, 23, 59, tzinfo=UTC))
+    for _ in range(3):
+        toll.note(caller, CREATE, 100)
+    toll.note(caller, QUERY, 50)
+    toll.note(caller, "/kimberly.users.v1.UserService/GetUser", 10)
+    await toll.flush()
+    await toll.flush()
+    (month,) = await store.used(caller)
+    used = month.used
+    assert (str(month.month), used.writes, used.queries, used.bytes) == ("2026-05-01", 3, 1, 300)
+
+
+async def test_counts_that_cannot_be_written_wait(
+    redis: Redis, store: BillingStore, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    toll = Toll(redis, store)
+    toll.note(caller, CREATE, 100)
+    await owner.execute("ALTER TABLE usage_by_month RENAME TO gone")
+    try:
+        await toll.flush()
+    finally:
+        await owner.execute("ALTER TABLE gone RENAME TO usage_by_month")
+    toll.note(caller, CREATE, 100)
+    await toll.flush()
+    (month,) = await store.used(caller)
+    assert (month.used.writes, month.used.bytes) == (2, 200)
+
+
+async def test_who_calls_too_often_is_told_when_to_come_back(
+    redis: Redis, store: BillingStore, caller: Caller, tmp_path: Path
+) -> None:
+    os.chmod(tmp_path, 0o700)  # noqa: PTH101 - as a service's directory must be
+    toll = Toll(redis, store, scale=SLOW)
+    layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=5, stream_seconds=5, gate=toll)
+    server = Server(tmp_path / "s", layers, services=())
+    service: Any = BillingService(store, ManualPayments(store))
+    rpc.add_BillingServiceServicer_to_server(service, server.grpc)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"unix:{tmp_path / 's'}") as channel:
+        stub = rpc.BillingServiceStub(channel)
+        request, mine = pb.GetSubscriptionRequest(), bearer(caller)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.gather(*(stub.GetSubscription(request, metadata=mine) for _ in range(30)))
+    await server.grpc.stop(None)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    trailing: Any = caught.value.trailing_metadata()
+    status = status_pb2.Status.FromString(dict(trailing)["grpc-status-details-bin"])
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in status.details)
+    assert 0 < retry.retry_delay.ToMilliseconds() <= 500
