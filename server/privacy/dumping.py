@@ -35,7 +35,11 @@ DUMPS: Final[Mapping[str, Dump]] = {
     "settings": Dump({"version": "bigint"}),
     "consents": Dump({"purpose": "text", "version": "bigint"}),
     "subscriptions": Dump({"plan": "text"}),
-    "sessions": Dump(_BY_ID, ids={"id": "ses"}, is_behind_wall=True),
+    "sessions": Dump(_BY_ID, ids={"id": ids.SESSION}, is_behind_wall=True),
+    "api_keys": Dump(_BY_ID, ids={"id": ids.API_KEY}, is_behind_wall=True),
+    "invitations": Dump(
+        _BY_ID, without=("token_hash",), ids={"id": ids.INVITATION}, is_behind_wall=True
+    ),
     "memory_usage": Dump({"data_version": "bigint"}, without=("data_version",)),
     "usage_by_month": Dump({"month": "date"}),
     "ended_sessions": Dump({"session_id": "text"}),
@@ -52,7 +56,10 @@ DUMPS: Final[Mapping[str, Dump]] = {
         ids={"memory_id": ids.MEMORY},
     ),
     "imports": Dump({"request_id": "text"}),
+    "goals": Dump(_BY_ID, ids={"id": ids.GOAL}),
     "meditations": Dump(_BY_ID, ids={"id": ids.MEDITATION, "job_id": ids.JOB}),
+    "meditation_users": Dump({"meditation_id": "uuid"}, ids={"meditation_id": ids.MEDITATION}),
+    "user_schedules": Dump(_BY_ID, ids={"id": ids.SCHEDULE, "last_job_id": ids.JOB}),
     "jobs": Dump(
         _BY_ID,
         without=("lease_token", "lease_expires_at", "worker_id", "unique_key"),
@@ -70,6 +77,10 @@ ELSEWHERE: Final[Mapping[str, str]] = {
 }
 LEFT_OUT: Final[Mapping[str, str]] = {
     "accounts": "the hash of a password tells nobody anything, unless it is guessed",
+    "api_key_secrets": "hashes of secrets, of which the keys are there",
+    "mailed_tokens": "hashes of what was mailed, good for an hour",
+    "mails": "that a mail is due, until it is sent: an email and its kind",
+    "ended_grants": "which access tokens are refused until they expire",
     "user_keys": "a wrapped key, which opens nothing outside; what it sealed is there, open",
     "requests": "which requests are known again, for a week: hashes and ids",
     "doomed_objects": "what is about to be removed",

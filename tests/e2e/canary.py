@@ -49,7 +49,7 @@ class Haystack:
                 SELECT relation.oid::regclass::text AS name
                   FROM pg_class AS relation
                   JOIN pg_namespace AS schema ON schema.oid = relation.relnamespace
-                 WHERE relkind IN ('r', 'm')
+                 WHERE relkind IN ('r', 'm') AND relpersistence <> 't'
                    AND nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast')
                  UNION ALL
                 VALUES ('pg_stat_statements'), ('pg_stat_activity')
