@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from server import telemetry
 from server.app import (
     migrate_database,
+    provision_database,
     rotate_audit_key,
     rotate_data_keys,
     rotate_signing_key,
@@ -21,13 +22,21 @@ from server.app import (
 )
 from server.kms import KmsUnusable, UnwrapFailed
 from server.migrate import MigrationChanged
+from server.provision import WrongRole
 from server.rpc.serving import UnsafeSocketDirectory
-from server.settings import NEEDED_BY, PREFIX, MigrationSettings, Settings, explain
+from server.settings import (
+    NEEDED_BY,
+    PREFIX,
+    MigrationSettings,
+    ProvisionSettings,
+    Settings,
+    explain,
+)
 
 EX_CONFIG = 78
 """Exit status of sysexits.h for a wrong configuration: trying again will not help."""
 
-T = TypeVar("T", Settings, MigrationSettings)
+T = TypeVar("T", Settings, MigrationSettings, ProvisionSettings)
 app = typer.Typer(
     help="Services of the memory mesh. Settings are environment variables named KIMBERLY_….",
     no_args_is_help=True,
@@ -61,6 +70,14 @@ def migrate_command() -> None:
     settings = _settings(MigrationSettings)
     telemetry.configure("migrate", settings.log_level)
     typer.echo(f"{_run(migrate_database(settings))} migrations applied")
+
+
+@app.command("provision")
+def provision_command() -> None:
+    """Make the roles, the database and its extensions. Safe to run again."""
+    settings = _settings(ProvisionSettings)
+    telemetry.configure("provision", settings.log_level)
+    typer.echo(f"{_run(provision_database(settings))} is ready to be migrated")
 
 
 @app.command("rotate-signing-key")
@@ -120,7 +137,13 @@ def _settings(kind: type[T]) -> T:
 def _run(work: Coroutine[Any, Any, Any]) -> Any:
     try:
         return uvloop.run(work)
-    except (KmsUnusable, MigrationChanged, UnwrapFailed, UnsafeSocketDirectory) as error:
+    except (
+        KmsUnusable,
+        MigrationChanged,
+        UnwrapFailed,
+        UnsafeSocketDirectory,
+        WrongRole,
+    ) as error:
         _exit(str(error))
 
 
