@@ -74,7 +74,7 @@ class Pod:
                 answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=2)
             except grpc.RpcError as error:
                 return str(error.code().name)
-            return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+            return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
