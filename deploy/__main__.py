@@ -1,5 +1,6 @@
 """`python -m deploy`: renders and checks manifests, pins images, keeps secrets."""
 
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Annotated
 import typer
 
 from deploy import images, rendering, secrets, tools
+from deploy.gate import Refused, watch
 from deploy.invariants import problems, unpinned
 from deploy.manifests import Manifests
+from deploy.smoke import Failed, smoke
 
 app = typer.Typer(
     help="What stands between the checkout and a cluster.",
@@ -63,6 +66,29 @@ def policies_command() -> None:
     _end(found, "checkov, models of custom resources", "policies")
 
 
+@app.command("smoke")
+def smoke_command(
+    edge: Annotated[str, typer.Argument(help="Such as https://api.staging.kimberly.example")],
+    ca: Annotated[Path | None, typer.Option(help="The authority that signed its name.")] = None,
+) -> None:
+    """Ask a mesh to do its main job once, as a new user."""
+    try:
+        took = smoke(edge, ssl.create_default_context(cafile=ca) if ca else None)
+    except Failed as error:
+        _end([str(error)], "")
+    _end([], took, "smoke")
+
+
+@app.command("gate")
+def gate_command(prometheus: str, *, minutes: float = 10.0) -> None:
+    """Fail if an alert that pages fires within some minutes."""
+    try:
+        looked = watch(prometheus, seconds=minutes * 60)
+    except Refused as error:
+        _end([str(error)], "")
+    _end([], f"nothing fired in {looked} looks", "gate")
+
+
 @app.command("pin")
 def pin_command(
     pins: Annotated[list[str], typer.Argument(help="Such as kimberly=sha256:….")],
@@ -84,7 +110,7 @@ def new_command(environment: str) -> None:
     file = _file(environment)
     if file.exists():
         _end([f"{file.name} is there; see rotate"], "")
-    recipients = secrets.recipients_of(environment)
+    recipients = secrets.recipients_of(environment, secrets.DIRECTORY)
     secrets.encrypt(secrets.new_values(environment), file, recipients, _SOPS)
 
 
@@ -93,7 +119,8 @@ def rotate_command(environment: str, name: str) -> None:
     """Make one secret anew, and encrypt all to whom secrets/ENVIRONMENT.recipients names now."""
     file = _file(environment)
     values = secrets.rotated(secrets.decrypt(file, _SOPS), name)
-    secrets.encrypt(values, file, secrets.recipients_of(environment), _SOPS)
+    recipients = secrets.recipients_of(environment, secrets.DIRECTORY)
+    secrets.encrypt(values, file, recipients, _SOPS)
 
 
 @kept.command("print")
@@ -109,7 +136,7 @@ def check_command() -> None:
         ["git", "ls-files", "-z"], check=True, stdout=subprocess.PIPE, text=True
     )
     files = [Path(name) for name in listed.stdout.split("\0") if name]
-    found = [*secrets.problems_of(), *secrets.plain(files)]
+    found = [*secrets.problems_of(secrets.DIRECTORY), *secrets.plain(files)]
     _end(found, f"no secret in {len(files)} files", "secrets")
 
 

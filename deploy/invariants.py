@@ -27,11 +27,11 @@ from workers.__main__ import Settings as WorkerSettings
 Check = Callable[[Manifests, Values], Iterator[str]]
 
 SETTINGS: Final[Mapping[tuple[str, ...], type[BaseSettings]]] = {
-    ("python", "-m", "deploy.pods"): PodSettings,
-    ("python", "-m", "server", "migrate"): MigrationSettings,
-    ("python", "-m", "server", "provision"): ProvisionSettings,
-    ("python", "-m", "workers"): WorkerSettings,
-    **{("python", "-m", "server", process): Settings for process in access.PROCESSES},
+    ("python3", "-m", "deploy.pods"): PodSettings,
+    ("python3", "-m", "server", "migrate"): MigrationSettings,
+    ("python3", "-m", "server", "provision"): ProvisionSettings,
+    ("python3", "-m", "workers"): WorkerSettings,
+    **{("python3", "-m", "server", process): Settings for process in access.PROCESSES},
 }
 """What reads the environment of a container of ours, by its command."""
 HEAPS: Final = {access.EDGE: envoy.EdgeLimits().heap_bytes}
@@ -169,7 +169,7 @@ def _settings(manifests: Manifests, given: Values) -> Iterator[str]:
         kind = SETTINGS.get(container.command)
         if kind is not None:
             yield from _rejected(container, kind, told)
-        elif container.command[:2] == ("python", "-m"):
+        elif container.command[:2] == ("python3", "-m"):
             yield f"{container.name}: nobody knows what reads its environment"
 
 

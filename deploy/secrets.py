@@ -131,10 +131,10 @@ def encrypt(values: Values, file: Path, recipients: Sequence[str], sops: Path) -
     """
     done = subprocess.run(
         [
-            *(str(sops), "encrypt", "--disable-version-check"),
+            *(str(sops), "encrypt"),
             *("--age", ",".join(recipients), "--encrypted-regex", _ENCRYPTED),
             *("--input-type", "yaml", "--output-type", "yaml"),
-            *("--filename-override", file.name, "/dev/stdin"),
+            *("--filename-override", file.name),
         ],
         input=documents(values).encode(),
         stdout=subprocess.PIPE,
@@ -152,14 +152,14 @@ def decrypt(file: Path, sops: Path) -> dict[str, dict[str, str]]:
         subprocess.CalledProcessError: No key fits.
     """
     done = subprocess.run(
-        [str(sops), "decrypt", "--disable-version-check", str(file)],
+        [str(sops), "decrypt", str(file)],
         stdout=subprocess.PIPE,
         check=True,
     )
     return values_of(done.stdout.decode())
 
 
-def recipients_of(environment: str, directory: Path = DIRECTORY) -> list[str]:
+def recipients_of(environment: str, directory: Path) -> list[str]:
     """Return the public keys of those who may read the secrets of an environment.
 
     Raises:
@@ -169,7 +169,7 @@ def recipients_of(environment: str, directory: Path = DIRECTORY) -> list[str]:
     return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
 
-def problems_of(directory: Path = DIRECTORY) -> Iterator[str]:
+def problems_of(directory: Path) -> Iterator[str]:
     """Yield what is wrong with the files of secrets."""
     for file in sorted(directory.glob("*")):
         if file.name.endswith(".enc.yaml"):

@@ -53,7 +53,7 @@ FAST: Final = (
         ".github/dependabot.yml",
     ),
     Tool(TOOLS / "zizmor", ("--offline", "--no-progress", "--quiet", ".github")),
-    Tool(TOOLS / "shellcheck", (), "*/*.sh"),
+    Tool(TOOLS / "shellcheck", ("--external-sources",), "*/*.sh"),
 )
 SLOW: Final = (
     # -P: the folder of the script is none to import from.
