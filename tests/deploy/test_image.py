@@ -20,7 +20,7 @@ DOCKERFILE = CHECKOUT / "images" / "service" / "Dockerfile"
 COPIED = re.compile(r"^COPY ([^-].*) (/app/\S+)$", re.MULTILINE)
 
 OPTIONAL = {"_distutils_hack", "grpc_tools", "psutil"}
-"""What is imported where it happens to be: by every Python with setuptools, by grpc, by OpenTelemetry."""
+"""What setuptools, grpc and OpenTelemetry import where it happens to be."""
 
 
 @pytest.fixture(scope="module")
