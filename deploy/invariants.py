@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
 from deploy import references
+from deploy.drain import DrainSettings
 from deploy.manifests import Container, Document, Manifests, Pod, name_of, selects
 from deploy.pods import PEER_PORT, PodSettings
 from deploy.secrets import Values
@@ -28,6 +29,7 @@ Check = Callable[[Manifests, Values], Iterator[str]]
 
 SETTINGS: Final[Mapping[tuple[str, ...], type[BaseSettings]]] = {
     ("python3", "-m", "deploy.pods"): PodSettings,
+    ("python3", "-m", "deploy.drain"): DrainSettings,
     ("python3", "-m", "server", "migrate"): MigrationSettings,
     ("python3", "-m", "server", "provision"): ProvisionSettings,
     ("python3", "-m", "workers"): WorkerSettings,
@@ -45,8 +47,9 @@ SAFE_VOLUMES: Final = {
     "secret",
 }
 """What the Pod Security Standard "restricted" lets a pod mount, but for what nothing here uses."""
-WITHOUT_LIVENESS: Final = {"Deployment/worker:app"}
-"""It opens no port. A job whose worker hangs is offered again when its lease lapses."""
+WITHOUT_LIVENESS: Final = {"Deployment/worker:app", "Deployment/edge:drain"}
+"""They open no port. A job whose worker hangs is offered again when its lease lapses; the other one
+waits for the end of its pod and does nothing else."""
 MEBIBYTE: Final = 1 << 20
 _UNITS: Final = {"Ki": 1 << 10, "Mi": MEBIBYTE, "Gi": 1 << 30}
 
@@ -105,7 +108,9 @@ def _misdirected(container: Container, kind: str, way: str) -> Iterator[str]:
     asked = container.spec.get(kind, {}).get(way)
     if asked is None:
         return
-    if asked["port"] not in container.pod.ports:
+    # By name a container finds its own ports only, by number those of the whole pod.
+    known = container.named_ports if isinstance(asked["port"], str) else container.pod.ports
+    if asked["port"] not in known:
         yield f"{container.name}: {kind} asks port {asked['port']}, which none opens"
     if asked.get("service", "") not in _health_names(container):
         yield f"{container.name}: {kind} asks for a service that it does not serve"

@@ -37,6 +37,12 @@ class Container:
         return (*self.spec.get("command", ()), *self.spec.get("args", ()))
 
     @property
+    def named_ports(self) -> Mapping[str, int]:
+        """The ports that it opens and names. Nothing but its own probes finds those by name."""
+        ports = self.spec.get("ports", ())
+        return {port["name"]: port["containerPort"] for port in ports if "name" in port}
+
+    @property
     def variables(self) -> list[Document]:
         """Its environment, variable by variable."""
         return list(self.spec.get("env", ()))

@@ -75,7 +75,7 @@ def _value(variable: Document, pod: Pod, maps: Mapping[str, Document], given: Va
         return _field(source["fieldRef"]["fieldPath"], pod)
     if "configMapKeyRef" in source:
         reference = source["configMapKeyRef"]
-        data = maps.get(reference["name"], {}).get("data", {})
+        data: Mapping[str, str] = maps.get(reference["name"], {}).get("data", {})
         return data.get(reference["key"])
     if "secretKeyRef" in source:
         reference = source["secretKeyRef"]

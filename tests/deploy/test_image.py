@@ -58,7 +58,7 @@ def test_every_command_of_the_manifests_starts_in_the_image(image: Path) -> None
         for container in manifests.containers
         if "kimberly" in container.spec["image"]
     }
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         started = run(image, *command)
         # EX_CONFIG: it looked for its settings, so all of it was imported.
@@ -106,3 +106,20 @@ def test_all_that_is_imported_is_pinned_for_the_image(image: Path) -> None:
     lines = (CHECKOUT / "requirements" / "runtime.txt").read_text()
     pinned = set(re.findall(r"^([\w-]+)==", lines, re.MULTILINE))
     assert {name for name, distributions in imported.items() if not distributions & pinned} == set()
+
+
+@pytest.mark.skipif(
+    "KIMBERLY_BUILD_IMAGES" not in os.environ,
+    reason="KIMBERLY_BUILD_IMAGES=DIRECTORY builds it there; takes root, buildah, debootstrap",
+)
+@pytest.mark.timeout(1200)
+def test_the_dockerfile_builds_an_image_that_runs() -> None:
+    script = CHECKOUT / "images" / "build-offline.sh"
+    done = subprocess.run(
+        [str(script), os.environ["KIMBERLY_BUILD_IMAGES"]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.endswith("image     ok\n")

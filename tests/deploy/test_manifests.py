@@ -76,6 +76,14 @@ CHANGES: list[tuple[str, str, str, Change, str]] = [
     (
         "local",
         "Deployment",
+        "worker",
+        # The name of another container's port.
+        lambda d: app(d)["readinessProbe"]["httpGet"].update(port="health"),
+        "asks port health",
+    ),
+    (
+        "local",
+        "Deployment",
         "memory",
         lambda d: app(d)["readinessProbe"]["grpc"].update(service="kimberly.auth.v1.AuthService"),
         "a service that it does not serve",

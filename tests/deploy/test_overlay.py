@@ -183,8 +183,7 @@ def answers(address: str, container: Container, probe: Mapping[str, dict[str, ob
                 return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
     way, asked = next((way, probe[way]) for way in ("httpGet", "tcpSocket") if way in probe)
-    ports = {port["name"]: port["containerPort"] for port in container.spec.get("ports", ())}
-    port = ports.get(asked["port"], asked["port"])
+    port = container.named_ports.get(str(asked["port"]), asked["port"])
     if way == "tcpSocket":
         # Its log tells that it listens; nothing is left open here.
         return (

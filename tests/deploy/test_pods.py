@@ -4,6 +4,7 @@ import contextlib
 import datetime as dt
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -162,6 +163,43 @@ def test_only_the_address_of_the_pod_is_listened_on(directory: Path) -> None:
         for port in (pods.PEER_PORT, pods.HEALTH_PORT):
             with socket.socket() as probe:
                 assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_an_edge_that_is_about_to_end_asks_its_clients_to_connect_anew(directory: Path) -> None:
+    pod = Pod.make(directory, access.EDGE, "127.0.1.4")
+    trust = ssl.create_default_context(cafile=str(directory / "certificates" / "ca.pem"))
+    told = {
+        "PYTHONPATH": ".:client",
+        "KIMBERLY_ADMIN_SOCKET": str(pod.places.sockets / "admin"),
+        "KIMBERLY_SETTLE_SECONDS": "0",
+    }
+    with (
+        pod.running(),
+        httpx.Client(base_url=f"https://127.0.1.4:{pods.EDGE_PORT}", verify=trust) as client,
+    ):
+
+        def asked_to_leave() -> bool:
+            answer = client.get("/healthz", headers={"host": "localhost"}, extensions=SNI)
+            return answer.headers.get("connection") == "close"
+
+        with subprocess.Popen(
+            [sys.executable, "-m", "deploy.drain"],
+            cwd=CHECKOUT,
+            env=told,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as drainer:
+            assert drainer.stderr is not None
+            assert drainer.stderr.readline() == "waiting for the end of the pod\n"
+            assert not asked_to_leave()
+            drainer.terminate()
+            assert drainer.wait(10) == 0
+        eventually(asked_to_leave)
+        # It still serves whoever stays, until it is told to end itself.
+        assert pod.health("/live") == 200
+
+
+SNI = {"sni_hostname": "localhost"}
 
 
 def test_a_pod_that_is_told_too_little_says_what_is_missing() -> None:
