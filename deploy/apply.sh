@@ -38,6 +38,14 @@ apply -l kimberly/stage=migrate < "$rendered"
 kubectl -n kimberly wait --for=condition=Complete job/migration --timeout="$patience"
 
 apply -l kimberly/stage=serve < "$rendered"
+# Secrets are variables of their processes: whoever has old ones starts anew.
+if [ -f "$secrets" ]; then
+  digest=$(sha256sum < "$secrets" | cut -c1-16)
+  for deployment in auth jobs memory; do
+    kubectl -n kimberly patch deployment "$deployment" --field-manager=kimberly-secrets --patch \
+      '{"spec": {"template": {"metadata": {"annotations": {"kimberly/secrets": "'"$digest"'"}}}}}'
+  done
+fi
 for deployment in auth jobs memory worker edge; do
   kubectl -n kimberly rollout status "deployment/$deployment" --timeout="$patience"
 done

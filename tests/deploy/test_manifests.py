@@ -349,3 +349,15 @@ def test_the_values_of_secrets_are_what_the_manifests_expect() -> None:
     values = new_values("staging")
     assert {name for name, keys in values.items() if "" in keys.values()} == {"dns"}
     assert new_values("staging") != values
+
+
+@pytest.mark.parametrize("name", targets())
+def test_what_serves_waits_for_the_migration_and_that_for_all_else(name: str) -> None:
+    """deploy/apply.sh goes by these labels; a Deployment without one would start too early."""
+    stages = {
+        "Deployment": "serve",
+        "Job": "migrate",
+    }
+    for document in rendered(name).documents:
+        labels = document["metadata"].get("labels", {})
+        assert labels.get("kimberly/stage") == stages.get(document["kind"])
