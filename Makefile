@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GOOGLEAPIS := third_party/googleapis
 PROTOS := $(shell find proto -name '*.proto' | sort)
-CODE := client server workers local bench tests
+CODE := client server workers local deploy bench tests
 FILE ?=
 WORKERS ?= 2
 CROWD ?= 0
@@ -34,7 +34,7 @@ down: ready ## Stop the mesh
 status: ready ## Show what runs and how to reach it
 	@$(BIN)/python -m local status
 
-test: ready ## Run the tests against real servers
+test: ready build/deploy/installed ## Run the tests against real servers
 	@$(BIN)/python -m pytest
 
 faults: ready ## Kill processes while they work and count what is lost (slow)
@@ -58,14 +58,16 @@ bench-jobs: ready build/peers/installed ## Compare how fast jobs are enqueued, b
 bench-meditation: ready ## Measure a night's scoring: make bench-meditation MEMORIES=200000
 	@$(BIN)/python -m bench.meditation --memories $(MEMORIES)
 
-check: ready lint types imports api drift ## Check style, types, imports, API and generated code
+check: ready lint types imports api drift manifests ## Check style, types, imports, API, generated code, manifests
+
+render: ready manifests policies ## Render every overlay, and check all that leads to a cluster
 
 gen: $(GOOGLEAPIS)/.copied build/kimberly.binpb ## Generate client/kimberly/*/v1 from proto/
 	@rm -rf client/kimberly/*/v1
 	@$(call generate,client)
 
 lock: ready ## Pin the newest dependencies that fit requirements/*.in
-	@cd requirements && for name in runtime dev peers; do ../$(BIN)/uv pip compile --quiet --upgrade \
+	@cd requirements && for name in runtime dev peers deploy policies; do ../$(BIN)/uv pip compile --quiet --upgrade \
 	  --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 	  --no-annotate $$name.in -o $$name.txt; done
 
@@ -94,6 +96,14 @@ drift: $(GOOGLEAPIS)/.copied
 	  diff -r -x __pycache__ $$package/v1 client/kimberly/$$(basename $$package)/v1 || { echo "run: make gen"; exit 1; }; done
 	@echo "drift     ok"
 
+manifests: build/deploy/installed
+	@$(BIN)/python -m deploy render
+	@$(BIN)/python -m deploy secrets check
+	@$(BIN)/python -m deploy lint
+
+policies: build/deploy/installed build/policies/installed
+	@$(BIN)/python -m deploy policies
+
 # --- what everything needs -------------------------------------------------------------------
 
 ready: .venv/installed build/kimberly.binpb
@@ -111,6 +121,13 @@ build/peers/installed: requirements/peers.txt .venv/installed
 	@$(BIN)/uv pip install --quiet --python build/peers/bin/python --require-hashes --no-deps \
 	  -r requirements/peers.txt && touch $@ || echo "They cannot be installed here; going on without them."
 
+# What looks at manifests and workflows; two environments that the project does not run on.
+build/deploy/installed build/policies/installed: build/%/installed: requirements/%.txt .venv/installed
+	@echo "Installing what checks $* into build/$* …"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/$*
+	@$(BIN)/uv pip install --quiet --python build/$*/bin/python --require-hashes --no-deps -r requirements/$*.txt
+	@touch $@
+
 $(GOOGLEAPIS)/.copied: .venv/installed Makefile
 	@mkdir -p $(GOOGLEAPIS)/google/api $(GOOGLEAPIS)/google/rpc
 	@source=$$($(BIN)/python -c 'import google.api, pathlib; print(pathlib.Path(list(google.api.__path__)[0]).parent)') && \
@@ -126,4 +143,4 @@ PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo up down status test faults model bench bench-retrieval bench-jobs faults-jobs check gen lock lint types imports api drift ready bench-meditation
+.PHONY: help demo up down status test faults faults-jobs model bench bench-retrieval bench-jobs bench-meditation check render gen lock lint types imports api drift manifests policies ready

@@ -201,6 +201,8 @@ class Edge:
     tokens: Tokens = Tokens()
     host_names: tuple[str, ...] = ("localhost", "127.0.0.1")
     """Names by which clients may call; any other is answered 404."""
+    health: Address | None = None
+    """Where, without TLS, a kubelet asks how this Envoy is; None: nowhere."""
     cors_origins: tuple[str, ...] = ()
     limits: EdgeLimits = EdgeLimits()
     access_log: Path | None = None
@@ -216,6 +218,8 @@ class Sidecar:
     """Unique within the mesh, such as worker-2: several workers share one identity."""
     inbound: Address | None = None
     app_socket: Path | None = None
+    health: Address | None = None
+    """Where, without TLS, a kubelet asks how this Envoy and its process are; None: nowhere."""
     outbound_socket: Path
     peers: Peers
     """Sidecars of every process in peers_of(process)."""

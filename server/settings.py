@@ -156,6 +156,20 @@ class MigrationSettings(BaseSettings):
     log_level: str = "info"
 
 
+class ProvisionSettings(BaseSettings):
+    """Settings of `python -m server provision`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    superuser_database_url: SecretStr
+    """PostgreSQL as who may make roles and databases."""
+    owner_database_url: SecretStr
+    """Names the database, and the role that is to own it."""
+    database_url: SecretStr
+    system_database_url: SecretStr
+    log_level: str = "info"
+
+
 def explain(error: ValidationError) -> str:
     """Say which variables are missing or wrong, one a line."""
     lines = [

@@ -1,0 +1,1 @@
+"""How the mesh runs in Kubernetes: what its pods do there, and what its manifests must keep to."""

@@ -1,0 +1,156 @@
+"""`python -m deploy`: renders and checks manifests, pins images, keeps secrets."""
+
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy import images, rendering, secrets, tools
+from deploy.gate import Refused, watch
+from deploy.invariants import problems, unpinned
+from deploy.manifests import Manifests
+from deploy.smoke import Failed, smoke
+
+app = typer.Typer(
+    help="What stands between the checkout and a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+kept = typer.Typer(help="Secrets: made, encrypted, rotated, checked.", no_args_is_help=True)
+app.add_typer(kept, name="secrets")
+
+_SOPS = rendering.TOOLS / "sops"
+
+
+@app.command("render")
+def render_command(
+    names: Annotated[list[str] | None, typer.Argument(help="Overlays; none: all of them.")] = None,
+    *,
+    released: Annotated[
+        bool, typer.Option(help="Refuse images that are not pinned by digest.")
+    ] = False,
+) -> None:
+    """Render overlays to build/render/NAME.yaml and check them."""
+    rendering.RENDERED.mkdir(parents=True, exist_ok=True)
+    found: list[str] = []
+    every = []
+    for name, path in rendering.targets().items():
+        if names and name not in names:
+            continue
+        text = rendering.render(path)
+        (rendering.RENDERED / f"{name}.yaml").write_text(text)
+        manifests = Manifests.parse(text)
+        every.append(manifests)
+        found += [f"{name}: {each}" for each in problems(manifests, rendering.secrets_of(name))]
+        if released:
+            found += [f"{name}: {each} is not pinned by digest" for each in unpinned(manifests)]
+    found += rendering.problems_of_schema(every)
+    _end(found, f"{len(every)} overlays, Kubernetes {', '.join(rendering.VERSIONS)}")
+
+
+@app.command("lint")
+def lint_command() -> None:
+    """Check images, workflows, scripts and Terraform, as far as that is done in seconds."""
+    found = list(tools.run(tools.FAST))
+    _end(found, "images, workflows, scripts", "delivery")
+
+
+@app.command("policies")
+def policies_command() -> None:
+    """Check what `render` left in build/render, images, workflows and Terraform by policies."""
+    found = list(tools.run(tools.SLOW))
+    _end(found, "checkov, models of custom resources", "policies")
+
+
+@app.command("smoke")
+def smoke_command(
+    edge: Annotated[str, typer.Argument(help="Such as https://api.staging.kimberly.example")],
+    ca: Annotated[Path | None, typer.Option(help="The authority that signed its name.")] = None,
+) -> None:
+    """Ask a mesh to do its main job once, as a new user."""
+    try:
+        took = smoke(edge, ssl.create_default_context(cafile=ca) if ca else None)
+    except Failed as error:
+        _end([str(error)], "")
+    _end([], took, "smoke")
+
+
+@app.command("gate")
+def gate_command(prometheus: str, *, minutes: float = 10.0) -> None:
+    """Fail if an alert that pages fires within some minutes."""
+    try:
+        looked = watch(prometheus, seconds=minutes * 60)
+    except Refused as error:
+        _end([str(error)], "")
+    _end([], f"nothing fired in {looked} looks", "gate")
+
+
+@app.command("pin")
+def pin_command(
+    pins: Annotated[list[str], typer.Argument(help="Such as kimberly=sha256:….")],
+) -> None:
+    """Have the manifests name images by digest, as a release does."""
+    text = images.FILE.read_text()
+    for pin in pins:
+        name, _, digest = pin.partition("=")
+        try:
+            text = images.pinned(text, name, digest)
+        except ValueError as error:
+            _end([str(error)], "")
+    images.FILE.write_text(text)
+
+
+@kept.command("new")
+def new_command(environment: str) -> None:
+    """Make the secrets of an environment and encrypt them to secrets/ENVIRONMENT.recipients."""
+    file = _file(environment)
+    if file.exists():
+        _end([f"{file.name} is there; see rotate"], "")
+    recipients = secrets.recipients_of(environment, secrets.DIRECTORY)
+    secrets.encrypt(secrets.new_values(environment), file, recipients, _SOPS)
+
+
+@kept.command("rotate")
+def rotate_command(environment: str, name: str) -> None:
+    """Make one secret anew, and encrypt all to whom secrets/ENVIRONMENT.recipients names now."""
+    file = _file(environment)
+    values = secrets.rotated(secrets.decrypt(file, _SOPS), name)
+    recipients = secrets.recipients_of(environment, secrets.DIRECTORY)
+    secrets.encrypt(values, file, recipients, _SOPS)
+
+
+@kept.command("print")
+def print_command(environment: str) -> None:
+    """Print fresh secrets for a cluster to play with: … | kubectl apply -f -."""
+    typer.echo(secrets.documents(secrets.new_values(environment)), nl=False)
+
+
+@kept.command("check")
+def check_command() -> None:
+    """Check that nothing in the checkout can be read that should not be."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    files = [Path(name) for name in listed.stdout.split("\0") if name]
+    found = [*secrets.problems_of(secrets.DIRECTORY), *secrets.plain(files)]
+    _end(found, f"no secret in {len(files)} files", "secrets")
+
+
+def _file(environment: str) -> Path:
+    return secrets.DIRECTORY / f"{environment}.enc.yaml"
+
+
+def _end(found: list[str], checked: str, what: str = "manifests") -> None:
+    for problem in found:
+        typer.echo(problem, err=True)
+    if found:
+        sys.exit(1)
+    typer.echo(f"{what:9} ok ({checked})")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m deploy")

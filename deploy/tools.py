@@ -1,0 +1,96 @@
+"""The tools of others that look at what leads to a cluster, and how each is run."""
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from deploy.rendering import EVERY_DOCUMENT, TOOLS
+from local.layout import CHECKOUT
+
+POLICIES: Final = CHECKOUT / "build" / "policies" / "bin"
+_WORKFLOWS: Final = ".github/workflows"
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """One tool, and what it looks at."""
+
+    program: Path
+    arguments: tuple[str, ...] = ()
+    pattern: str = ""
+    """Files of the checkout that it is given; empty: it finds its own."""
+
+    def command(self) -> list[str]:
+        """Return the command, or nothing if there is nothing to look at."""
+        files = (
+            sorted(str(each.relative_to(CHECKOUT)) for each in CHECKOUT.glob(self.pattern))
+            if (self.pattern)
+            else []
+        )
+        if self.pattern and not files:
+            return []
+        return [str(self.program), *self.arguments, *files]
+
+
+FAST: Final = (
+    Tool(TOOLS / "hadolint", ("--failure-threshold", "info"), "images/*/Dockerfile"),
+    Tool(TOOLS / "actionlint", ("-shellcheck", str(TOOLS / "shellcheck")), f"{_WORKFLOWS}/*.yml"),
+    Tool(
+        TOOLS / "check-jsonschema",
+        ("--builtin-schema", "vendor.github-workflows"),
+        f"{_WORKFLOWS}/*.yml",
+    ),
+    Tool(
+        TOOLS / "check-jsonschema",
+        ("--builtin-schema", "custom.github-workflows-require-timeout"),
+        f"{_WORKFLOWS}/*.yml",
+    ),
+    Tool(
+        TOOLS / "check-jsonschema",
+        ("--builtin-schema", "vendor.dependabot"),
+        ".github/dependabot.yml",
+    ),
+    Tool(TOOLS / "zizmor", ("--offline", "--no-progress", "--quiet", ".github")),
+    Tool(TOOLS / "shellcheck", ("--external-sources",), "*/*.sh"),
+)
+SLOW: Final = (
+    # -P: the folder of the script is none to import from.
+    Tool(POLICIES / "python", ("-P", "deploy/models.py", str(EVERY_DOCUMENT))),
+    Tool(
+        POLICIES / "checkov",
+        (
+            *("--file", str(EVERY_DOCUMENT), "--framework", "kubernetes"),
+            *("--config-file", "kustomize/checkov.yaml"),
+        ),
+    ),
+    Tool(
+        POLICIES / "checkov",
+        (
+            *("--directory", ".", "--framework", "dockerfile", "github_actions", "terraform"),
+            *("--config-file", "kustomize/checkov.yaml"),
+        ),
+    ),
+)
+
+
+def run(tools: Sequence[Tool]) -> Iterator[str]:
+    """Run tools side by side and yield what those said that found something."""
+    running = []
+    for tool in tools:
+        command = tool.command()
+        if command:
+            running.append(
+                subprocess.Popen(
+                    command,
+                    cwd=CHECKOUT,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+    for process in running:
+        said, _ = process.communicate()
+        if process.returncode:
+            yield f"{Path(str(process.args[0])).name}:\n{said.strip()}"  # type: ignore[index]

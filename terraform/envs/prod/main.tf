@@ -1,0 +1,52 @@
+# Production runs on a managed Kubernetes with managed PostgreSQL, Valkey and S3, of whichever provider:
+# those are bought, not described here. What is described is what our manifests expect of them.
+
+terraform {
+  required_version = ">= 1.6"
+  required_providers {
+    cloudflare = { source = "cloudflare/cloudflare", version = "~> 5.0" }
+  }
+  # terraform init -backend-config=backend.hcl, with bucket, region, key and use_lockfile = true.
+  backend "s3" {}
+}
+
+variable "host_name" {
+  description = "Name of the edge."
+  type        = string
+}
+
+variable "zone_id" {
+  description = "Zone of that name at Cloudflare."
+  type        = string
+}
+
+variable "edge_addresses" {
+  description = "IPv4 addresses of the load balancer of the service edge, one a zone."
+  type        = list(string)
+
+  validation {
+    condition     = length(var.edge_addresses) >= 2
+    error_message = "One address is one zone."
+  }
+}
+
+# CLOUDFLARE_API_TOKEN
+provider "cloudflare" {}
+
+module "sizing" {
+  source = "../../modules/sizing"
+  free   = false
+  nodes  = { count = 3, ocpus = 4, memory_gb = 16, boot_volume_gb = 100 }
+}
+
+module "name" {
+  source    = "../../modules/dns"
+  zone_id   = var.zone_id
+  host_name = var.host_name
+  addresses = var.edge_addresses
+}
+
+output "expected" {
+  description = "What the manifests expect: nodes in three zones, managed stores in these addresses."
+  value       = { nodes = module.sizing.nodes, subnets = module.sizing.subnets }
+}

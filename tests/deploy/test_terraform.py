@@ -1,0 +1,71 @@
+"""What Terraform describes, as far as it can be told without the providers."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deploy.manifests import Manifests
+from deploy.rendering import TOOLS, render, targets
+from local.layout import CHECKOUT
+
+ROOT = CHECKOUT / "terraform"
+needs_terraform = pytest.mark.skipif(
+    shutil.which("terraform") is None, reason="there is no terraform here"
+)
+
+
+def terraform(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["terraform", *arguments, "-no-color"],
+        cwd=directory,
+        env={**os.environ, "TF_CLI_CONFIG_FILE": os.devnull},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_terraform
+def test_files_are_formatted() -> None:
+    checked = terraform(ROOT, "fmt", "-check", "-recursive")
+    assert checked.returncode == 0, checked.stdout
+
+
+@needs_terraform
+def test_sizes_are_held_to_what_is_free(tmp_path: Path) -> None:
+    module = shutil.copytree(ROOT / "modules" / "sizing", tmp_path / "sizing")
+    assert terraform(module, "init", "-backend=false", "-input=false").returncode == 0
+    for command in ("validate", "test"):
+        done = terraform(module, command)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_runs_on_the_free_node_fits_into_it() -> None:
+    """By what the pods ask for: limits may be more than there is, requests may not."""
+    if not TOOLS.is_dir():
+        pytest.skip("make build/deploy/installed brings kustomize")
+    manifests = Manifests.parse(render(targets()["free"]))
+    cpu = memory = 0
+    for pod in manifests.pods:
+        replicas = pod.owner["spec"].get("replicas", 1)
+        # The first containers ask for less than the others together, and have ended by then.
+        asking = [each for each in pod.containers if each.is_sidecar or not each.is_initial]
+        for container in asking:
+            requests = container.spec["resources"]["requests"]
+            cpu += replicas * int(requests["cpu"].removesuffix("m"))
+            mebibytes = requests["memory"].replace("Gi", " 1024").replace("Mi", " 1").split()
+            memory += replicas * int(mebibytes[0]) * int(mebibytes[1])
+    # k3s itself, cert-manager and the node take about half a core and 2 GiB.
+    assert cpu <= 2000 - 500
+    assert memory <= (12 - 2) * 1024
+
+
+def test_production_lets_services_into_the_subnets_of_data() -> None:
+    tested = (ROOT / "modules" / "sizing" / "sizing.tftest.hcl").read_text()
+    (data,) = re.findall(r'data = "([\d./]+)"', tested)
+    policy = CHECKOUT / "kustomize" / "overlays" / "prod" / "managed-stores-policy.yaml"
+    assert f"cidr: {data}" in policy.read_text()
