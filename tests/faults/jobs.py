@@ -1,15 +1,14 @@
 """Jobs that are done while everything is killed, and the count of every outcome that stood."""
 
+import time
 from dataclasses import dataclass
 from typing import Final
-
-import asyncpg
 
 from local.mesh import Mesh
 from local.postgres import SYSTEM
 from server.database import SystemDatabase, open_pool
 from server.enqueue import NewJob, enqueue_all
-from tests.faults.reach import as_superuser
+from tests.faults.reach import as_superuser, until
 
 KIND: Final = "test.work"
 CONCURRENCY: Final = 32
@@ -59,17 +58,17 @@ class Work:
         ):
             await enqueue_all(connection, [job] * jobs)
 
-    async def done(self) -> int:
-        """Return how many jobs succeeded; 0 while nobody can tell."""
-        try:
-            async with as_superuser(self._mesh) as superuser:
-                return int(
-                    await superuser.fetchval(
-                        "SELECT count(*) FROM jobs WHERE kind = $1 AND state = 'succeeded'", KIND
-                    )
-                )
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            return 0
+    async def ends(self, seconds: float, *, all_of_them: bool = True) -> float:
+        """Return when, by the monotonic clock, all jobs have ended, or the newest one has."""
+        newest = "(SELECT id FROM jobs WHERE kind = $1 ORDER BY id DESC LIMIT 1)"
+        which = "true" if all_of_them else f"id = {newest}"
+        left = f"""
+            SELECT NOT EXISTS (SELECT FROM jobs
+                                WHERE kind = $1 AND state IN ('waiting', 'running') AND {which})
+        """
+        async with as_superuser(self._mesh) as superuser:
+            await until(lambda: superuser.fetchval(left, KIND), seconds)
+        return time.monotonic()
 
     async def tally(self) -> Tally:
         """Return what became of all jobs."""

@@ -19,7 +19,7 @@ import pytest_asyncio
 from local.fleet import Commands
 from local.layout import CHECKOUT, Layout
 from local.mesh import Mesh, in_background
-from tests.faults.chaos import BACKEND
+from tests.faults.chaos import BACKEND, Recovery
 from tests.faults.conftest import COMMANDS, LEASE_SECONDS
 from tests.faults.figures import Figures
 from tests.faults.jobs import Work
@@ -33,7 +33,6 @@ AT_ONCE = 10
 WORKERS = tuple(f"worker-{number}" for number in range(1, 5))
 TARGETS = (*WORKERS, "jobs", "memory", "jobs-sidecar", "worker-1-sidecar", "postgres", BACKEND)
 BACK_SECONDS = 60.0
-REST_SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +71,20 @@ async def pid_of(mesh: Mesh, target: str) -> int:
     return found
 
 
-async def back(mesh: Mesh, work: Work, before: int, started: float) -> float:
-    """Return when jobs were done again, in seconds after a kill."""
+async def kill(mesh: Mesh, work: Work, target: str) -> Recovery:
+    """Kill something and see when a new job is done, and when all that were made before are."""
+    process = mesh.process("postgres" if target == BACKEND else target)
+    restarts = process.restarts + (target != BACKEND)
+    pid, started = await pid_of(mesh, target), time.monotonic()
+    os.kill(pid, signal.SIGKILL)
 
-    async def is_back() -> bool:
-        return mesh.is_ready and await work.done() > before
+    async def is_ready() -> bool:
+        return process.restarts >= restarts and mesh.is_ready
 
-    await until(is_back, BACK_SECONDS)
-    return time.monotonic() - started
+    await until(is_ready, BACK_SECONDS)
+    await work.make(1)
+    service = await work.ends(BACK_SECONDS, all_of_them=False) - started
+    return Recovery(service, await work.ends(BACK_SECONDS) - started)
 
 
 @pytest.mark.timeout(300 + 20 * KILLS)
@@ -92,22 +97,17 @@ async def test_every_job_is_done_and_settled_once_whatever_is_killed(
     for number, target in enumerate(targets):
         await work.make(JOBS * (number + 1) // KILLS - JOBS * number // KILLS)
         await asyncio.sleep(chance.uniform(0, 0.3))
-        # What still waits tells that jobs are done again.
-        before = min(await work.done(), JOBS * (number + 1) // KILLS - 1)
-        started = time.monotonic()
-        os.kill(await pid_of(mesh, target), signal.SIGKILL)
-        seconds = await back(mesh, work, before, started)
-        figures.inject(f"SIGKILL {target}, doing jobs", service_seconds=seconds)
-
-    async def all_done() -> bool:
-        return await work.done() >= JOBS
-
-    await until(all_done, REST_SECONDS, pause=0.2)
+        recovery = await kill(mesh, work, target)
+        figures.inject(
+            f"SIGKILL {target}, doing jobs",
+            service_seconds=recovery.service_seconds,
+            whole_seconds=recovery.whole_seconds,
+        )
     tally = await work.tally()
     figures.operations += tally.made
     figures.lost += tally.made - tally.done
     figures.duplicated += tally.settled_twice
-    assert (tally.made, tally.done) == (JOBS, JOBS)
+    assert tally.made == tally.done == JOBS + KILLS
     assert (tally.settled_twice, tally.by_old_lease) == (0, 0)
     figures.guards.append(f"jobs: {KILLS} kills over {JOBS} jobs, each settled once")
 
@@ -124,11 +124,7 @@ async def test_zombies_settle_nothing_after_their_leases_have_passed_on(
     assert sum(each.result()["settled"] for each in zombies) == 0
     assert refused == ZOMBIES
 
-    async def all_done() -> bool:
-        tally = await work.tally()
-        return tally.done == tally.made
-
-    await until(all_done, REST_SECONDS, pause=0.2)
+    await work.ends(BACK_SECONDS)
     tally = await work.tally()
     assert tally.made == tally.done
     assert (tally.settled_twice, tally.by_old_lease) == (0, 0)

@@ -5,6 +5,8 @@ itself by SIGSTOP, and when it is woken it settles all of them on a new stream a
 of that, as JSON.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os
