@@ -23,6 +23,8 @@ from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
 log = structlog.get_logger()
 
 _MOST_CREDIT: Final = 1000
+_MOST_HELD: Final = 2000
+"""Leases and credit together, more of which the service does not take."""
 _STREAM_SECONDS: Final = 900.0
 _LONGEST_PAUSE_SECONDS: Final = 2.0
 _WATCH_SECONDS: Final = 0.25
@@ -311,7 +313,13 @@ class Worker:
     async def _grant(self, session: _Session) -> None:
         if session.is_draining or self._give_up_at is not None:
             return
-        room = min(self._concurrency - len(self._held) - session.credit, _MOST_CREDIT)
+        # What is said but not yet settled leaves room for others: they come while it is written.
+        working = sum(held.sent_on is not session for held in self._held.values())
+        room = min(
+            self._concurrency - working - session.credit,
+            _MOST_HELD - len(self._held) - session.credit,
+            _MOST_CREDIT,
+        )
         if room > 0:
             session.credit += room
             await session.call.write(pb.WorkRequest(credit=pb.Credit(jobs=room)))

@@ -218,7 +218,8 @@ class Queue:
             WITH old AS (
                 SELECT id
                   FROM jobs
-                 WHERE id < uuidv7(-least($1::interval, $2::interval))
+                 -- Asked for once: the ids are in the order of time, and so is the index.
+                 WHERE id < (SELECT uuidv7(-least($1::interval, $2::interval)))
                    AND finished_at < now() - CASE state WHEN 'dead' THEN $2 ELSE $1 END
                  ORDER BY id
                  LIMIT $3

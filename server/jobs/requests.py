@@ -2,13 +2,17 @@
 
 import json
 import re
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, TypeVar
 
 from kimberly.jobs.v1 import jobs_pb2 as pb
 
 from server import ids
 from server.errors import InvalidArgument
 from server.jobs.model import Beat, Completed, Failed, Held, Outcome, Stopped
+
+M = TypeVar("M")
+T = TypeVar("T")
 
 MOST_JOBS: Final = 1000
 """How many jobs one worker may hold or have room for."""
@@ -58,13 +62,7 @@ def beats_from(heartbeat: pb.Heartbeat) -> list[Beat]:
     """
     if len(heartbeat.leases) > MOST_JOBS:
         raise InvalidArgument("heartbeat.leases", f"must be at most {MOST_JOBS}")
-    for index, lease in enumerate(heartbeat.leases):
-        if not 0 <= lease.progress <= 1:
-            raise InvalidArgument(f"heartbeat.leases[{index}].progress", "must be 0 to 1")
-    return [
-        Beat(_held(lease, f"heartbeat.leases[{index}]"), lease.progress)
-        for index, lease in enumerate(heartbeat.leases)
-    ]
+    return _each(heartbeat.leases, "heartbeat.leases", _beat)
 
 
 def outcomes_from(settle: pb.Settle) -> list[Outcome]:
@@ -76,38 +74,54 @@ def outcomes_from(settle: pb.Settle) -> list[Outcome]:
     """
     if len(settle.outcomes) > MOST_JOBS:
         raise InvalidArgument("settle.outcomes", f"must be at most {MOST_JOBS}")
-    return [
-        _outcome(outcome, f"settle.outcomes[{index}]")
-        for index, outcome in enumerate(settle.outcomes)
-    ]
+    return _each(settle.outcomes, "settle.outcomes", _outcome)
 
 
-def _outcome(outcome: pb.Outcome, field: str) -> Outcome:
-    held = _held(outcome, field)
+def _each(messages: Iterable[M], path: str, read: Callable[[M], T]) -> list[T]:
+    """Read messages; a refusal names the field of the one that is at fault."""
+    values: list[T] = []
+    for message in messages:
+        try:
+            values.append(read(message))
+        except InvalidArgument as error:
+            (violation,) = error.violations
+            field = f"{path}[{len(values)}].{violation.field}"
+            raise InvalidArgument(field, violation.description) from error
+    return values
+
+
+def _beat(lease: pb.LeaseProgress) -> Beat:
+    if not 0 <= lease.progress <= 1:
+        raise InvalidArgument("progress", "must be 0 to 1")
+    return Beat(_held(lease), lease.progress)
+
+
+def _outcome(outcome: pb.Outcome) -> Outcome:
+    held = _held(outcome)
     match outcome.WhichOneof("result"):
         case "completed":
-            result = _result(outcome.completed.result_json, f"{field}.completed.result_json")
-            return Completed(held, result)
+            return Completed(held, _result(outcome.completed.result_json))
         case "failed":
             # Postgres stores no NUL.
             return Failed(held, outcome.failed.error.replace("\0", "")[:_LONGEST_ERROR])
         case "stopped":
             return Stopped(held)
         case _:
-            raise InvalidArgument(f"{field}.result", "must be completed, failed or stopped")
+            raise InvalidArgument("result", "must be completed, failed or stopped")
 
 
-def _held(message: pb.Outcome | pb.LeaseProgress, field: str) -> Held:
-    return Held(ids.parse(ids.JOB, message.job_id, f"{field}.job_id"), message.lease_token)
+def _held(message: pb.Outcome | pb.LeaseProgress) -> Held:
+    return Held(ids.parse(ids.JOB, message.job_id, "job_id"), message.lease_token)
 
 
-def _result(text: str, field: str) -> str | None:
-    if not text:
-        return None
+def _result(text: str) -> str | None:
+    if not text or text == "{}":
+        return text or None
+    field = "completed.result_json"
     if len(text) > _LONGEST_RESULT:
         raise InvalidArgument(field, f"must have at most {_LONGEST_RESULT} characters")
     try:
-        value = json.loads(text, parse_constant=_no_json)
+        value = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(field, "must be JSON") from error
     if not isinstance(value, dict):
@@ -124,3 +138,7 @@ def _result(text: str, field: str) -> str | None:
 
 def _no_json(constant: str) -> None:
     raise ValueError(constant)
+
+
+# Made once: `json.loads` would make one for every result.
+_DECODER: Final = json.JSONDecoder(parse_constant=_no_json)
