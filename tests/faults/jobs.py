@@ -4,10 +4,13 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+import asyncpg
+
 from local.mesh import Mesh
 from local.postgres import SYSTEM
 from server.database import SystemDatabase, open_pool
 from server.enqueue import NewJob, enqueue_all
+from server.errors import StoreUnavailable
 from tests.faults.reach import as_superuser, until
 
 KIND: Final = "test.work"
@@ -57,6 +60,14 @@ class Work:
             SystemDatabase(pool).transaction() as connection,
         ):
             await enqueue_all(connection, [job] * jobs)
+
+    async def makes_one(self) -> bool:
+        """Enqueue one job, or more where an answer got lost; return False while that fails."""
+        try:
+            await self.make(1)
+        except (OSError, StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return False
+        return True
 
     async def ends(self, seconds: float, *, all_of_them: bool = True) -> float:
         """Return when, by the monotonic clock, all jobs have ended, or the newest one has."""

@@ -82,7 +82,7 @@ async def kill(mesh: Mesh, work: Work, target: str) -> Recovery:
         return process.restarts >= restarts and mesh.is_ready
 
     await until(is_ready, BACK_SECONDS)
-    await work.make(1)
+    await until(work.makes_one, BACK_SECONDS)
     service = await work.ends(BACK_SECONDS, all_of_them=False) - started
     return Recovery(service, await work.ends(BACK_SECONDS) - started)
 
@@ -107,7 +107,8 @@ async def test_every_job_is_done_and_settled_once_whatever_is_killed(
     figures.operations += tally.made
     figures.lost += tally.made - tally.done
     figures.duplicated += tally.settled_twice
-    assert tally.made == tally.done == JOBS + KILLS
+    assert tally.made == tally.done
+    assert tally.made >= JOBS + KILLS
     assert (tally.settled_twice, tally.by_old_lease) == (0, 0)
     figures.guards.append(f"jobs: {KILLS} kills over {JOBS} jobs, each settled once")
 
