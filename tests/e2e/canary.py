@@ -49,6 +49,7 @@ class Haystack:
                 SELECT relation.oid::regclass::text AS name
                   FROM pg_class AS relation
                   JOIN pg_namespace AS schema ON schema.oid = relation.relnamespace
+                 -- What is temporary nobody else can read; it is emptied by every commit.
                  WHERE relkind IN ('r', 'm') AND relpersistence <> 't'
                    AND nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast')
                  UNION ALL

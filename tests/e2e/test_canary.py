@@ -142,6 +142,7 @@ class Canary:
     async def sing(self) -> None:
         """Say it in memories of all tiers, in files, in questions, and in what is refused."""
         await self._memories()
+        await self._goals()
         await self._conversation()
         await self._files()
         await self._import()
@@ -246,6 +247,13 @@ class Canary:
         ]
         await self._call(pb.ImportMemoriesRequest(memories=memories, request_id="import"))
 
+    async def _goals(self) -> None:
+        goal = pb.Goal(content=self.says("goal"))
+        made = await self._call(pb.CreateGoalRequest(goal=goal, request_id="goal"))
+        goal = pb.Goal(id=made.goal.id, content=self.says("goal changed"))
+        mask = FieldMask(paths=["content"])
+        await self._call(pb.UpdateGoalRequest(goal=goal, update_mask=mask))
+
     async def _questions(self) -> None:
         for transport in self._user.transports.values():
             for _ in range(2):
@@ -306,6 +314,8 @@ class Canary:
         for memory in await self._there():
             if memory.content not in (NEIGHBOUR, self.says("deleted later")):
                 await self._call(pb.DeleteMemoryRequest(id=memory.id))
+        for goal in (await self._call(pb.ListGoalsRequest())).goals:
+            await self._call(pb.DeleteGoalRequest(id=goal.id))
         await self._house.keep()
         assert [memory.content for memory in await self._there()] == [NEIGHBOUR]
         for transport in self._user.transports.values():
@@ -326,7 +336,7 @@ async def test_what_was_said_is_found_nowhere_once_it_is_deleted(
     await canary.sing()
     before = {(store, place.split(":")[0]) for store, place in await haystack.find(canary.heard)}
     assert before == {
-        *(("postgres", table) for table in ("memories", "memory_versions", "attachments")),
+        *(("postgres", table) for table in ("memories", "memory_versions", "attachments", "goals")),
         *(("valkey", key) for key in ("short", "past", "answers")),
         *(("s3", kind) for kind in ("attachments", "transcripts")),
     }
