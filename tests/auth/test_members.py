@@ -14,9 +14,13 @@ from kimberly.auth.v1 import auth_pb2 as pb
 
 from server import ids
 from server.access import Role
+from server.auth.issuing import Issuer
+from server.auth.member_store import MemberStore
 from server.auth.members import may_change
 from server.auth.postman import Postman
-from server.caller import Credentials
+from server.auth.session_store import SessionStore
+from server.caller import Caller, Credentials
+from server.database import SystemDatabase
 from server.errors import Unauthenticated
 from server.grants import EndedGrants
 from server.tokens import TokenVerifier
@@ -25,6 +29,7 @@ from tests.auth.mails import deliver, mailed, read
 from tests.conftest import FakeClock, bearer
 
 As = tuple[tuple[str, str], ...]
+ROUNDS = 20
 ENUM = {
     "owner": pb.ROLE_OWNER,
     "admin": pb.ROLE_ADMIN,
@@ -339,17 +344,47 @@ async def test_who_is_disabled_is_out_with_all_they_had_open(
     await verifier.verify((await auth.ExchangeToken(exchange)).access_token)
 
 
+async def owners(connection: asyncpg.Connection, count: int) -> list[Caller]:
+    """Return the owners of a new tenant."""
+    tenant_id = ids.new_id()
+    callers = [Caller(tenant_id, ids.new_id()) for _ in range(count)]
+    await connection.execute("INSERT INTO tenants VALUES ($1, now())", tenant_id)
+    await connection.executemany(
+        """
+        INSERT INTO users (tenant_id, id, email, display_name, created_at)
+        VALUES ($1, $2, $3, 'somebody', now())
+        """,
+        [(each.tenant_id, each.user_id, f"{each.user_id}@example.com") for each in callers],
+    )
+    return callers
+
+
 async def test_of_log_ins_and_a_disabling_at_once_no_session_is_left(
-    auth: Auth, tenants: Tenants, ada: Person, join: Join, owner: asyncpg.Connection
+    system_database: SystemDatabase, issuer: Issuer, owner: asyncpg.Connection, clock: FakeClock
 ) -> None:
-    bob = await join("member")
-    disable = tenants.DisableMember(pb.DisableMemberRequest(user_id=bob.id), metadata=ada.as_)
-    await asyncio.gather(*(log_in(auth, bob) for _ in range(8)), disable, return_exceptions=True)
-    living = """
-        SELECT count(*) FROM sessions
-         WHERE user_id = (SELECT id FROM users WHERE email = $1) AND ended_at IS NULL
-    """
-    assert await owner.fetchval(living, bob.email) == 0
+    members, sessions = MemberStore(system_database), SessionStore(system_database)
+    for _ in range(ROUNDS):
+        boss, bob = await owners(owner, 2)
+        news = [issuer.begin(bob, "member", "") for _ in range(8)]
+        starts = [sessions.start(new.session, new.token_hash, clock.now) for new in news]
+        disabling = members.disable(boss, bob.user_id, clock.now)
+        await asyncio.gather(*starts[:4], disabling, *starts[4:], return_exceptions=True)
+    assert not await owner.fetchval("SELECT count(*) FROM sessions WHERE ended_at IS NULL")
+
+
+async def test_owners_who_unmake_each_other_at_once_leave_one(
+    system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    members = MemberStore(system_database)
+    for _ in range(ROUNDS):
+        one, other = await owners(owner, 2)
+        await asyncio.gather(
+            members.assign(one, other.user_id, Role.MEMBER),
+            members.assign(other, one.user_id, Role.MEMBER),
+            return_exceptions=True,
+        )
+    left = "SELECT count(*) FROM users WHERE role = 'owner'"
+    assert await owner.fetchval(left) == ROUNDS
 
 
 async def test_nobody_disables_themselves(tenants: Tenants, ada: Person) -> None:
