@@ -60,9 +60,14 @@ BEGIN
 END
 $$;
 
+-- The same for the user of the running transaction. Every write of a user pays for it, and would
+-- pay twice as much for a call of the function above.
 CREATE FUNCTION refuse_insert_by_erased() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM refuse_erased(current_tenant(), current_user_id());
+    PERFORM pg_advisory_xact_lock_shared(erasure_lock(current_user_id()));
+    IF EXISTS (SELECT FROM erasures WHERE user_id = current_user_id()) THEN
+        RAISE EXCEPTION 'the user is erased' USING ERRCODE = 'KM002';
+    END IF;
     RETURN NULL;
 END
 $$;
@@ -75,7 +80,7 @@ END
 $$;
 
 -- Lets the system role remove the rows of users who are erased, and those only unless it could
--- before; and keeps users from inserting once they are. Each table with a user_id needs it.
+-- before. Each table with a user_id needs it.
 CREATE FUNCTION make_erasable(which regclass, owner_column text DEFAULT 'user_id') RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -89,9 +94,6 @@ BEGIN
         EXECUTE format('CREATE POLICY erasing ON %s TO kimberly_system USING (%s)', which, whose);
     END IF;
     EXECUTE format('GRANT SELECT, DELETE ON %s TO kimberly_system', which);
-    EXECUTE format('CREATE TRIGGER refuse_erased BEFORE INSERT ON %s FOR EACH STATEMENT '
-                   'WHEN (current_user_id() IS NOT NULL) '
-                   'EXECUTE FUNCTION refuse_insert_by_erased()', which);
 END
 $$;
 
@@ -102,7 +104,10 @@ SELECT make_erasable(class.oid, attribute.attname)
    AND attname = CASE relname WHEN 'users' THEN 'id' ELSE 'user_id' END
    AND relname NOT IN ('audit_events', 'erasures');
 
--- Nothing is done that is not told, so that this alone stops whatever the others do not.
+-- Whatever a user writes is told in its transaction, so that this alone stops all of it. Jobs are
+-- asked for by workers too.
+CREATE TRIGGER refuse_erased BEFORE INSERT ON jobs FOR EACH STATEMENT
+    WHEN (current_user_id() IS NOT NULL) EXECUTE FUNCTION refuse_insert_by_erased();
 CREATE TRIGGER refuse_erased BEFORE INSERT ON audit_events FOR EACH STATEMENT
     WHEN (current_user_id() IS NOT NULL) EXECUTE FUNCTION refuse_insert_by_erased();
 -- Whoever logs in is nobody's transaction yet.

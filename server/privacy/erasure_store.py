@@ -105,7 +105,7 @@ class ErasureStore:
         """Begin to erase a user, or return the erasure that has begun.
 
         With the commit nobody logs in as the user, their refresh tokens are gone, no consent of
-        theirs stands, and every insert of theirs is refused, in whichever process.
+        theirs stands, and whatever they write is refused, in whichever process.
 
         Raises:
             StoreUnavailable: A writer of theirs takes too long.

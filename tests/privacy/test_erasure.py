@@ -330,9 +330,11 @@ async def test_without_the_lock_who_wrote_meanwhile_comes_after_the_erasure(
     database: Database, erasures: ErasureStore, owner: asyncpg.Connection, caller: Caller
 ) -> None:
     """The guard is worth something: take the lock away, and a row is written too late."""
-    definition = await owner.fetchval("SELECT pg_get_functiondef('refuse_erased'::regproc)")
+    definition = await owner.fetchval(
+        "SELECT pg_get_functiondef('refuse_insert_by_erased'::regproc)"
+    )
     open_door = definition.replace(
-        "PERFORM pg_advisory_xact_lock_shared(erasure_lock(whose));", "NULL;"
+        "PERFORM pg_advisory_xact_lock_shared(erasure_lock(current_user_id()));", "NULL;"
     )
     assert open_door != definition
     await owner.execute(open_door)
