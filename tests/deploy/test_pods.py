@@ -180,7 +180,7 @@ def test_an_edge_that_is_about_to_end_asks_its_clients_to_connect_anew(directory
 
         def asked_to_leave() -> bool:
             answer = client.get("/healthz", headers={"host": "localhost"}, extensions=SNI)
-            return answer.headers.get("connection") == "close"
+            return bool(answer.headers.get("connection") == "close")
 
         with subprocess.Popen(
             [sys.executable, "-m", "deploy.drain"],
