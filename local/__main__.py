@@ -58,7 +58,7 @@ def up(workers: Workers = 2, detach: Detach = False) -> None:  # noqa: FBT002 - 
     process that dies is started again. Ctrl-C stops everything in order, a second one at once.
 
     Alone it shows a live table until Ctrl-C. With --detach it runs in the background, until
-    `python -m local down`. More workers are more hands for the nightly meditation.
+    `make down`. More workers are more hands for the nightly meditation.
     """
     layout = Layout.default()
     if detach:
@@ -166,7 +166,7 @@ async def _stay_up(mesh: Mesh, began: float) -> None:
     await mesh.wait_ready()
     console.print(f"[bold green]Ready[/] after {time.monotonic() - began:.1f} s.\n")
     console.print(_how_to_reach(mesh.describe()))
-    console.print("Ctrl-C stops it; so does `python -m local down`.\n")
+    console.print("Ctrl-C stops it; so does `make down`.\n")
     await asyncio.Event().wait()
 
 

@@ -77,7 +77,7 @@ class AlreadyRunningError(Exception):
     def __init__(self, state: Path, holder: Identity | None) -> None:
         pid = f" (pid {holder.pid})" if holder else ""
         super().__init__(
-            f"A mesh already runs in {state}{pid}. `python -m local down` stops it; "
+            f"A mesh already runs in {state}{pid}. `make down` stops it; "
             "KIMBERLY_STATE names another directory for a second one."
         )
 
