@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -47,17 +48,24 @@ def figures(pytestconfig: pytest.Config) -> Figures:
     return pytestconfig.stash[_FIGURES]
 
 
-@pytest.fixture(scope="session")
-def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
-    """A durable mesh with two workers. Its state is kept when a test failed."""
+@contextmanager
+def running_mesh(session: pytest.Session) -> Iterator[Mesh]:
+    """Run a durable mesh with two workers. Its state is kept when a test failed."""
     state = Path(mkdtemp(prefix="kimberly-faults-"))
     state.chmod(0o755)
     with in_background(Mesh(Layout(state), workers=2, durable=True, commands=COMMANDS)) as running:
         yield running
-    if request.session.testsfailed:
+    if session.testsfailed:
         sys.stderr.write(f"\nthe state and the logs of the mesh are in {state}\n")
     else:
         shutil.rmtree(state)
+
+
+@pytest.fixture(scope="session")
+def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    """The mesh that most tests hurt."""
+    with running_mesh(request.session) as running:
+        yield running
 
 
 @pytest_asyncio.fixture(scope="session")

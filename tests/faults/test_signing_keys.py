@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from kimberly.memory.v1 import memory_pb2 as memory
 from kimberly.users.v1 import users_pb2 as users
 
 from local.mesh import Mesh
+from tests.faults.conftest import running_mesh
 from tests.faults.reach import signed_up, until
 
 PROMISED_SECONDS = 30.0
@@ -29,6 +30,13 @@ EVERY_SECONDS = 0.02
 REFRESH_EVERY_SECONDS = 2.0
 UNTIL_NEW_KEY_SECONDS = 90.0
 PASSWORD = "correct horse battery staple"
+
+
+@pytest.fixture
+def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    """A mesh of its own: a withdrawn key logs out whoever else has a token of it."""
+    with running_mesh(request.session) as running:
+        yield running
 
 
 def command(mesh: Mesh, *arguments: str) -> str:

@@ -16,6 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import grpc
 from kimberly.jobs.v1 import jobs_pb2 as pb
 from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
 
@@ -33,6 +34,22 @@ async def opened(stub: rpc.WorkerServiceAsyncStub) -> Any:
     return call
 
 
+async def leased(stub: rpc.WorkerServiceAsyncStub, count: int) -> tuple[Any, list[pb.Lease]]:
+    """Return a session and so many leases; who takes them too slowly loses all and begins anew."""
+    while True:
+        call = await opened(stub)
+        await call.write(pb.WorkRequest(credit=pb.Credit(jobs=count)))
+        leases: list[pb.Lease] = []
+        try:
+            while len(leases) < count:
+                leases += (await call.read()).leased.leases
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
+                raise
+            continue
+        return call, leases
+
+
 def say(value: object) -> None:
     """Write a line of JSON."""
     sys.stdout.write(json.dumps(value) + "\n")
@@ -43,11 +60,7 @@ async def main(socket: Path, count: int) -> None:
     """Take leases, stop, settle."""
     async with open_channel(socket) as channel:
         stub: rpc.WorkerServiceAsyncStub = rpc.WorkerServiceStub(channel)
-        call = await opened(stub)
-        await call.write(pb.WorkRequest(credit=pb.Credit(jobs=count)))
-        leases: list[pb.Lease] = []
-        while len(leases) < count:
-            leases += (await call.read()).leased.leases
+        call, leases = await leased(stub, count)
         say(len(leases))
         os.kill(os.getpid(), signal.SIGSTOP)
         call.cancel()
