@@ -93,6 +93,7 @@ async def test_after_ten_guesses_not_even_the_right_one_is_looked_at_until_the_w
 async def test_a_stranger_who_guesses_holds_up_nobody_else(auth: Auth) -> None:
     await sign_up(auth)
     await guess(auth, 2 * FREE_HERE, AWAY)
+    assert await reason_of(log_in(auth, PASSWORD, AWAY)) == REFUSED
     await log_in(auth, PASSWORD, HOME)
 
 

@@ -6,10 +6,13 @@ import asyncio
 import base64
 import hashlib
 import re
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
+from uuid import uuid4
 
 import asyncpg
+import httpx
 from minio import Minio
 
 from local.mesh import Mesh
@@ -106,10 +109,21 @@ class Haystack:
             yield ("s3", str(each.object_name).split("/")[0]), text
 
     async def _logs(self) -> AsyncIterator[tuple[Place, str]]:
-        """Yield the log of every process, with what Envoys keep back for a second."""
-        await asyncio.sleep(1.5)
+        """Yield the log of every process, with what the edge keeps back for a second."""
+        await self._flushed()
         for file in self._mesh.layout.logs.iterdir():
             yield ("logs", file.name), file.read_text(errors="replace")
+
+    async def _flushed(self) -> None:
+        """Wait until the edge has written down all that it was asked so far."""
+        last = f"canary/{uuid4().hex}"
+        trusted = ssl.create_default_context(cafile=str(self._mesh.ca))
+        async with httpx.AsyncClient(verify=trusted, trust_env=False) as client:
+            await client.get(f"{self._mesh.edge}/healthz", headers={"user-agent": last})
+        log = self._mesh.layout.logs / "edge.log"
+        async with asyncio.timeout(15):
+            while last not in log.read_text():  # noqa: ASYNC110 - another process writes it
+                await asyncio.sleep(0.1)
 
 
 def word(said: str) -> re.Pattern[str]:
