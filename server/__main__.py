@@ -12,20 +12,20 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from server import telemetry
-from server.app import (
+from server.app import serve
+from server.errors import Problem
+from server.kms import KmsUnusable, UnwrapFailed
+from server.migrate import MigrationChanged
+from server.operations import (
     erase_again,
     migrate_database,
     provision_database,
     rotate_audit_key,
     rotate_data_keys,
     rotate_signing_key,
-    serve,
     set_plan,
     withdraw_signing_key,
 )
-from server.errors import Problem
-from server.kms import KmsUnusable, UnwrapFailed
-from server.migrate import MigrationChanged
 from server.privacy.words import WordForged
 from server.provision import WrongRole
 from server.rpc.serving import UnsafeSocketDirectory

@@ -62,7 +62,7 @@ async def _serving(socket: Path) -> AsyncIterator[None]:
         layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=10, stream_seconds=60)
         server = Server(socket, layers, services=())
         application.register(server.grpc)
-        loops = [asyncio.ensure_future(loop()) for loop in application.loops]
+        loops = [asyncio.ensure_future(loop()) for loop in application.every_loop()]
         await server.start()
         yield
         await server.grpc.stop(None)

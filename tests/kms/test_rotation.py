@@ -13,13 +13,13 @@ from kimberly.maintenance.v1 import maintenance_pb2 as pb
 from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
 
 from server import ids
-from server.app import rotate_data_keys
 from server.blobs import Blobs
 from server.cache import Redis
 from server.caller import Caller
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase
 from server.memory.key_rotation import KeyRotation
+from server.operations import rotate_data_keys
 from server.settings import Settings
 from tests.conftest import FakeClock, Serve, Urls, as_worker, bearer, new_caller
 from tests.kms.conftest import Master

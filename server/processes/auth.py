@@ -1,0 +1,168 @@
+"""The auth process: accounts, tokens, users, privacy and plans."""
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from datetime import timedelta
+
+import grpc
+import structlog
+from kimberly.auth.v1 import auth_pb2_grpc
+from kimberly.billing.v1 import billing_pb2_grpc
+from kimberly.privacy.v1 import privacy_pb2_grpc
+from kimberly.users.v1 import users_pb2_grpc
+
+from server.auth.access_tokens import Mint
+from server.auth.api_key_store import ApiKeyStore
+from server.auth.attempt_store import AttemptStore
+from server.auth.breached import Breached, Commonplace, HashFile
+from server.auth.housekeeping import Housekeeping
+from server.auth.issuing import Issuer
+from server.auth.key_store import KeyStore
+from server.auth.keyring import Keyring
+from server.auth.mail import Mailer, Outbox, Smtp
+from server.auth.mail_store import MailStore
+from server.auth.member_store import MemberStore
+from server.auth.passwords import Passwords
+from server.auth.postman import Postman
+from server.auth.service import AuthService
+from server.auth.session_store import SessionStore
+from server.auth.store import AccountStore
+from server.auth.tenant_service import TenantService
+from server.billing.payments import ManualPayments
+from server.billing.service import BillingService
+from server.billing.store import BillingStore
+from server.clock import utc_now
+from server.erased import ErasedUsers
+from server.privacy.erasure_archive import ErasureArchive
+from server.privacy.erasure_store import ErasureStore
+from server.privacy.export_store import ExportStore
+from server.privacy.service import PrivacyService
+from server.processes.parts import (
+    Application,
+    known_ended_grants,
+    open_blobs,
+    open_databases,
+    open_kms,
+    open_toll,
+    patience,
+)
+from server.settings import Settings
+from server.users.audit_keys import AuditKeys
+from server.users.audit_log import AuditLog
+from server.users.audit_store import AuditStore
+from server.users.checkpoint_archive import CheckpointArchive
+from server.users.checkpoint_store import CheckpointStore
+from server.users.checkpointer import Checkpointer
+from server.users.service import UserService
+from server.users.store import UserStore
+
+log = structlog.get_logger()
+
+
+async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
+    """Return what the auth process serves; what it opened is closed with the stack."""
+    database, system = await stack.enter_async_context(open_databases(settings, "auth"))
+    kms = await open_kms(settings, stack)
+    keyring = Keyring(
+        KeyStore(system),
+        kms,
+        access_token_seconds=settings.access_token_seconds,
+    )
+    await keyring.ensure_signing_key()
+    hashing = stack.enter_context(
+        Passwords(concurrency=settings.password_hash_concurrency, breached=_breached(settings))
+    )
+    mint = Mint(
+        issuer=settings.token_issuer,
+        audience=settings.token_audience,
+        lifetime=timedelta(seconds=settings.access_token_seconds),
+    )
+    session_lifetime = timedelta(seconds=settings.refresh_token_seconds)
+    attempts, mails, api_keys = AttemptStore(system), MailStore(system), ApiKeyStore(system)
+    auth = AuthService(
+        AccountStore(system),
+        SessionStore(system),
+        attempts,
+        mails,
+        api_keys,
+        keyring,
+        hashing,
+        Issuer(keyring, mint, session_lifetime, utc_now),
+        public_url=settings.public_url or settings.token_issuer,
+    )
+    ended = await known_ended_grants(system)
+    members = MemberStore(system)
+    tenants = TenantService(members)
+    checkpoint_store = CheckpointStore(system)
+    audit_keys = AuditKeys(checkpoint_store, kms)
+    await audit_keys.signer()
+    archive = CheckpointArchive(open_blobs(settings), checkpoint_store, audit_keys)
+    checkpointer = Checkpointer(
+        checkpoint_store,
+        archive,
+        audit_keys,
+        every_seconds=settings.audit_checkpoint_seconds,
+    )
+    audit_log = AuditLog(AuditStore(system), archive, seal_seconds=settings.audit_seal_seconds)
+    users = UserService(UserStore(database), audit_log)
+    billing_store = BillingStore(system)
+    billing = BillingService(billing_store, ManualPayments(billing_store))
+    erased = ErasedUsers(system)
+    erasures = ErasureStore(system, patience(settings))
+    erasure_archive = ErasureArchive(
+        erasures, open_blobs(settings), audit_keys.signer, audit_keys.known
+    )
+    privacy = PrivacyService(
+        erasures,
+        ExportStore(database, timedelta(days=settings.export_days)),
+        hashing.match,
+        audit_keys.signer,
+        open_blobs(settings),
+        url_lifetime=timedelta(seconds=settings.upload_url_seconds),
+    )
+
+    def register(server: grpc.aio.Server) -> None:
+        auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
+        auth_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
+        users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
+        privacy_pb2_grpc.add_PrivacyServiceServicer_to_server(privacy, server)
+        billing_pb2_grpc.add_BillingServiceServicer_to_server(billing, server)
+
+    forgetful = [each.forget for each in (ended, attempts, mails, api_keys, members)]
+    housekeeping = Housekeeping(forgetful)
+    mailer = _mailer(settings)
+    delivery = [Postman(mails, mailer).run] if mailer else []
+    return Application(
+        register,
+        keyring,
+        ended,
+        erased,
+        open_toll(settings, stack, system),
+        loops=[
+            audit_log.run,
+            checkpointer.run,
+            erasure_archive.run,
+            housekeeping.run,
+            *delivery,
+        ],
+    )
+
+
+def _breached(settings: Settings) -> Sequence[Breached]:
+    file = settings.breached_passwords_file
+    return (Commonplace(), HashFile(file)) if file else (Commonplace(),)
+
+
+def _mailer(settings: Settings) -> Mailer | None:
+    if settings.smtp_host:
+        return Smtp(
+            settings.smtp_host,
+            settings.smtp_port,
+            settings.mail_sender,
+            settings.smtp_user,
+            settings.smtp_password.get_secret_value(),
+        )
+    if settings.mail_directory:
+        return Outbox(settings.mail_directory, settings.mail_sender)
+    log.warning("mails wait: neither smtp_host nor mail_directory is set")
+    return None

@@ -1,0 +1,87 @@
+"""The jobs process: the queue, schedules and the workers' streams."""
+
+from contextlib import AsyncExitStack
+from datetime import timedelta
+
+import grpc
+from kimberly.jobs.v1 import jobs_pb2_grpc
+
+from server.erased import ErasedUsers
+from server.jobs.doorbell import Doorbell
+from server.jobs.forgetting import Forgetting
+from server.jobs.queue import PLANS_OF_QUEUE, Queue
+from server.jobs.schedule_store import ScheduleStore
+from server.jobs.schedules import Planner, Schedule
+from server.jobs.service import JobService
+from server.jobs.store import JobStore
+from server.jobs.watching import JobFeed
+from server.jobs.worker_service import WorkerService
+from server.processes.parts import (
+    Application,
+    known_ended_grants,
+    open_databases,
+    open_remote_keys,
+    open_toll,
+    watch_seconds,
+    worker_session_seconds,
+)
+from server.settings import Settings
+
+
+async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
+    """Return what the jobs process serves; what it opened is closed with the stack."""
+    database, system = await stack.enter_async_context(
+        open_databases(settings, "jobs", PLANS_OF_QUEUE)
+    )
+    keys = await open_remote_keys(settings, stack)
+    ended = await known_ended_grants(system)
+    doorbell = Doorbell(settings.system_database_url.get_secret_value())
+    queue = Queue(system, settings.lease_seconds, settings.job_limits)
+    workers = WorkerService(
+        queue,
+        doorbell,
+        lease_seconds=settings.lease_seconds,
+        session_seconds=worker_session_seconds(settings),
+    )
+    nightly = Schedule(
+        "meditation.nightly",
+        settings.meditation_schedule,
+        "meditation.plan",
+        settings.meditation_time_zone,
+    )
+    rewrapping = Schedule("keys.rewrap", settings.rewrap_schedule, "keys.rewrap")
+    sweeping = Schedule("attachments.sweep", settings.sweep_schedule, "attachments.sweep")
+    retention = Schedule("memories.sweep", settings.retention_schedule, "memories.sweep")
+    promotion = Schedule("short_term.promote", settings.promotion_schedule, "short_term.promote")
+    schedules = ScheduleStore(database, system)
+    planner = Planner(system, [nightly, rewrapping, sweeping, retention, promotion], schedules)
+    store = JobStore(database, system)
+    feed = JobFeed(store, session_seconds=watch_seconds(settings))
+    jobs = JobService(store, feed, schedules)
+    forgetting = Forgetting(
+        queue, timedelta(days=settings.done_job_days), timedelta(days=settings.dead_job_days)
+    )
+    erased = ErasedUsers(system)
+
+    def announce_drain() -> None:
+        workers.drain()
+        feed.drain()
+
+    def register(server: grpc.aio.Server) -> None:
+        jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
+        jobs_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
+
+    return Application(
+        register,
+        keys,
+        ended,
+        erased,
+        open_toll(settings, stack, system),
+        loops=[
+            workers.run,
+            planner.run,
+            feed.run,
+            forgetting.run,
+        ],
+        announce_drain=announce_drain,
+    )
