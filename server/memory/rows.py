@@ -24,12 +24,21 @@ CANDIDATE_COLUMNS: Final = """
 """
 """What `CANDIDATE_ARRAYS` are made of, with `amount` and `score`: of the table memories."""
 
-CANDIDATE_ARRAYS: Final = """
-    array_agg(id) AS ids, array_agg(amount) AS amounts, array_agg(speaker) AS speakers,
-    array_agg(session_id) AS session_ids, array_agg(occurred_at) AS instants,
-    array_agg(score) AS scores, array_agg(text_bytes) AS text_sizes
-"""
+_ARRAY_OF: Final = {
+    "id": "ids",
+    "amount": "amounts",
+    "speaker": "speakers",
+    "session_id": "session_ids",
+    "occurred_at": "instants",
+    "score": "scores",
+    "text_bytes": "text_sizes",
+}
+CANDIDATE_ARRAYS: Final = ", ".join(
+    f"array_agg({one}) AS {many}" for one, many in _ARRAY_OF.items()
+)
 """What `candidates_from` reads: one row of columns. As rows, so many cost several times that."""
+CANDIDATE_NAMES: Final = tuple(_ARRAY_OF.values())
+"""The names of these arrays, in the order of `Candidate`."""
 
 
 def memory_from(row: Mapping[str, Any]) -> Memory:
@@ -69,15 +78,7 @@ def candidates_from(row: Mapping[str, Any]) -> list[Candidate]:
     """Return the candidates of a row that has their columns as arrays; NULL: there are none."""
     if row["ids"] is None:
         return []
-    columns = (
-        row["ids"],
-        row["amounts"],
-        row["speakers"],
-        row["session_ids"],
-        row["instants"],
-        row["scores"],
-        row["text_sizes"],
-    )
+    columns = (row[name] for name in CANDIDATE_NAMES)
     return list(map(Candidate._make, zip(*columns, strict=True)))
 
 

@@ -1,7 +1,7 @@
 """Finding memories in Postgres: by page and by words."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from server.memory.model import Candidate, Filter, Memory
 from server.memory.rows import (
     CANDIDATE_ARRAYS,
     CANDIDATE_COLUMNS,
+    CANDIDATE_NAMES,
     MEMORY_COLUMNS,
     SCORE_COLUMNS,
     candidates_from,
@@ -39,12 +40,35 @@ _STANDING: Final = """
         AS settings_version
 """
 
-# One row: that, and the candidates beside it. All of it is one snapshot.
+# The rest of the memories whose ids are `wanted_id`, one by one.
+_WHOLE: Final = f"""
+    CROSS JOIN LATERAL (
+         SELECT {MEMORY_COLUMNS}
+           FROM memories
+          WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+            AND id = wanted_id AND archived_at IS NULL
+         OFFSET 0
+         ) AS memory
+    CROSS JOIN LATERAL (
+         SELECT {SCORE_COLUMNS}
+           FROM memory_scores
+          WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+            AND memory_id = wanted_id
+         OFFSET 0
+         ) AS scores
+"""  # noqa: S608 - constants
+
+_IN_THE_FIRST_ROW: Final = ", ".join(
+    f"CASE WHEN coalesce(place, 1) = 1 THEN {array} END AS {array}" for array in CANDIDATE_NAMES
+)
+
+# Rows of that, the first with the candidates as arrays; each with one of the memories that come
+# whole, the best by their words. All of it is one snapshot and one round trip.
 # The words are compared once for each row; all else is worked out for the few that are left. Scores
 # are looked up one by one (LATERAL, kept apart by OFFSET 0): of a user whom the statistics have not
 # met yet the planner expects one row, and would compare every memory with every score.
 _QUERY: Final = f"""
-    SELECT standing.*, candidate.*
+    SELECT standing.*, whole.*, {_IN_THE_FIRST_ROW}
       FROM (SELECT {_STANDING} OFFSET 0) AS standing
       CROSS JOIN LATERAL (
            SELECT {CANDIDATE_ARRAYS}
@@ -73,6 +97,11 @@ _QUERY: Final = f"""
                   OFFSET 0
                   ) AS scores
            ) AS candidate
+      LEFT JOIN LATERAL (
+           SELECT place, memory.*, scores.*
+             FROM unnest(ids[1:$5]) WITH ORDINALITY AS wanted (wanted_id, place)
+             {_WHOLE}
+           ) AS whole ON true
 """  # noqa: S608 - constants
 
 
@@ -90,6 +119,12 @@ class Words:
 
     candidates: Sequence[Candidate]
     versions: Versions
+    _whole: Mapping[UUID, Mapping[str, Any]] = field(default_factory=dict)
+
+    def memories(self, memory_ids: Iterable[UUID]) -> dict[UUID, Memory]:
+        """Return those of some memories that came whole."""
+        rows = {one: self._whole[one] for one in memory_ids if one in self._whole}
+        return {one: memory_from(row) for one, row in rows.items()}
 
 
 class SearchStore:
@@ -148,25 +183,43 @@ class SearchStore:
         return lexicon, chosen
 
     async def query(
-        self, caller: Caller, terms: Mapping[int, float], which: Filter, limit: int
+        self,
+        caller: Caller,
+        terms: Mapping[int, float],
+        which: Filter,
+        limit: int,
+        whole: int = 0,
     ) -> Words:
         """Return the memories that the weighted terms match best, at most `limit`.
+
+        Args:
+            caller: Whose memories.
+            terms: What is looked for.
+            which: Which of them are looked at.
+            limit: How many are wanted.
+            whole: How many of them come with all that there is of them, the best.
 
         Raises:
             ConsentMissing: The user has not consented to memory.store.
         """
-        passing, parameters = filters.passing(which, 5)
-        (row,) = await self._database.fetch(
+        passing, parameters = filters.passing(which, 6)
+        rows = await self._database.fetch(
             caller,
             _QUERY.format(passing=passing),
             sparse(terms),
             # Postgres does not even begin to look for 0 memories.
             limit if terms and which.durable_tiers else 0,
+            whole,
             *parameters,
         )
-        if not row["may_store"]:
+        first = min(rows, key=lambda row: row["place"] or 0)
+        if not first["may_store"]:
             raise ConsentMissing(consent.MEMORY_STORE)
-        return Words(candidates_from(row), _versions_from(row))
+        return Words(
+            candidates_from(first),
+            _versions_from(first),
+            {row["id"]: row for row in rows if row["place"]},
+        )
 
     async def versions(self, caller: Caller, *, with_vectors: bool) -> Versions:
         """Return what answers to the caller depend on, if there may be any.
@@ -196,21 +249,7 @@ class SearchStore:
             caller,
             f"""
             SELECT {MEMORY_COLUMNS}, {SCORE_COLUMNS}
-              FROM unnest($3::uuid[]) AS wanted (wanted_id)
-              CROSS JOIN LATERAL (
-                   SELECT {MEMORY_COLUMNS}
-                     FROM memories
-                    WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
-                      AND id = wanted_id AND archived_at IS NULL
-                   OFFSET 0
-                   ) AS memory
-              CROSS JOIN LATERAL (
-                   SELECT {SCORE_COLUMNS}
-                     FROM memory_scores
-                    WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
-                      AND memory_id = wanted_id
-                   OFFSET 0
-                   ) AS scores
+              FROM unnest($3::uuid[]) AS wanted (wanted_id) {_WHOLE}
             """,  # noqa: S608 - constants
             memory_ids,
         )

@@ -13,7 +13,6 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from functools import lru_cache, partial
 from itertools import chain
 from typing import Final
 
@@ -94,7 +93,7 @@ def term_id(stem: str) -> int:
 
 def terms(text: str, language: Language) -> list[int]:
     """Return the terms of a text, in order: the dimensions of its stems."""
-    return list(chain.from_iterable(map(_TERMS_OF[language], _as_written(text))))
+    return list(chain.from_iterable(map(_TERMS_OF[language].__getitem__, _as_written(text))))
 
 
 def term_counts(text: str, language: Language) -> Counter[int]:
@@ -102,15 +101,24 @@ def term_counts(text: str, language: Language) -> Counter[int]:
     return Counter(terms(text, language))
 
 
-def _terms_of(language: Language, written: str) -> tuple[int, ...]:
-    """Return the terms of one word or run as it stands in a text, in lower case."""
-    return tuple(map(term_id, stems(written, language)))
+class _Terms(dict[str, tuple[int, ...]]):
+    """The terms of words and runs as they stand in a text, in lower case.
+
+    Most of what people write are words that were written before: those cost one look.
+    """
+
+    def __init__(self, language: Language) -> None:
+        super().__init__()
+        self._language = language
+
+    def __missing__(self, written: str) -> tuple[int, ...]:
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        found = self[written] = tuple(map(term_id, stems(written, self._language)))
+        return found
 
 
-# Most of what people write are words that were written before.
-_TERMS_OF: Final = {
-    language: lru_cache(_REMEMBERED)(partial(_terms_of, language)) for language in Language
-}
+_TERMS_OF: Final = {language: _Terms(language) for language in Language}
 
 
 def _as_written(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """One adapter that puts the same layers around all four kinds of RPC."""
 
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from typing import Any, TypeAlias
@@ -8,7 +9,8 @@ import grpc
 
 from server.errors import MalformedMessage
 
-Layer = Callable[["Call"], AbstractAsyncContextManager[None]]
+Layer = Callable[["Call"], AbstractAsyncContextManager[None]] | Callable[["Call"], Awaitable[None]]
+"""What also looks after the call is an async context manager; a mere check is a coroutine."""
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 MaybeHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 
@@ -35,12 +37,12 @@ class Call:
 class Around(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in the stubs only
     """Runs every RPC inside a list of layers, the first outermost.
 
-    A layer is a function from a `Call` to an async context manager. Streams stay inside their
-    layers until the last message: nothing that holds for unary calls is forgotten for them.
+    Streams stay inside their layers until the last message: nothing that holds for unary calls is
+    forgotten for them.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = tuple(layers)
+        self._layers = tuple((layer, inspect.iscoroutinefunction(layer)) for layer in layers)
         self._wrapped: dict[str, Handler] = {}
 
     async def intercept_service(  # type: ignore[override] # None says: no such method
@@ -58,8 +60,10 @@ class Around(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in
         return self._wrapped[method]
 
     async def _enter(self, stack: AsyncExitStack, call: Call) -> None:
-        for layer in self._layers:
-            await stack.enter_async_context(layer(call))
+        for layer, is_check in self._layers:
+            # Two kinds of callable: the flag tells mypy nothing.
+            entered: Any = layer(call)
+            await (entered if is_check else stack.enter_async_context(entered))
 
 
 Enter = Callable[[AsyncExitStack, Call], Awaitable[None]]

@@ -158,8 +158,7 @@ class _Caller:
     def __init__(self, verifier: Verifier) -> None:
         self._verifier = verifier
 
-    @asynccontextmanager
-    async def identified(self, call: Call) -> AsyncIterator[None]:
+    async def identified(self, call: Call) -> None:
         header = call.metadata.get("authorization")
         if METHODS.get(call.method) in ROLES and isinstance(header, str):
             if not header.startswith(_BEARER):
@@ -167,7 +166,6 @@ class _Caller:
             set_credentials(await self._verifier.verify(header.removeprefix(_BEARER)))
         else:
             set_credentials(None)
-        yield
 
 
 class _Access:
@@ -176,12 +174,7 @@ class _Access:
     def __init__(self, worker_id: str) -> None:
         self._worker_id = worker_id
 
-    @asynccontextmanager
-    async def allowed(self, call: Call) -> AsyncIterator[None]:
-        self._check(call)
-        yield
-
-    def _check(self, call: Call) -> None:
+    async def allowed(self, call: Call) -> None:
         access = METHODS.get(call.method)
         match access:
             case None:
@@ -212,12 +205,10 @@ class _Erased:
     def __init__(self, users: Container[UUID]) -> None:
         self._users = users
 
-    @asynccontextmanager
-    async def refused(self, call: Call) -> AsyncIterator[None]:
+    async def refused(self, call: Call) -> None:
         is_closed = METHODS.get(call.method) in ROLES and call.method not in OPEN_TO_ERASED
         if is_closed and current_caller().user_id in self._users:
             raise AccountErased
-        yield
 
 
 class _Toll:
