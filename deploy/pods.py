@@ -73,7 +73,7 @@ class Places:
 
     @property
     def sockets(self) -> Path:
-        """Directory of the sockets `app`, `out` and `admin`; 0700, as services demand."""
+        """Directory of the sockets app, out, metrics and admin; 0700, as services demand."""
         return self.shared / "sockets"
 
 
@@ -138,6 +138,7 @@ def _sidecar(told: PodSettings, places: Places) -> envoy.Sidecar:
         inbound=envoy.Address(told.pod_ip, PEER_PORT) if serves else None,
         app_socket=places.sockets / "app" if serves else None,
         health=envoy.Address(told.pod_ip, HEALTH_PORT),
+        metrics_socket=places.sockets / "metrics",
         outbound_socket=places.sockets / "out",
         peers=_peers(told),
         admin_socket=places.sockets / "admin",

@@ -108,6 +108,10 @@ class Address:
     host: str
     port: int
 
+    def __str__(self) -> str:
+        """Return host:port."""
+        return f"{self.host}:{self.port}"
+
     @property
     def is_numeric(self) -> bool:
         """Whether the host needs no name server."""
@@ -202,7 +206,8 @@ class Edge:
     host_names: tuple[str, ...] = ("localhost", "127.0.0.1")
     """Names by which clients may call; any other is answered 404."""
     health: Address | None = None
-    """Where, without TLS, a kubelet asks how this Envoy is; None: nowhere."""
+    """Where, without TLS, a kubelet asks how this Envoy is, and Prometheus for what it measures;
+    None: nowhere."""
     cors_origins: tuple[str, ...] = ()
     limits: EdgeLimits = EdgeLimits()
     access_log: Path | None = None
@@ -219,7 +224,10 @@ class Sidecar:
     inbound: Address | None = None
     app_socket: Path | None = None
     health: Address | None = None
-    """Where, without TLS, a kubelet asks how this Envoy and its process are; None: nowhere."""
+    """Where, without TLS, a kubelet asks how this Envoy and its process are, and Prometheus for
+    what they measure; None: nowhere."""
+    metrics_socket: Path | None = None
+    """Where the process tells what it measures; None: nowhere."""
     outbound_socket: Path
     peers: Peers
     """Sidecars of every process in peers_of(process)."""

@@ -43,7 +43,7 @@ class Fleet:
     layout: Layout
     stores: Stores
     ports: Mapping[str, int]
-    """Of the edge and of the inbound listener of each sidecar."""
+    """Of the edge, of the inbound listener of each sidecar, and of the health of every Envoy."""
     workers: Sequence[str]
     commands: Commands
     domain: envoy.Domain = field(default_factory=envoy.Domain)
@@ -109,6 +109,14 @@ class Fleet:
         """Return the program of the edge."""
         return self._envoy(EDGE, EDGE, f"https://{LOOPBACK}:{self.ports[EDGE]}")
 
+    def metrics_urls(self) -> dict[str, list[str]]:
+        """Return where Prometheus asks: for each process what it measures, then what Envoy does."""
+        bases = {name: f"http://{self._health(name)}" for name in (EDGE, *self.sidecars)}
+        own = {name: [f"{base}/metrics"] for name, base in bases.items() if name != EDGE}
+        return {
+            name: [*own.get(name, []), f"{base}/stats/prometheus"] for name, base in bases.items()
+        }
+
     async def is_whole(self) -> bool:
         """Tell whether the edge reaches every service and every Envoy has the keys of tokens."""
         trust = ssl.create_default_context(cafile=self.layout.certificates / "ca.pem")
@@ -161,6 +169,9 @@ class Fleet:
             "KIMBERLY_OUTBOUND_SOCKET": str(self.layout.outbound_socket(process)),
             "KIMBERLY_TRUST_DOMAIN": self.domain.trust_domain,
             "KIMBERLY_NAMESPACE": self.domain.namespace,
+            "KIMBERLY_METRICS_SOCKET": str(self.layout.metrics_socket(process)),
+            # So that whoever looks sees what they just did.
+            "KIMBERLY_METRICS_SECONDS": "5",
         }
 
     def _store_settings(self) -> dict[str, str]:
@@ -194,6 +205,7 @@ class Fleet:
             admin_socket=self.layout.admin_socket(EDGE),
             sds=self.layout.certificates / EDGE,
             public_sds=self.layout.certificates / PUBLIC,
+            health=self._health(EDGE),
             domain=self.domain,
             tokens=self.tokens,
         )
@@ -206,6 +218,8 @@ class Fleet:
             name=name,
             inbound=envoy.Address(LOOPBACK, self.ports[name]) if serves else None,
             app_socket=self.layout.app_socket(name) if serves else None,
+            health=self._health(name),
+            metrics_socket=self.layout.metrics_socket(name),
             outbound_socket=self.layout.outbound_socket(name),
             peers=self._peers(),
             admin_socket=self.layout.admin_socket(name),
@@ -216,6 +230,9 @@ class Fleet:
 
     def _peers(self) -> dict[str, tuple[envoy.Address, ...]]:
         return {name: (envoy.Address(LOOPBACK, self.ports[name]),) for name in PROCESSES}
+
+    def _health(self, name: str) -> envoy.Address:
+        return envoy.Address(LOOPBACK, self.ports[health_port(name)])
 
     def _config(self, process: str) -> Path:
         return self.layout.envoy / f"{process}.yaml"
@@ -231,12 +248,18 @@ class Fleet:
         return re.search(rb": [1-9]", answer.body) is not None
 
 
-def claim_ports(ports: Ports) -> dict[str, int]:
+def claim_ports(ports: Ports, workers: Sequence[str]) -> dict[str, int]:
     """Claim the ports of the edge and of the sidecars."""
+    healths = [health_port(name) for name in (EDGE, *PROCESSES, *workers)]
     return {
         EDGE: ports.claim(EDGE, preferred=[EDGE_PORT]),
-        **{process: ports.claim(process) for process in PROCESSES},
+        **{name: ports.claim(name) for name in (*PROCESSES, *healths)},
     }
+
+
+def health_port(name: str) -> str:
+    """Return what the port is called at which an Envoy tells its health and its metrics."""
+    return f"{name}-health"
 
 
 def new_master_key() -> str:

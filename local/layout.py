@@ -69,6 +69,10 @@ class Layout:
         """Return the socket through which a process reaches its peers: its sidecar's outbound."""
         return self.sockets / f"{process}.out"
 
+    def metrics_socket(self, process: str) -> Path:
+        """Return the socket that a process tells on what it measures."""
+        return self.sockets / f"{process}.metrics"
+
     def admin_socket(self, process: str) -> Path:
         """Return the socket of the admin interface of a process's Envoy."""
         return self.sockets / f"{process}.admin"

@@ -117,7 +117,11 @@ class Mesh:
     async def _plan(self, ports: Ports) -> None:
         await self.stores.plan(ports)
         self._fleet = Fleet(
-            self.layout, self.stores, claim_ports(ports), self._workers, self._commands
+            self.layout,
+            self.stores,
+            claim_ports(ports, self._workers),
+            self._workers,
+            self._commands,
         )
         ports.save()
         await asyncio.to_thread(self._fleet.prepare)
@@ -198,6 +202,7 @@ class Mesh:
             "state": str(self.layout.state),
             "logs": str(self.layout.logs),
             "sockets": str(self.layout.sockets),
+            "metrics": self._fleet.metrics_urls(),
             # A copy: the table asks from a thread of its own.
             "processes": {name: _record(each) for name, each in dict(self.processes).items()},
             "database": {

@@ -3,13 +3,14 @@
 import asyncio
 import gc
 import signal
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
+from importlib import import_module
 
 import structlog
 
 from server import access, telemetry
-from server.processes import auth, jobs, memory
+from server.metrics import read_forever
 from server.processes.parts import Application, Loop
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
@@ -21,22 +22,19 @@ log = structlog.get_logger()
 _COLLECTIONS = (50_000, 20, 20)
 """New objects before the young are looked at, and how much rarer the old ones are."""
 
-COMPOSERS: dict[str, Callable[[Settings, AsyncExitStack], Awaitable[Application]]] = {
-    "auth": auth.compose,
-    "memory": memory.compose,
-    "jobs": jobs.compose,
-}
-
 
 async def serve(process: str, settings: Settings) -> None:
     """Run one process until SIGTERM or SIGINT, then drain it."""
     stopped = _stop_signal()
     async with AsyncExitStack() as stack:
-        application = await COMPOSERS[process](settings, stack)
+        application = await _compose(process, settings, stack)
         server = _server(process, settings, application)
         application.register(server.grpc)
+        stack.enter_context(telemetry.exposed(settings.metrics_socket))
         async with asyncio.TaskGroup() as tasks:
-            loops = [tasks.create_task(_forever(loop)) for loop in application.every_loop()]
+            read = partial(read_forever, application.readings, settings.metrics_seconds)
+            every_loop: list[Loop] = [*application.every_loop(), read]
+            loops = [tasks.create_task(_forever(loop)) for loop in every_loop]
             _collect_rarely()
             await server.start()
             await stopped.wait()
@@ -49,6 +47,16 @@ async def serve(process: str, settings: Settings) -> None:
             for task in loops:
                 task.cancel()
     log.info("stopped")
+
+
+async def _compose(process: str, settings: Settings, stack: AsyncExitStack) -> Application:
+    """Return what a process serves.
+
+    It imports what it is made of and no more: the metrics of the others are not its own.
+    """
+    module = import_module(f"server.processes.{process}")
+    application: Application = await module.compose(settings, stack)
+    return application
 
 
 def _collect_rarely() -> None:

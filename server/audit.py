@@ -6,6 +6,7 @@ from uuid import UUID
 from server import ids
 from server.caller import Caller
 from server.database import Connection
+from server.metrics import count_changes
 
 SYSTEM: Final = "system"
 """Who acts when the mesh does something of its own accord."""
@@ -54,3 +55,4 @@ async def record_all(
         actor or ids.show(ids.USER, caller.user_id),
         action,
     )
+    count_changes(action, len(resources))

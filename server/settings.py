@@ -45,6 +45,10 @@ class Settings(BaseSettings):
     """Unix socket to serve on; its directory must be 0700: only the sidecar may reach it."""
     outbound_socket: Path
     """Unix socket of the sidecar's outbound listener."""
+    metrics_socket: Path | None = None
+    """Unix socket to tell Prometheus on what is measured, beside listen_socket. Unset: nowhere."""
+    metrics_seconds: Seconds = 30.0
+    """How often is counted what only the database knows, such as how many jobs wait."""
     kms: Literal["local", "vault"] = "local"
     """Who wraps the private signing keys and the users' data keys."""
     master_key_file: Path = Field(default=_NOWHERE, validate_default=True)

@@ -1,11 +1,17 @@
-"""Logs as JSON lines, traces by OpenTelemetry."""
+"""Logs as JSON lines, metrics for Prometheus, traces by OpenTelemetry."""
 
 import logging
 import os
+import socketserver
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import structlog
+from prometheus_client import MetricsHandler
 
 _OTLP_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
@@ -46,6 +52,32 @@ def _adopt_libraries(level: int) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
+
+
+class _Exposition(socketserver.ThreadingUnixStreamServer):
+    """Answers GET with all that this process measures."""
+
+    daemon_threads = True
+
+
+@contextmanager
+def exposed(socket: Path | None) -> Iterator[None]:
+    """Serve what is measured on a Unix socket, which only the sidecar may reach; None: nowhere.
+
+    On a thread of its own: the text takes milliseconds to write, in which calls go on.
+    """
+    if socket is None:
+        yield
+        return
+    socket.unlink(missing_ok=True)
+    with _Exposition(os.fspath(socket), MetricsHandler) as server:
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def server_interceptors(service: str) -> list[Any]:

@@ -12,7 +12,7 @@ import structlog
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from server.telemetry import configure
+from server.telemetry import configure, exposed
 from workers.embedding import EMBED, Embedding
 from workers.embedding_models import Embedder, ModelUnusable, load_embedders
 from workers.erasure import ERASE, Erasing
@@ -40,6 +40,8 @@ class Settings(BaseSettings):
 
     outbound_socket: Path
     """Unix socket of the sidecar's outbound listener."""
+    metrics_socket: Path | None = None
+    """Unix socket to tell Prometheus on what is measured. Unset: nowhere."""
     log_level: str = "info"
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 4
     """How many jobs are done at once."""
@@ -77,6 +79,12 @@ def explain(error: ValidationError) -> str:
 
 async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
     """Work until SIGTERM or SIGINT."""
+    with exposed(settings.metrics_socket):
+        await _work(settings, embedders)
+    log.info("drained")
+
+
+async def _work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
     async with open_channel(settings.outbound_socket) as channel:
         meditation = Meditation(channel)
         housekeeping = Housekeeping(channel)
@@ -103,7 +111,6 @@ async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
             asyncio.get_running_loop().add_signal_handler(number, worker.drain)
         log.info("working", concurrency=settings.concurrency, models=sorted(embedders))
         await worker.run()
-    log.info("drained")
 
 
 def _embedders(directory: Path | None) -> Mapping[str, Embedder]:

@@ -9,6 +9,7 @@ work writes is fenced by the lease token all the while.
 import asyncio
 import json
 import random
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import grpc
 import structlog
 from kimberly.jobs.v1 import jobs_pb2 as pb
 from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
+
+from workers import metrics
 
 log = structlog.get_logger()
 
@@ -146,6 +149,7 @@ class Worker:
                 failures = 0
             except _BROKEN as error:
                 failures += 1
+                metrics.RECONNECTS.inc()
                 log.info("stream broke", error=_brief(error), failures=failures)
             if not self._is_finished():
                 await asyncio.sleep(_pause_seconds(failures, random.random()))  # noqa: S311
@@ -213,6 +217,7 @@ class Worker:
 
     async def _work(self, held: _Held, lease: pb.Lease) -> None:
         outcome = pb.Outcome(job_id=lease.job_id, lease_token=lease.lease_token)
+        started = time.perf_counter()
         try:
             payload = json.loads(lease.payload_json)
             task = Task(
@@ -232,6 +237,8 @@ class Worker:
         except Exception as error:
             log.warning("job failed", job=lease.job_id, kind=lease.kind, exc_info=error)
             outcome.failed.error = _brief(error)
+        seconds = metrics.JOBS.labels(lease.kind, str(outcome.WhichOneof("result")))
+        seconds.observe(time.perf_counter() - started)
         held.outcome = outcome
         self._called.set()
 

@@ -12,6 +12,7 @@ from server import ids
 from server.auth.api_key_store import ApiKeyStore
 from server.auth.api_keys import LONGEST_OVERLAP, ApiKey, Secret, check_expiry, check_scopes
 from server.auth.issuing import Issuer, seconds
+from server.auth.metrics import TOKENS
 from server.caller import current_caller
 from server.clock import Clock
 from server.errors import ApiKeyInvalid, InvalidArgument
@@ -74,6 +75,7 @@ class ApiKeyHandlers:
             raise ApiKeyInvalid
         credentials = opened.credentials(request.scopes, "scopes")
         access = await self._issuer.access_token(credentials, opened.expires_at)
+        TOKENS.labels("api_key").inc()
         return pb.ExchangeTokenResponse(
             access_token=access.token,
             access_token_lifetime=seconds(access.lifetime),

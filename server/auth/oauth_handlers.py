@@ -16,6 +16,7 @@ from server.auth import oauth
 from server.auth.api_key_store import ApiKeyStore
 from server.auth.api_keys import Opened
 from server.auth.issuing import Issuer
+from server.auth.metrics import TOKENS
 from server.auth.oauth import Client, OAuthError
 from server.auth.session_handlers import SessionHandlers
 from server.clock import Clock
@@ -105,6 +106,7 @@ class OAuthHandlers(SessionHandlers):
         except InvalidArgument as error:
             raise OAuthError("invalid_scope", error.message) from error
         access = await self._issuer.access_token(credentials, opened.expires_at)
+        TOKENS.labels("api_key").inc()
         return _answer(access.token, access.lifetime, " ".join(sorted(credentials.scopes)))
 
     async def _open(self, secret: str) -> Opened | None:

@@ -19,6 +19,7 @@ from server.auth.attempt_store import AttemptStore
 from server.auth.issuing import Issuer
 from server.auth.keyring import Keyring
 from server.auth.mail_store import MailStore
+from server.auth.metrics import LOG_INS, TOKENS
 from server.auth.oauth_handlers import OAuthHandlers
 from server.auth.password_handlers import PasswordHandlers
 from server.auth.passwords import Passwords
@@ -74,6 +75,7 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         new = self._issuer.begin(caller, role, clients.name_of(context))
         tokens = await self._issuer.tokens(new.session, new.refresh_token)
         await self._accounts.sign_up(user, new.session, new.token_hash, self._clock())
+        TOKENS.labels("sign_up").inc()
         return pb.SignUpResponse(
             user_id=ids.show(ids.USER, caller.user_id),
             tenant_id=ids.show(ids.TENANT, caller.tenant_id),
@@ -92,12 +94,15 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         stored = account.password_hash if account else None
         matches = await self._hashing.match(stored, request.password)
         if account is None or not matches or not is_allowed or account.is_disabled:
+            LOG_INS.labels("refused" if is_allowed else "delayed").inc()
             raise CredentialsInvalid
         await self._attempts.succeed(email, place, self._clock())
         await self._renew_hash(account, request.password)
         new = self._issuer.begin(account.caller, account.role, clients.name_of(context))
         tokens = await self._issuer.tokens(new.session, new.refresh_token)
         await self._sessions.start(new.session, new.token_hash, self._clock())
+        LOG_INS.labels("ok").inc()
+        TOKENS.labels("password").inc()
         return pb.LogInResponse(tokens=tokens)
 
     async def GetJwks(self, request: pb.GetJwksRequest, context: Context) -> pb.GetJwksResponse:

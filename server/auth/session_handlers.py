@@ -11,6 +11,7 @@ from kimberly.auth.v1 import auth_pb2 as pb
 from server import ids
 from server.auth import refresh_tokens
 from server.auth.issuing import Issuer
+from server.auth.metrics import TOKENS
 from server.auth.session_store import LivingSession, SessionStore
 from server.caller import current_caller, current_credentials
 from server.clock import Clock
@@ -72,6 +73,7 @@ class SessionHandlers:
         )
         if session is None:
             raise RefreshTokenInvalid
+        TOKENS.labels("refresh_token").inc()
         return await self._issuer.tokens(session, token)
 
 

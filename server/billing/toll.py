@@ -28,6 +28,7 @@ from server.cache import Redis, out_of_reach, prefix_of
 from server.caller import Caller
 from server.clock import Clock, utc_now
 from server.errors import RateLimited, StoreUnavailable
+from server.metrics import RATE_LIMITED
 
 T = TypeVar("T")
 
@@ -145,6 +146,7 @@ class Toll:
         except StoreUnavailable:
             taken, wait = wanted, 0
         if not taken:
+            RATE_LIMITED.labels("user").inc()
             raise RateLimited("calls", timedelta(microseconds=int(wait)))
         purse = _Purse(int(taken), self._seconds() + _KEPT_SECONDS)
         _remember(self._purses, caller, purse)

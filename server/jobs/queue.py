@@ -16,6 +16,7 @@ import asyncpg
 
 from server.database import Connection, SystemDatabase
 from server.enqueue import DOORBELL
+from server.jobs import metrics
 from server.jobs.model import Beat, Completed, Extended, Failed, Held, Lease, Outcome, Stopped
 from server.jobs.retries import LADDER, part_of_delay
 
@@ -77,16 +78,18 @@ class Queue:
         else:
             rows = await self._database.fetch_alone(LEASE, *arguments)
         self._move_on(rows)
+        for row in rows:
+            metrics.START_DELAY.labels(row["kind"]).observe(row["delay"])
         return [
             Lease(Held(job_id, token), kind, payload, attempt)
-            for job_id, token, kind, payload, attempt, _ in rows
+            for job_id, token, kind, payload, attempt, _, _ in rows
         ]
 
     def _move_on(self, rows: Sequence[asyncpg.Record]) -> None:
         """Note, for each kind, how far round the ring of lanes this has come."""
         turns: dict[str, Counter[UUID]] = {}
-        for _, _, kind, _, _, lane in rows:
-            turns.setdefault(kind, Counter())[lane] += 1
+        for row in rows:
+            turns.setdefault(row["kind"], Counter())[row["lane"]] += 1
         for kind, lanes in turns.items():
             begin, rounds = self._places.get(kind, _ANYWHERE), max(lanes.values())
             last_round = (lane for lane, jobs in lanes.items() if jobs == rounds)
@@ -176,12 +179,16 @@ class Queue:
                    error = $1, worker_id = NULL, lease_expires_at = NULL
               FROM lapsed
              WHERE jobs.id = lapsed.id AND jobs.lease_token = lapsed.lease_token
-            RETURNING state, pg_notify($3, '')
+            RETURNING state, kind, pg_notify($3, '')
             """,
             _LAPSED,
             _AT_ONCE,
             DOORBELL,
         )
+        metrics.FAILURES.labels("lease_passed").inc(len(rows))
+        for row in rows:
+            if row["state"] != "waiting":
+                metrics.FINISHED.labels(row["kind"], row["state"]).inc()
         return sum(row["state"] == "waiting" for row in rows)
 
     async def admit(self) -> int:
@@ -246,14 +253,19 @@ class Queue:
                    WITH ORDINALITY AS outcome (id, token, result, place)
              WHERE jobs.id = outcome.id AND lease_token = outcome.token
                AND worker_id = $4
-            RETURNING outcome.place, cancelled_at IS NULL
+            RETURNING outcome.place, cancelled_at IS NULL AS stands, kind, state,
+                      greatest(extract(epoch FROM now() - run_at), 0)::float8 AS seconds
             """,
             [outcome.held.job_id for outcome in outcomes],
             [outcome.held.token for outcome in outcomes],
             [outcome.result_json for outcome in outcomes],
             worker_id,
         )
-        return {outcomes[place - 1].held for place, stands in rows if stands}
+        for row in rows:
+            metrics.FINISHED.labels(row["kind"], row["state"]).inc()
+            if row["stands"]:
+                metrics.DURATION.labels(row["kind"]).observe(row["seconds"])
+        return {outcomes[row["place"] - 1].held for row in rows if row["stands"]}
 
     async def _fail(self, worker_id: str, outcomes: Sequence[Failed]) -> set[Held]:
         rows = await self._database.fetch_alone(
@@ -279,7 +291,7 @@ class Queue:
                    due = ended.next <> 'waiting', worker_id = NULL, lease_expires_at = NULL
               FROM ended
              WHERE jobs.id = ended.id
-            RETURNING ended.place, ended.stands
+            RETURNING ended.place, ended.stands, kind, state
             """,
             [outcome.held.job_id for outcome in outcomes],
             [outcome.held.token for outcome in outcomes],
@@ -288,7 +300,11 @@ class Queue:
             LADDER,
             [part_of_delay(random.random()) for _ in outcomes],  # noqa: S311 - no secret
         )
-        return {outcomes[place - 1].held for place, stands in rows if stands}
+        for row in rows:
+            outcome = "failed" if row["state"] == "waiting" else row["state"]
+            metrics.FINISHED.labels(row["kind"], outcome).inc()
+        metrics.FAILURES.labels("handler").inc(sum(row["stands"] for row in rows))
+        return {outcomes[row["place"] - 1].held for row in rows if row["stands"]}
 
     async def _stop(self, worker_id: str, outcomes: Sequence[Stopped]) -> set[Held]:
         rows = await self._database.fetch_alone(
@@ -299,12 +315,14 @@ class Queue:
               FROM unnest($1::uuid[], $2::bigint[]) AS lease (id, token)
              WHERE jobs.id = lease.id AND lease_token = lease.token
                AND worker_id = $3 AND cancelled_at IS NOT NULL
-            RETURNING jobs.id, lease_token
+            RETURNING jobs.id, lease_token, kind
             """,
             [outcome.held.job_id for outcome in outcomes],
             [outcome.held.token for outcome in outcomes],
             worker_id,
         )
+        for row in rows:
+            metrics.FINISHED.labels(row["kind"], "cancelled").inc()
         return {Held(row["id"], row["lease_token"]) for row in rows}
 
 
@@ -399,6 +417,7 @@ LEASE: Final = """
      -- there is no other way to look them up.
      WHERE ctid = ANY (ARRAY(
                SELECT row FROM fitting WHERE place <= room ORDER BY round, step LIMIT $5))
-    RETURNING id, lease_token, kind, payload, attempt, lane
+    RETURNING id, lease_token, kind, payload, attempt, lane,
+              greatest(extract(epoch FROM clock_timestamp() - run_at), 0)::float8 AS delay
 """
 """Worker; kinds, how many jobs of each may run, the lane of its last turn; how many; seconds."""

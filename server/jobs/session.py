@@ -44,6 +44,11 @@ class Session:
         self.called = asyncio.Event()
         """Set when a turn has something to do."""
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether the worker has leases."""
+        return bool(self._leases)
+
     async def read(self, requests: AsyncIterator[pb.WorkRequest]) -> None:
         """Take in what the worker sends, until it closes its side or the stream breaks."""
         try:

@@ -13,6 +13,7 @@ from kimberly.jobs.v1 import jobs_pb2 as pb
 from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
 
 from server.errors import InvalidArgument, StoreUnavailable
+from server.jobs import metrics
 from server.jobs.doorbell import Doorbell
 from server.jobs.queue import Queue
 from server.jobs.requests import hello_from
@@ -72,6 +73,7 @@ class WorkerService(rpc.WorkerServiceServicer):
         if self._tasks is None:
             raise StoreUnavailable("the queue")
         hello = hello_from(await _first(request_iterator))
+        metrics.expect(hello.kinds)
         session = Session(self._queue, hello.worker_id, hello.kinds, self._lease_seconds)
         with self._open(session, self._tasks, request_iterator):
             yield pb.WorkResponse(welcome=self._welcome())
@@ -94,6 +96,7 @@ class WorkerService(rpc.WorkerServiceServicer):
         lifetime = self._session_seconds * random.uniform(0.8, 1)  # noqa: S311 - no secret
         end = asyncio.get_running_loop().call_later(lifetime, session.drain)
         self._sessions.add(session)
+        metrics.WORKERS.inc()
         if self._is_draining:
             session.drain()
         try:
@@ -102,7 +105,12 @@ class WorkerService(rpc.WorkerServiceServicer):
                 self._doorbell.cancellations_heard_by(session.hear_cancellation),
             ):
                 yield
+        except BaseException:
+            if session.is_holding:
+                metrics.FAILURES.labels("disconnected").inc()
+            raise
         finally:
+            metrics.WORKERS.dec()
             self._sessions.discard(session)
             end.cancel()
             reader.cancel()

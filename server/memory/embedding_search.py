@@ -1,5 +1,6 @@
 """Finding memories in Postgres by what they mean."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from server.errors import ConsentMissing
 from server.memory import filters, ranking
 from server.memory.conversation import REACH
 from server.memory.embeddings import Embedding, check_dimension
+from server.memory.metrics import SEARCH_SECONDS
 from server.memory.model import Candidate, Filter
 from server.memory.rows import CANDIDATE_ARRAYS, CANDIDATE_COLUMNS, candidates_from
 
@@ -193,17 +195,21 @@ class EmbeddingSearch:
             ConsentMissing: The user has not consented to memory.embed.
             InvalidArgument: The vector has another dimension than those of its model.
         """
+        started = time.perf_counter()
         scanned = await self._scan(caller, embedding, which, limit, despite_graph=False)
         version = scanned["data_version"]
         if scanned["dimension"] is None or not which.durable_tiers:
             return Nearest((), version)
         check_dimension(embedding, scanned["dimension"], "embedding.values")
         if not scanned["in_graph"]:
+            SEARCH_SECONDS.labels("exact").observe(time.perf_counter() - started)
             return Nearest(candidates_from(scanned), version)
-        found = await self._search_graph(caller, embedding, which, limit)
+        with SEARCH_SECONDS.labels("index").time():
+            found = await self._search_graph(caller, embedding, which, limit)
         if found["reached"] < limit:
             # The graph gave up, or there are no more: only a look at every vector can tell.
-            found = await self._scan(caller, embedding, which, limit, despite_graph=True)
+            with SEARCH_SECONDS.labels("exact").time():
+                found = await self._scan(caller, embedding, which, limit, despite_graph=True)
         return Nearest(candidates_from(found), version)
 
     async def _scan(

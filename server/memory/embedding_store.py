@@ -14,6 +14,7 @@ from server.embedding_requests import ask_for_embedding
 from server.errors import QuotaExceeded
 from server.memory.embedding_jobs import EmbeddingJob, hold
 from server.memory.embeddings import Upload, check_dimension
+from server.memory.metrics import EMBEDDING_ITEMS
 from server.memory.writing import touch
 
 SCANNED: Final = 5_000
@@ -70,7 +71,8 @@ class EmbeddingStore:
             refused = await _explain(connection, caller, uploads, kept)
             if kept:
                 await touch(connection, caller)
-            return refused
+        EMBEDDING_ITEMS.labels("stored").inc(len(kept))
+        return refused
 
     async def delete(self, caller: Caller, model: str) -> int:
         """Drop the vectors of a model and return how many there were.
@@ -104,7 +106,8 @@ class EmbeddingStore:
             await audit.record(connection, caller, "embeddings.delete", model)
             await touch(connection, caller)
             await ask_for_embedding(connection, caller)
-            return dropped
+        EMBEDDING_ITEMS.labels("dropped").inc(dropped)
+        return dropped
 
     async def _places(
         self, connection: Connection, caller: Caller, uploads: Sequence[Upload]

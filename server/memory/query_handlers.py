@@ -12,6 +12,7 @@ from server.caller import Caller, current_caller
 from server.clock import Clock
 from server.memory import messages
 from server.memory.answers import Answers, Look
+from server.memory.metrics import CACHE
 from server.memory.questions import Question
 from server.memory.retrieval import Retrieval
 from server.memory.retrieval_counts import RetrievalCounts
@@ -63,7 +64,9 @@ class QueryHandlers:
         """Return the answer that is kept, if it is still what would be found."""
         kept = look and look.standing(now)
         if not kept or await self._queries.retrieval.versions(caller, question) != kept.versions:
+            CACHE.labels("miss").inc()
             return None
+        CACHE.labels("hit").inc()
         return pb.QueryMemoriesResponse.FromString(kept.body)
 
     async def _found(

@@ -1,10 +1,12 @@
 """Finding the memories that answer a question."""
 
 import asyncio
+import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any, TypeVar
 from uuid import UUID
 
 import structlog
@@ -16,6 +18,7 @@ from server.memory import ranking
 from server.memory.embedding_search import EmbeddingSearch, Nearest
 from server.memory.embeddings import Embedding
 from server.memory.fusion import Match, Weights, candidate_of, explain, rank
+from server.memory.metrics import LATE, LATENCY
 from server.memory.model import Candidate, Filter, Found, Memory
 from server.memory.questions import Question
 from server.memory.search_store import SearchStore, Versions, Words
@@ -40,6 +43,8 @@ _MARGIN_SECONDS = 0.1
 """Of the time of a call: what is left to answer in when a leg is given up."""
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,7 @@ class Retrieval:
             ContentUnreadable: A sensitive memory of the answer does not open.
             StoreUnavailable: A store does not answer.
         """
+        started = time.perf_counter()
         profile = await self._profile(caller)
         found = await self._find(caller, question, profile, seconds_left)
         if found.versions.settings != profile.settings_version:
@@ -154,6 +160,7 @@ class Retrieval:
         read |= await self._store.fetch(caller, [one for one in ours if one not in read])
         for memory in await self._opener.opened(caller, read.values()):
             whole[memory.id] = memory
+        LATENCY.labels("total").observe(time.perf_counter() - started)
         expiries = [memory.expires_at for memory in whole.values() if memory.expires_at]
         return Answer(
             explain(order, whole, question, profile.language),
@@ -200,7 +207,7 @@ class Retrieval:
                     if question.embedding
                     else None
                 )
-                durable = await self._store.query(*asked, _whole(question))
+                durable = await _timed("lexical", self._store.query(*asked, _whole(question)))
                 shared = await self._shared.query(*asked) if question.include_shared else ()
         except ExceptionGroup as failures:
             # A group of problems is no problem that anyone knows: it would be told as INTERNAL.
@@ -231,11 +238,14 @@ class Retrieval:
         """
         try:
             async with asyncio.timeout(_patience(seconds_left)):
-                return await self._short_term.query(caller, terms, which, limit, language)
+                return await _timed(
+                    "short_term", self._short_term.query(caller, terms, which, limit, language)
+                )
         except (TimeoutError, StoreUnavailable) as failure:
             if not which.durable_tiers:
                 raise StoreUnavailable("the short-term store") from failure
             log.warning("short-term leg given up", error=repr(failure))
+            LATE.labels("short_term").inc()
             return None
 
     async def _nearest(
@@ -244,12 +254,24 @@ class Retrieval:
         """Return what is near in meaning; None if that takes too long."""
         try:
             async with asyncio.timeout(_patience(seconds_left)):
-                return await self._embeddings.nearest(
-                    caller, embedding, question.which, _candidates(question)
+                return await _timed(
+                    "vector",
+                    self._embeddings.nearest(
+                        caller, embedding, question.which, _candidates(question)
+                    ),
                 )
         except (TimeoutError, StoreUnavailable) as failure:
             log.warning("semantic leg given up", error=repr(failure))
+            LATE.labels("vector").inc()
             return None
+
+
+async def _timed(leg: str, work: Coroutine[Any, Any, T]) -> T:
+    """Do a leg's work, and tell how long that took if it came to an end."""
+    started = time.perf_counter()
+    result = await work
+    LATENCY.labels(leg).observe(time.perf_counter() - started)
+    return result
 
 
 def _patience(seconds_left: float | None) -> float:

@@ -12,6 +12,7 @@ from server import ids
 from server.database import Connection, SystemDatabase
 from server.memory.columns import SCORED_COLUMNS, Column, Rows, ScoreColumns
 from server.memory.meditation_store import enqueue_shards, take_turns
+from server.memory.metrics import MEDITATION_ITEMS, MEDITATION_RUNS
 from server.memory.score_batches import Batch, read_batch
 from server.memory.shards import Cursor, Shard, claim, hold_at
 from server.memory.tallies import Tally
@@ -164,21 +165,32 @@ class ScoringStore:
             await hold_at(connection, shard, cursor)
             if tally is not None:
                 await _keep_tally(connection, shard, tally)
-            await connection.execute(
-                "UPDATE meditation_shards SET done = true WHERE meditation_id = $1 AND shard = $2",
+            done = await connection.fetchrow(
+                """
+                UPDATE meditation_shards SET done = true
+                 WHERE meditation_id = $1 AND shard = $2
+                RETURNING scored, archived, promoted, deleted
+                """,
                 shard.meditation_id,
                 shard.number,
             )
-            await connection.execute(
+            is_last = await connection.fetchval(
                 """
                 UPDATE meditations SET state = 'succeeded', finished_at = now()
                  WHERE id = $1 AND state = 'running'
                    AND NOT EXISTS (SELECT FROM meditation_shards
                                     WHERE meditation_id = $1 AND NOT done)
+                RETURNING true
                 """,
                 shard.meditation_id,
             )
-            return await claim(connection, shard.meditation_id, shard.number, shard.fence)
+            finished = await claim(connection, shard.meditation_id, shard.number, shard.fence)
+        if tally is None:
+            for action, number in done.items():
+                MEDITATION_ITEMS.labels(action).inc(number)
+        if is_last:
+            MEDITATION_RUNS.labels("done").inc()
+        return finished
 
     async def _insert(
         self, connection: Connection, job_id: UUID, *, full_run: bool

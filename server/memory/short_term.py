@@ -46,6 +46,7 @@ from server.errors import (
 )
 from server.memory import ranking, short_term_scripts
 from server.memory.insertion import new_memory
+from server.memory.metrics import QUOTA_REFUSALS
 from server.memory.model import Change, Draft, Filter, Found, Memory, Tier
 from server.memory.short_term_bodies import (
     Kept,
@@ -618,6 +619,7 @@ def successors(first: UUID, count: int) -> list[UUID]:
 
 def over_quota(used_bytes: int, room: Room) -> QuotaExceeded:
     """Return the refusal of what does not fit."""
+    QUOTA_REFUSALS.labels(Tier.SHORT_TERM.value).inc()
     return QuotaExceeded(
         Tier.SHORT_TERM.value,
         used_bytes,

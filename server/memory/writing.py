@@ -20,6 +20,7 @@ from server.errors import (
     StoreUnavailable,
 )
 from server.memory.conversation import Place
+from server.memory.metrics import QUOTA_REFUSALS
 from server.preferences import Language
 
 _OVER_QUOTA: Final = "KM001"
@@ -161,6 +162,7 @@ def within_quota() -> Iterator[None]:
         if error.sqlstate != _OVER_QUOTA:
             raise
         refusal = json.loads(error.detail)
+        QUOTA_REFUSALS.labels(refusal["tier"]).inc()
         raise QuotaExceeded(
             refusal["tier"],
             refusal["used"],

@@ -22,12 +22,14 @@ from server.auth.keyring import Keyring
 from server.auth.mail import Mailer, Outbox, Smtp
 from server.auth.mail_store import MailStore
 from server.auth.member_store import MemberStore
+from server.auth.metrics import AuthReadings
 from server.auth.passwords import Passwords
 from server.auth.postman import Postman
 from server.auth.service import AuthService
 from server.auth.session_store import SessionStore
 from server.auth.store import AccountStore
 from server.auth.tenant_service import TenantService
+from server.billing.metrics import BillingReadings
 from server.billing.payments import ManualPayments
 from server.billing.service import BillingService
 from server.billing.store import BillingStore
@@ -53,6 +55,7 @@ from server.users.audit_store import AuditStore
 from server.users.checkpoint_archive import CheckpointArchive
 from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
+from server.users.metrics import AuditReadings
 from server.users.service import UserService
 from server.users.store import UserStore
 
@@ -144,6 +147,11 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             erasure_archive.run,
             housekeeping.run,
             *delivery,
+        ],
+        readings=[
+            AuthReadings(system).mails,
+            AuditReadings(system).lag,
+            BillingReadings(system).usage,
         ],
     )
 

@@ -9,6 +9,7 @@ from kimberly.jobs.v1 import jobs_pb2_grpc
 from server.erased import ErasedUsers
 from server.jobs.doorbell import Doorbell
 from server.jobs.forgetting import Forgetting
+from server.jobs.metrics import JobReadings
 from server.jobs.queue import PLANS_OF_QUEUE, Queue
 from server.jobs.schedule_store import ScheduleStore
 from server.jobs.schedules import Planner, Schedule
@@ -62,6 +63,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         queue, timedelta(days=settings.done_job_days), timedelta(days=settings.dead_job_days)
     )
     erased = ErasedUsers(system)
+    readings = JobReadings(system)
 
     def announce_drain() -> None:
         workers.drain()
@@ -83,5 +85,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             feed.run,
             forgetting.run,
         ],
+        readings=[readings.waiting, readings.standing],
         announce_drain=announce_drain,
     )

@@ -34,6 +34,7 @@ from server.memory.key_rotation import KeyRotation
 from server.memory.lifecycle_store import LifecycleStore
 from server.memory.maintenance_service import MaintenanceService
 from server.memory.meditation_store import MeditationStore
+from server.memory.metrics import MemoryReadings
 from server.memory.objects import DoomedObjects, Kind
 from server.memory.promotion import Promotion
 from server.memory.promotion_rounds import PromotionRounds
@@ -179,6 +180,8 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         ),
     )
 
+    readings = MemoryReadings(system)
+
     def register(server: grpc.aio.Server) -> None:
         memory_pb2_grpc.add_MemoryServiceServicer_to_server(memories, server)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, server)
@@ -198,5 +201,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             answers.run,
             counts.run,
         ],
+        readings=[readings.usage, readings.meditations, readings.vectors],
         announce_drain=feed.drain,
     )

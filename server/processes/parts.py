@@ -19,6 +19,7 @@ from server.grants import EndedGrants
 from server.kms import Kms
 from server.kms.local import LocalKms
 from server.kms.vault import Vault, open_vault
+from server.metrics import Reading, watch_pool
 from server.privacy.erasure_store import Patience
 from server.rpc.serving import channel_to_peers
 from server.settings import Settings
@@ -49,6 +50,8 @@ class Application:
     """How fast users may call; None: as fast as they like."""
     loops: Sequence[Loop] = field(default_factory=list)
     """What runs beside the server until it stops, but for what keeps the above up to date."""
+    readings: Sequence[Reading] = field(default_factory=list)
+    """What reads gauges out of the stores, every half minute or so."""
     announce_drain: Callable[[], None] = _nothing
     """Tells streams that live long to end."""
 
@@ -74,6 +77,8 @@ async def open_databases(
             settings=system_settings,
         ) as system_pool,
     ):
+        watch_pool("application", pool)
+        watch_pool("system", system_pool)
         yield Database(pool), SystemDatabase(system_pool)
 
 

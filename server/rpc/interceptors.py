@@ -1,12 +1,13 @@
 """The chain around every call: log, errors, deadline, caller, access. Its order has reasons.
 
-1. log        outermost, so that refused and failed calls are counted with their final status
-2. errors     turns everything below into a status; nothing raised further in escapes it
-3. deadline   bounds all the work below, the look-up of keys included
-4. caller     who is calling, before anyone asks whether they may
-5. access     a method without a row is denied to everybody
-6. erased     whoever asked to be erased may do nothing that they might have done before
-7. toll       last: what is refused for another reason counts against no limit
+1. metrics    outermost, so that refused and failed calls are counted with their final status
+2. log        for the same reason
+3. errors     turns everything below into a status; nothing raised further in escapes it
+4. deadline   bounds all the work below, the look-up of keys included
+5. caller     who is calling, before anyone asks whether they may
+6. access     a method without a row is denied to everybody
+7. erased     whoever asked to be erased may do nothing that they might have done before
+8. toll       last: what is refused for another reason counts against no limit
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from uuid import UUID
 import grpc
 import structlog
 
+from server import metrics
 from server.access import METHODS, OPEN_TO_ERASED, ROLES, Access, Scope, scope_of
 from server.caller import (
     Caller,
@@ -82,6 +84,7 @@ def chain(
         gate: Admits calls of users and counts them; None admits all.
     """
     layers: tuple[Layer, ...] = (
+        measured,
         logged,
         answered,
         _Deadline(unary_seconds, stream_seconds).bounded,
@@ -90,6 +93,24 @@ def chain(
         _Erased(erased).refused,
     )
     return layers if gate is None else (*layers, _Toll(gate).paid)
+
+
+@asynccontextmanager
+async def measured(call: Call) -> AsyncIterator[None]:
+    """Tell Prometheus how long the call took and how it ended."""
+    started = time.perf_counter()
+    metrics.RPCS_IN_FLIGHT.inc()
+    code = ""
+    try:
+        yield
+    except (asyncio.CancelledError, GeneratorExit):
+        # The client went away, and nobody set a status.
+        code = grpc.StatusCode.CANCELLED.name
+        raise
+    finally:
+        metrics.RPCS_IN_FLIGHT.dec()
+        seconds = metrics.rpc_seconds(call.method, code or _code_name(call.context))
+        seconds.observe(time.perf_counter() - started)
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from uuid import UUID
 import uvloop
 
 from server import requests, telemetry
-from server.app import COMPOSERS
+from server.processes import memory
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
 from server.settings import Settings
@@ -58,7 +58,7 @@ async def main(socket: Path) -> None:
 async def _serving(socket: Path) -> AsyncIterator[None]:
     settings = Settings()
     async with AsyncExitStack() as stack:
-        application = await COMPOSERS["memory"](settings, stack)
+        application = await memory.compose(settings, stack)
         layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=10, stream_seconds=60)
         server = Server(socket, layers, services=())
         application.register(server.grpc)

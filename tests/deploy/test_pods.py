@@ -24,7 +24,7 @@ from deploy.pods import Places, PodSettings
 from local import envoy
 from local.certificates import Authority, Names
 from local.layout import CHECKOUT
-from server import access
+from server import access, telemetry
 
 ROLES = (access.EDGE, *access.PROCESSES, access.WORKER)
 NOW = dt.datetime.now(dt.UTC)
@@ -133,6 +133,15 @@ def test_the_envoy_of_a_pod_boots_and_lives(directory: Path, role: str) -> None:
         assert pod.health("/stats") == 404
         log = (pod.places.shared / "log").read_text()
         assert "gRPC config" not in log, log
+
+
+def test_prometheus_sees_what_a_pod_measures(directory: Path) -> None:
+    edge = Pod.make(directory, access.EDGE, "127.0.0.2")
+    worker = Pod.make(directory, access.WORKER, "127.0.0.3")
+    with edge.running(), worker.running(), telemetry.exposed(worker.places.sockets / "metrics"):
+        assert edge.health("/stats/prometheus") == worker.health("/stats/prometheus") == 200
+        assert (edge.health("/metrics"), worker.health("/metrics")) == (404, 200)
+        assert edge.health("/config_dump") == worker.health("/config_dump") == 404
 
 
 def test_a_kubelet_sees_the_health_of_the_application_and_nothing_else(directory: Path) -> None:
