@@ -18,6 +18,7 @@ CHAIN: Final = "system role: the chain is the tenant's; its rows have no user"
 TENANT: Final = "system role: all of one tenant, for those who run it"
 ONE: Final = "system role: one user, whose tenant does not matter"
 RUN: Final = "system role: a run is of one user or of all, and its id or fence says which"
+ALL: Final = "system role: counts for Prometheus, of everybody together"
 SESSION: Final = "system role: the session was found by its token, before anybody is known"
 
 ELSEWHERE: Final[Mapping[str, str]] = {
@@ -61,10 +62,14 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "jobs.queue.forget": "system role: what is old goes, whosever it was",
     "jobs.queue.reclaim": QUEUE,
     "jobs.queue.release": QUEUE,
+    "jobs.metrics.standing": ALL,
+    "jobs.metrics.waiting": ALL,
     "jobs.store.some": "system role: jobs that were shown to their users when a watch began",
     "memory.embedding_jobs.finish": "the lease token of a job stands for its user",
     "memory.embedding_jobs.hold": "the lease token of a job stands for its user",
     "memory.key_rotation._store": "system role: keys are wrapped anew by their ids",
+    "memory.metrics.meditations": ALL,
+    "memory.metrics.vectors": ALL,
     "memory.promotion_rounds._forget_exits": "system role: what is old goes, whose it ever was",
     "memory.retention_store.delete_due": "system role: what is due, chosen by user and id",
     "memory.retention_store.forget_requests": "system role: what is old goes, whose it ever was",
@@ -84,6 +89,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "users.checkpoint_store.moved": CHAIN,
     "users.checkpoint_store.record": CHAIN,
     "users.checkpoint_store.recorded": CHAIN,
+    "users.metrics.lag": ALL,
     "users.store.get": "the user's id is the column id",
 }
 """Functions whose statements do not name both, and why they need not."""
