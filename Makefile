@@ -31,7 +31,7 @@ up: ready ## Start the mesh and keep it running (Ctrl-C stops it)
 down: ready ## Stop the mesh
 	@$(BIN)/python -m local down
 
-status: ready ## Show what runs and how to reach it
+status: ready ## Show what runs, what it measures, and how to reach it
 	@$(BIN)/python -m local status
 
 test: ready build/deploy/installed ## Run the tests against real servers
@@ -54,6 +54,9 @@ faults-jobs: ready ## Kill what does jobs and wake zombies: make faults-jobs KIL
 
 bench-jobs: ready build/peers/installed ## Compare how fast jobs are enqueued, begun and done
 	@$(BIN)/python -m bench.jobs
+
+bench-telemetry: ready ## Measure what telemetry costs queries
+	@$(BIN)/python -m bench.telemetry
 
 bench-meditation: ready ## Measure a night's scoring: make bench-meditation MEMORIES=200000
 	@$(BIN)/python -m bench.meditation --memories $(MEMORIES)
@@ -143,4 +146,4 @@ PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo up down status test faults faults-jobs model bench bench-retrieval bench-jobs bench-meditation check render gen lock lint types imports api drift manifests policies ready
+.PHONY: help demo up down status test faults faults-jobs model bench bench-retrieval bench-jobs bench-meditation bench-telemetry check render gen lock lint types imports api drift manifests policies ready

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from local import envoy
 from local.certificates import sds_resources
+from server import tracing
 from server.access import EDGE, PROCESSES, WORKER
 from server.settings import PREFIX, explain
 
@@ -48,6 +49,10 @@ class PodSettings(BaseSettings):
     """Names by which clients may call the edge, apart by commas."""
     cors_origins: str = ""
     """Pages that may call the edge, apart by commas."""
+    otlp_endpoint: str = Field(default="", pattern=tracing.ENDPOINT)
+    """Where a collector takes traces by OTLP over gRPC: http://host:port. Unset: no traces."""
+    trace_ratio: float = Field(default=0.05, ge=0, le=1)
+    """Which part of the calls the edge has traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,7 @@ def _edge(told: PodSettings, places: Places) -> envoy.Edge:
         host_names=_words(told.host_names),
         health=envoy.Address(told.pod_ip, HEALTH_PORT),
         cors_origins=_words(told.cors_origins),
+        traces=envoy.Traces.to(told.otlp_endpoint, told.trace_ratio),
     )
 
 
@@ -146,6 +152,7 @@ def _sidecar(told: PodSettings, places: Places) -> envoy.Sidecar:
         descriptor=places.descriptor,
         domain=_domain(told),
         tokens=_tokens(told),
+        traces=envoy.Traces.to(told.otlp_endpoint, told.trace_ratio),
     )
 
 

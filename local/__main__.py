@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.live import Live
 
 from local import demo
+from local.figures import figure_table
 from local.layout import CHECKOUT, Layout
 from local.lock import AlreadyRunningError, Identity, holder_of
 from local.mesh import Mesh
 from local.processes import Process, ProcessFailedError, State, tail
+from local.prometheus import find_prometheus
 from local.table import table_now
 
 REFRESHES_PER_SECOND = 4
@@ -58,7 +60,8 @@ def up(workers: Workers = 2, detach: Detach = False) -> None:  # noqa: FBT002 - 
     process that dies is started again. Ctrl-C stops everything in order, a second one at once.
 
     Alone it shows a live table until Ctrl-C. With --detach it runs in the background, until
-    `make down`. More workers are more hands for the nightly meditation.
+    `make down`. More workers are more hands for the nightly meditation. A Prometheus, where the
+    machine has one, remembers what the mesh measures; `status` asks it.
     """
     layout = Layout.default()
     if detach:
@@ -66,7 +69,7 @@ def up(workers: Workers = 2, detach: Detach = False) -> None:  # noqa: FBT002 - 
         return
     try:
         with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(run(Mesh(layout, workers=workers)))
+            asyncio.run(run(Mesh(layout, workers=workers, prometheus=find_prometheus())))
     except (AlreadyRunningError, ProcessFailedError, OSError) as error:
         _fail(str(error))
 
@@ -90,7 +93,7 @@ def down() -> None:
 
 @app.command()
 def status() -> None:
-    """Show the processes of the running mesh and how to reach it.
+    """Show the processes of the running mesh, what they measure, and how to reach it.
 
     The exit code is 0 if everything is ready and 1 if not, or if no mesh runs.
     """
@@ -99,6 +102,9 @@ def status() -> None:
     if mesh is None:
         _fail(f"No mesh runs in {layout.state}. `python -m local up` starts one.")
     console.print(table_now(mesh))
+    console.print()
+    console.print(figure_table(mesh, now=time.time()))
+    console.print()
     console.print(_how_to_reach(mesh))
     raise typer.Exit(0 if mesh["ready"] else 1)
 
@@ -217,7 +223,9 @@ def _how_to_reach(mesh: Mapping[str, Any]) -> str:
         f"  trust   {mesh['ca']}\n"
         f"  state   {mesh['state']}\n"
         f"  logs    {mesh['logs']}\n"
-        f"  sockets {mesh['sockets']}\n\n"
+        f"  sockets {mesh['sockets']}\n"
+        + (f"  metrics {mesh['prometheus']}\n" if mesh["prometheus"] else "")
+        + "\n"
         f"  curl --cacert {mesh['ca']} {mesh['edge']}/.well-known/jwks.json\n"
     )
 

@@ -152,6 +152,22 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Traces:
+    """Where spans go, and how many."""
+
+    collector: Address
+    """Takes OTLP over gRPC, without TLS."""
+    ratio: float
+    """Of the calls that come to the edge, how many are traced; 0 to 1."""
+
+    @classmethod
+    def to(cls, endpoint: str, ratio: float) -> "Traces | None":
+        """Return where http://host:port is; None for an empty endpoint."""
+        host, _, port = endpoint.removeprefix("http://").rpartition(":")
+        return cls(Address(host, int(port)), ratio) if endpoint else None
+
+
+@dataclass(frozen=True, slots=True)
 class EdgeLimits:
     """What one edge process takes from the outside."""
 
@@ -210,6 +226,7 @@ class Edge:
     None: nowhere."""
     cors_origins: tuple[str, ...] = ()
     limits: EdgeLimits = EdgeLimits()
+    traces: Traces | None = None
     access_log: Path | None = None
     """None: standard output."""
 
@@ -237,6 +254,7 @@ class Sidecar:
     domain: Domain = Domain()
     tokens: Tokens = Tokens()
     limits: SidecarLimits = SidecarLimits()
+    traces: Traces | None = None
     access_log: Path | None = None
 
 

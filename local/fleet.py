@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from local import envoy, probes
+from local import envoy, probes, prometheus
 from local.certificates import Authority, Names
 from local.layout import CHECKOUT, Layout
 from local.ports import LOOPBACK, Ports
 from local.postgres import APPLICATION, OWNER, SYSTEM
 from local.processes import Probe, Program
+from local.prometheus import NAME as PROMETHEUS
 from local.servers import BUCKET, Stores
 from server.access import EDGE, PROCESSES, WORKER
 
@@ -24,6 +25,8 @@ EDGE_PORT = 8443
 PUBLIC = "public"
 """The identity that clients of the edge see."""
 MASTER_KEY = "master.key"
+_ENDPOINT = "KIMBERLY_OTLP_ENDPOINT"
+_RATIO = "KIMBERLY_TRACE_RATIO"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,12 @@ class Fleet:
     layout: Layout
     stores: Stores
     ports: Mapping[str, int]
-    """Of the edge, of the inbound listener of each sidecar, and of the health of every Envoy."""
+    """Of the edge, of the inbound listener of each sidecar, of the health of every Envoy, and of
+    Prometheus."""
     workers: Sequence[str]
     commands: Commands
+    watcher: str | None = None
+    """The Prometheus that remembers what is measured; None: nothing does."""
     domain: envoy.Domain = field(default_factory=envoy.Domain)
     tokens: envoy.Tokens = field(default_factory=envoy.Tokens)
 
@@ -116,6 +122,18 @@ class Fleet:
         return {
             name: [*own.get(name, []), f"{base}/stats/prometheus"] for name, base in bases.items()
         }
+
+    def prometheus(self) -> Program | None:
+        """Return the program that remembers what is measured; None: nothing does."""
+        if self.watcher is None:
+            return None
+        return prometheus.program(
+            self.watcher, self.layout, self.ports[PROMETHEUS], self.metrics_urls()
+        )
+
+    def prometheus_url(self) -> str | None:
+        """Return where that is asked; None: nowhere."""
+        return f"http://{LOOPBACK}:{self.ports[PROMETHEUS]}" if self.watcher else None
 
     async def is_whole(self) -> bool:
         """Tell whether the edge reaches every service and every Envoy has the keys of tokens."""
@@ -208,6 +226,7 @@ class Fleet:
             health=self._health(EDGE),
             domain=self.domain,
             tokens=self.tokens,
+            traces=_traces(),
         )
 
     def _sidecar(self, name: str) -> envoy.Sidecar:
@@ -226,6 +245,7 @@ class Fleet:
             sds=self.layout.certificates / process,
             domain=self.domain,
             tokens=self.tokens,
+            traces=_traces(),
         )
 
     def _peers(self) -> dict[str, tuple[envoy.Address, ...]]:
@@ -253,7 +273,7 @@ def claim_ports(ports: Ports, workers: Sequence[str]) -> dict[str, int]:
     healths = [health_port(name) for name in (EDGE, *PROCESSES, *workers)]
     return {
         EDGE: ports.claim(EDGE, preferred=[EDGE_PORT]),
-        **{name: ports.claim(name) for name in (*PROCESSES, *healths)},
+        **{name: ports.claim(name) for name in (*PROCESSES, *healths, PROMETHEUS)},
     }
 
 
@@ -272,7 +292,7 @@ def _inherited() -> dict[str, str]:
     passed = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith("OTEL_") or name in {"HOME", "KIMBERLY_LOG_LEVEL"}
+        if name in {"HOME", "KIMBERLY_LOG_LEVEL", _ENDPOINT, _RATIO}
     }
     return {
         "PATH": os.defpath,
@@ -280,6 +300,11 @@ def _inherited() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "client")]),
         "KIMBERLY_LOG_LEVEL": "info",
     } | passed
+
+
+def _traces() -> envoy.Traces | None:
+    """Return where spans go, if whoever starts the mesh names a place. Here every call has some."""
+    return envoy.Traces.to(os.environ.get(_ENDPOINT, ""), float(os.environ.get(_RATIO, "1")))
 
 
 def _models() -> dict[str, str]:

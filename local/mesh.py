@@ -38,12 +38,19 @@ class Mesh:
     """
 
     def __init__(
-        self, layout: Layout, *, workers: int = 2, durable: bool = True, commands: Commands = REAL
+        self,
+        layout: Layout,
+        *,
+        workers: int = 2,
+        durable: bool = True,
+        commands: Commands = REAL,
+        prometheus: str | None = None,
     ) -> None:
         self.layout = layout
         self.stores = Stores(layout, durable=durable)
         self._workers = [f"{WORKER}-{number}" for number in range(1, workers + 1)]
         self._commands = commands
+        self._prometheus = prometheus
         self._started = asyncio.Event()
         self._failure: Exception | None = None
         self._stack = contextlib.AsyncExitStack()
@@ -122,6 +129,7 @@ class Mesh:
             claim_ports(ports, self._workers),
             self._workers,
             self._commands,
+            self._prometheus,
         )
         ports.save()
         await asyncio.to_thread(self._fleet.prepare)
@@ -151,6 +159,8 @@ class Mesh:
         await together(*(self._start_sidecar(name) for name in rest))
         fronts = [(self._fleet.worker(name), WORKERS) for name in self._workers]
         fronts.append((self._fleet.edge(), FRONT))
+        if watching := self._fleet.prometheus():
+            fronts.append((watching, FRONT))
         for program, stage in fronts:
             self._supervisor.start(program, stage=stage)
         await together(*(process.wait_ready() for process in self.processes.values()))
@@ -203,6 +213,7 @@ class Mesh:
             "logs": str(self.layout.logs),
             "sockets": str(self.layout.sockets),
             "metrics": self._fleet.metrics_urls(),
+            "prometheus": self._fleet.prometheus_url(),
             # A copy: the table asks from a thread of its own.
             "processes": {name: _record(each) for name, each in dict(self.processes).items()},
             "database": {

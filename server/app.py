@@ -9,7 +9,7 @@ from importlib import import_module
 
 import structlog
 
-from server import access, telemetry
+from server import access, telemetry, tracing
 from server.metrics import read_forever
 from server.processes.parts import Application, Loop
 from server.rpc.interceptors import chain
@@ -25,6 +25,8 @@ _COLLECTIONS = (50_000, 20, 20)
 
 async def serve(process: str, settings: Settings) -> None:
     """Run one process until SIGTERM or SIGINT, then drain it."""
+    if settings.otlp_endpoint:
+        tracing.begin(process, settings.otlp_endpoint, settings.trace_ratio)
     stopped = _stop_signal()
     async with AsyncExitStack() as stack:
         application = await _compose(process, settings, stack)
@@ -85,12 +87,7 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
         erased=application.erased,
         gate=application.toll,
     )
-    server = Server(
-        settings.listen_socket,
-        layers,
-        access.PROCESSES[process],
-        telemetry.server_interceptors(process),
-    )
+    server = Server(settings.listen_socket, layers, access.PROCESSES[process])
     if access.REFLECTION in access.PROCESSES[process]:
         server.reflect(access.public_services())
     return server

@@ -1,14 +1,18 @@
 """Redis: connections, and its failures in our words."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import structlog
+from opentelemetry.trace import SpanKind
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import Pipeline
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from server import tracing
 from server.caller import Caller
 from server.errors import StoreUnavailable
 
@@ -25,6 +29,29 @@ def prefix_of(caller: Caller) -> str:
     return f"{KEY_PREFIX}{caller.tenant_id.hex}:{caller.user_id.hex}:"
 
 
+class _TracedPipeline(Pipeline):
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT001, FBT002 - as it is there
+        with _span("pipeline"):
+            return await super().execute(raise_on_error)
+
+
+class _TracedRedis(Redis):
+    """Notes in traces which command was sent: neither keys nor values."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        with _span(str(args[0])):
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # theirs
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:  # noqa: FBT001, FBT002 - as it is there
+        return _TracedPipeline(
+            self.connection_pool, self.response_callbacks, transaction, shard_hint
+        )
+
+
+def _span(command: str) -> AbstractContextManager[object]:
+    return tracing.span(f"redis {command}", {"db.system": "redis"}, kind=SpanKind.CLIENT)
+
+
 def open_cache(url: str) -> Redis:
     """Return a client with a bounded pool. It connects when it is first used.
 
@@ -39,7 +66,7 @@ def open_cache(url: str) -> Redis:
         socket_connect_timeout=1.0,
         health_check_interval=30,
     )
-    return Redis.from_pool(pool)
+    return _TracedRedis.from_pool(pool)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pgvector.asyncpg
 import structlog
 from asyncpg.pool import PoolConnectionProxy as Connection
 
+from server import tracing
 from server.caller import Caller
 from server.errors import AccountErased, StoreUnavailable
 
@@ -32,6 +33,7 @@ _OUT_OF_REACH = (
     # What asyncpg says of an idle connection whose end it has read but not yet understood.
     asyncpg.InternalClientError,
 )
+_SHOWN_OF_A_STATEMENT = 200
 _ERASED = "KM002"
 """What the function refuse_erased raises."""
 _SETTINGS = {
@@ -45,6 +47,23 @@ _SETTINGS = {
 log = structlog.get_logger()
 
 __all__ = ["Connection", "Database", "SystemDatabase", "open_pool"]
+
+
+async def _prepare(connection: asyncpg.Connection) -> None:
+    await type_codecs(connection)
+    if tracing.has_begun():
+        connection.add_query_logger(_trace)
+
+
+def _trace(query: asyncpg.connection.LoggedQuery) -> None:
+    """Note a statement in the trace that it is part of: its text, never its parameters."""
+    statement = " ".join(query.query.split())
+    tracing.has_been(
+        f"sql {statement.partition(' ')[0].upper()}",
+        query.elapsed,
+        {"db.system": "postgresql", "db.statement": statement[:_SHOWN_OF_A_STATEMENT]},
+        error=type(query.exception).__name__ if query.exception else "",
+    )
 
 
 async def _keep(_connection: asyncpg.Connection) -> None:
@@ -67,7 +86,7 @@ async def open_pool(
         min_size=min(2, size),
         max_size=size,
         server_settings={**_SETTINGS, **(settings or {}), "application_name": name},
-        init=type_codecs,
+        init=_prepare,
         reset=_keep,
         command_timeout=30,
     )

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from server import ids
+from server import ids, tracing
 from server.caller import Caller
 from server.database import Connection
 
@@ -92,10 +92,10 @@ async def _insert(
         f"""
         WITH inserted AS (
             INSERT INTO jobs (id, tenant_id, user_id, kind, priority, run_at, due, max_attempts,
-                              payload, unique_key)
+                              payload, unique_key, trace)
             SELECT job.id, $8, $9, job.kind, job.priority, coalesce(job.run_at, now()),
                    coalesce(job.run_at <= now(), true), job.max_attempts, job.payload,
-                   job.unique_key
+                   job.unique_key, $10
               FROM unnest($1::uuid[], $2::text[], $3::smallint[], $4::timestamptz[],
                           $5::integer[], $6::jsonb[], $7::text[])
                    AS job (id, kind, priority, run_at, max_attempts, payload, unique_key)
@@ -113,6 +113,7 @@ async def _insert(
         [job.unique_key for _, job in new.values()],
         caller.tenant_id if caller else None,
         caller.user_id if caller else None,
+        tracing.traceparent(),
     )
     found = {new[row["id"]][0]: row["id"] for row in inserted}
     namesakes = {

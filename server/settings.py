@@ -8,6 +8,8 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server import tracing
+
 PREFIX = "KIMBERLY_"
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -49,6 +51,10 @@ class Settings(BaseSettings):
     """Unix socket to tell Prometheus on what is measured, beside listen_socket. Unset: nowhere."""
     metrics_seconds: Seconds = 30.0
     """How often is counted what only the database knows, such as how many jobs wait."""
+    otlp_endpoint: str = Field(default="", pattern=tracing.ENDPOINT)
+    """Where a collector takes traces by OTLP over gRPC: http://host:port. Unset: no traces."""
+    trace_ratio: float = Field(default=0.05, ge=0, le=1)
+    """Which part is traced: of the calls, for the edge; for others, of what begins with them."""
     kms: Literal["local", "vault"] = "local"
     """Who wraps the private signing keys and the users' data keys."""
     master_key_file: Path = Field(default=_NOWHERE, validate_default=True)

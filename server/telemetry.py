@@ -1,4 +1,4 @@
-"""Logs as JSON lines, metrics for Prometheus, traces by OpenTelemetry."""
+"""Logs as JSON lines, and metrics for Prometheus. Traces are in server/tracing.py."""
 
 import logging
 import os
@@ -8,12 +8,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import structlog
+from opentelemetry import trace
 from prometheus_client import MetricsHandler
-
-_OTLP_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+from structlog.typing import EventDict, WrappedLogger
 
 
 def configure(service: str, log_level: str) -> None:
@@ -22,6 +21,7 @@ def configure(service: str, log_level: str) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            _add_trace,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -35,6 +35,15 @@ def configure(service: str, log_level: str) -> None:
     _adopt_libraries(level)
 
 
+def _add_trace(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Say which trace a line belongs to, if it belongs to one that is kept."""
+    current = trace.get_current_span().get_span_context()
+    if current.trace_flags.sampled:
+        event["trace_id"] = trace.format_trace_id(current.trace_id)
+        event["span_id"] = trace.format_span_id(current.span_id)
+    return event
+
+
 def _adopt_libraries(level: int) -> None:
     """Have what libraries log through the standard library come out as our lines do."""
     handler = logging.StreamHandler(sys.stderr)
@@ -42,6 +51,7 @@ def _adopt_libraries(level: int) -> None:
         structlog.stdlib.ProcessorFormatter(
             processors=[
                 structlog.contextvars.merge_contextvars,
+                _add_trace,
                 structlog.stdlib.add_logger_name,
                 structlog.stdlib.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -78,27 +88,3 @@ def exposed(socket: Path | None) -> Iterator[None]:
         finally:
             server.shutdown()
             thread.join()
-
-
-def server_interceptors(service: str) -> list[Any]:
-    """Return the interceptors that trace calls: none unless an OTLP endpoint is configured.
-
-    Tracing costs a call tens of microseconds; who looks at traces names where they go.
-    """
-    if not os.environ.get(_OTLP_ENDPOINT):
-        return []
-    from opentelemetry.instrumentation.grpc import aio_server_interceptor
-
-    interceptor: Any = aio_server_interceptor  # untyped
-    return [interceptor(tracer_provider=_tracer_provider(service))]
-
-
-def _tracer_provider(service: str) -> Any:
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
-    provider = TracerProvider(resource=Resource.create({"service.name": service}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return provider

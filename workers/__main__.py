@@ -12,7 +12,9 @@ import structlog
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server import tracing
 from server.telemetry import configure, exposed
+from workers.carrying import carrying_trace
 from workers.embedding import EMBED, Embedding
 from workers.embedding_models import Embedder, ModelUnusable, load_embedders
 from workers.erasure import ERASE, Erasing
@@ -42,6 +44,10 @@ class Settings(BaseSettings):
     """Unix socket of the sidecar's outbound listener."""
     metrics_socket: Path | None = None
     """Unix socket to tell Prometheus on what is measured. Unset: nowhere."""
+    otlp_endpoint: str = Field(default="", pattern=tracing.ENDPOINT)
+    """Where a collector takes traces by OTLP over gRPC: http://host:port. Unset: no traces."""
+    trace_ratio: float = Field(default=0.05, ge=0, le=1)
+    """Which part of the jobs is traced that no traced call asked for."""
     log_level: str = "info"
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 4
     """How many jobs are done at once."""
@@ -59,6 +65,8 @@ def main() -> int:
         sys.stderr.write(explain(error))
         return EXIT_SETTINGS
     configure("worker", settings.log_level)
+    if settings.otlp_endpoint:
+        tracing.begin("worker", settings.otlp_endpoint, settings.trace_ratio)
     try:
         embedders = _embedders(settings.embedding_models_directory)
     except ModelUnusable as error:
@@ -85,12 +93,13 @@ async def work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
 
 
 async def _work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
-    async with open_channel(settings.outbound_socket) as channel:
+    async with open_channel(settings.outbound_socket) as own:
+        channel = carrying_trace(own)
         meditation = Meditation(channel)
         housekeeping = Housekeeping(channel)
         exporting = Exporting(channel)
         worker = Worker(
-            channel,
+            own,
             {
                 PLAN: meditation.plan,
                 SHARD: meditation.score_shard,

@@ -13,6 +13,7 @@ from kimberly.client import reason_of
 from kimberly.scoring.v1 import scoring_pb2 as pb
 from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
 
+from server import tracing
 from workers import scoring
 from workers.sentiment import sentiments
 from workers.stream import Task
@@ -97,11 +98,12 @@ class Meditation:
             while isinstance(response := await call.read(), pb.ScoreResponse):
                 if response.WhichOneof("message") == "done":
                     return response.done
-                # NumPy and VADER in a thread: the loop has heartbeats to send.
-                scores = await asyncio.to_thread(score_batch, response.batch)
-                # If the call has ended meanwhile, the next read says how.
-                with suppress(asyncio.InvalidStateError):
-                    await call.write(pb.ScoreRequest(scores=scores))
+                with tracing.span("score batch", {"kimberly.memories": response.batch.size}):
+                    # NumPy and VADER in a thread: the loop has heartbeats to send.
+                    scores = await asyncio.to_thread(score_batch, response.batch)
+                    # If the call has ended meanwhile, the next read says how.
+                    with suppress(asyncio.InvalidStateError):
+                        await call.write(pb.ScoreRequest(scores=scores))
                 progress.batches += 1
         finally:
             call.cancel()

@@ -20,7 +20,9 @@ import grpc
 import structlog
 from kimberly.jobs.v1 import jobs_pb2 as pb
 from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
+from opentelemetry.trace import SpanKind
 
+from server import tracing
 from workers import metrics
 
 log = structlog.get_logger()
@@ -228,7 +230,13 @@ class Worker:
                 lease.attempt,
                 partial(self._report, held),
             )
-            result = await self._handlers[lease.kind](task)
+            with tracing.continued(
+                f"job {lease.kind}",
+                lease.traceparent,
+                {"kimberly.job": lease.job_id, "kimberly.attempt": lease.attempt},
+                kind=SpanKind.CONSUMER,
+            ):
+                result = await self._handlers[lease.kind](task)
             outcome.completed.result_json = json.dumps(result)
         except asyncio.CancelledError:
             if not held.is_cancelled:

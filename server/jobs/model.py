@@ -76,6 +76,8 @@ class Lease:
     kind: str
     payload_json: str
     attempt: int
+    traceparent: str = ""
+    """Of the call that asked for the job; empty: it is not traced."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,8 +81,8 @@ class Queue:
         for row in rows:
             metrics.START_DELAY.labels(row["kind"]).observe(row["delay"])
         return [
-            Lease(Held(job_id, token), kind, payload, attempt)
-            for job_id, token, kind, payload, attempt, _, _ in rows
+            Lease(Held(job_id, token), kind, payload, attempt, trace or "")
+            for job_id, token, kind, payload, attempt, trace, _, _ in rows
         ]
 
     def _move_on(self, rows: Sequence[asyncpg.Record]) -> None:
@@ -417,7 +417,7 @@ LEASE: Final = """
      -- there is no other way to look them up.
      WHERE ctid = ANY (ARRAY(
                SELECT row FROM fitting WHERE place <= room ORDER BY round, step LIMIT $5))
-    RETURNING id, lease_token, kind, payload, attempt, lane,
+    RETURNING id, lease_token, kind, payload, attempt, trace, lane,
               greatest(extract(epoch FROM clock_timestamp() - run_at), 0)::float8 AS delay
 """
 """Worker; kinds, how many jobs of each may run, the lane of its last turn; how many; seconds."""

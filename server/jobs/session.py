@@ -193,6 +193,7 @@ def lease_to(lease: Lease) -> pb.Lease:
         kind=lease.kind,
         payload_json=lease.payload_json,
         attempt=lease.attempt,
+        traceparent=lease.traceparent,
     )
 
 

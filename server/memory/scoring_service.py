@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from kimberly.scoring.v1 import scoring_pb2 as pb
 from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
 
-from server import ids
+from server import ids, tracing
 from server.errors import InvalidArgument
 from server.memory.columns import Floats, ScoreColumns
 from server.memory.score_batches import Batch
@@ -67,7 +67,8 @@ class ScoringService(rpc.ScoringServiceServicer):
                 if tally is not None:
                     tally.add(batch, scores, full_run=shard.full_run)
                 else:
-                    await self._store.apply(shard, batch, scores)
+                    with tracing.span("store batch", {"kimberly.memories": len(batch.rows)}):
+                        await self._store.apply(shard, batch, scores)
                     stored_to = batch.end
         yield pb.ScoreResponse(done=_done(await self._finish(shard, stored_to, tally)))
 

@@ -1,13 +1,14 @@
 """The chain around every call: log, errors, deadline, caller, access. Its order has reasons.
 
-1. metrics    outermost, so that refused and failed calls are counted with their final status
-2. log        for the same reason
-3. errors     turns everything below into a status; nothing raised further in escapes it
-4. deadline   bounds all the work below, the look-up of keys included
-5. caller     who is calling, before anyone asks whether they may
-6. access     a method without a row is denied to everybody
-7. erased     whoever asked to be erased may do nothing that they might have done before
-8. toll       last: what is refused for another reason counts against no limit
+1. trace      outermost: whatever is logged or asked of a store has its place in it
+2. metrics    so far out that refused and failed calls are counted with their final status
+3. log        for the same reason
+4. errors     turns everything below into a status; nothing raised further in escapes it
+5. deadline   bounds all the work below, the look-up of keys included
+6. caller     who is calling, before anyone asks whether they may
+7. access     a method without a row is denied to everybody
+8. erased     whoever asked to be erased may do nothing that they might have done before
+9. toll       last: what is refused for another reason counts against no limit
 """
 
 import asyncio
@@ -20,8 +21,9 @@ from uuid import UUID
 
 import grpc
 import structlog
+from opentelemetry.trace import SpanKind
 
-from server import metrics
+from server import metrics, tracing
 from server.access import METHODS, OPEN_TO_ERASED, ROLES, Access, Scope, scope_of
 from server.caller import (
     Caller,
@@ -84,6 +86,7 @@ def chain(
         gate: Admits calls of users and counts them; None admits all.
     """
     layers: tuple[Layer, ...] = (
+        traced,
         measured,
         logged,
         answered,
@@ -93,6 +96,22 @@ def chain(
         _Erased(erased).refused,
     )
     return layers if gate is None else (*layers, _Toll(gate).paid)
+
+
+@asynccontextmanager
+async def traced(call: Call) -> AsyncIterator[None]:
+    """Go on with the trace that the call is part of. Here none begins: the edge chooses."""
+    parent = call.metadata.get(tracing.TRACEPARENT)
+    if not isinstance(parent, str) or not tracing.is_kept(parent):
+        yield
+        return
+    name, attributes = call.method.removeprefix("/"), {"rpc.system": "grpc"}
+    if call.streams:
+        tracing.opened(name, parent, attributes)
+        yield
+        return
+    with tracing.continued(name, parent, attributes, kind=SpanKind.SERVER):
+        yield
 
 
 @asynccontextmanager

@@ -60,9 +60,8 @@ class Server:
         socket: Path,
         layers: Sequence[Layer],
         services: Sequence[str],
-        interceptors: Sequence[Any] = (),
     ) -> None:
-        self.grpc = grpc.aio.server(interceptors=[*interceptors, Around(layers)], options=_OPTIONS)
+        self.grpc = grpc.aio.server(interceptors=[Around(layers)], options=_OPTIONS)
         self._socket = socket
         self._services = tuple(services)
         self._health = async_health.HealthServicer()

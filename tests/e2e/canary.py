@@ -35,13 +35,12 @@ class Haystack:
 
     async def find(self, needle: re.Pattern[str]) -> dict[Place, str]:
         """Return where something is found, with what stands around it there."""
-        found: dict[Place, str] = {}
-        for look in (self._tables, self._keys, self._objects, self._logs):
-            async for place, text in look():
-                if match := needle.search(text):
-                    start = max(0, match.start() - _AROUND)
-                    found[place] = text[start : match.end() + _AROUND]
-        return found
+        looks = (self._tables, self._keys, self._objects, self.logs)
+        return {
+            place: around
+            for look in looks
+            for place, around in (await found_in(look(), needle)).items()
+        }
 
     async def _tables(self) -> AsyncIterator[tuple[Place, str]]:
         """Yield every row of every table as text, bytes in hexadecimal; and what is seen of SQL."""
@@ -108,7 +107,7 @@ class Haystack:
                 answer.release_conn()
             yield ("s3", str(each.object_name).split("/")[0]), text
 
-    async def _logs(self) -> AsyncIterator[tuple[Place, str]]:
+    async def logs(self) -> AsyncIterator[tuple[Place, str]]:
         """Yield the log of every process, with what the edge keeps back for a second."""
         await self._flushed()
         for file in self._mesh.layout.logs.iterdir():
@@ -124,6 +123,18 @@ class Haystack:
         async with asyncio.timeout(15):
             while last not in log.read_text():  # noqa: ASYNC110 - another process writes it
                 await asyncio.sleep(0.1)
+
+
+async def found_in(
+    texts: AsyncIterator[tuple[Place, str]], needle: re.Pattern[str]
+) -> dict[Place, str]:
+    """Return in which texts something is found, with what stands around it there."""
+    found: dict[Place, str] = {}
+    async for place, text in texts:
+        if match := needle.search(text):
+            start = max(0, match.start() - _AROUND)
+            found[place] = text[start : match.end() + _AROUND]
+    return found
 
 
 def word(said: str) -> re.Pattern[str]:

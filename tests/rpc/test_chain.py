@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import grpc
 import pytest
 from kimberly.memory.v1 import memory_pb2, memory_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2, scoring_pb2_grpc
+from prometheus_client import REGISTRY
 
 from server import access, ids
 from server.caller import Caller, current_caller
@@ -104,6 +105,13 @@ def get(channel: grpc.aio.Channel, memory_id: str, **options: Any) -> Any:
     return stub.GetMemory(memory_pb2.GetMemoryRequest(id=memory_id), **options)
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    """Return when something holds that tells nobody."""
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110 - nobody sets an event
+            await asyncio.sleep(0.005)
+
+
 async def test_call_with_a_token_knows_its_user(channel: grpc.aio.Channel) -> None:
     answer = await get(channel, "fine")
     assert answer.memory.id == ids.show(ids.USER, CALLER.user_id)
@@ -144,6 +152,24 @@ async def test_call_ends_at_the_deadline_of_its_client(channel: grpc.aio.Channel
     refusal = await refusal_of(get(channel, "hang", timeout=0.2))
     assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert asyncio.get_running_loop().time() - started < 1
+
+
+async def test_calls_are_counted_as_they_ended(channel: grpc.aio.Channel) -> None:
+    def counted(code: str) -> float:
+        labels = {"method": "MemoryService/GetMemory", "code": code}
+        return REGISTRY.get_sample_value("kimberly_rpc_seconds_count", labels) or 0
+
+    codes = ("OK", "NOT_FOUND", "UNAUTHENTICATED", "INTERNAL", "CANCELLED")
+    before = [counted(code) for code in codes]
+    await get(channel, "fine")
+    await refusal_of(get(channel, "raise"))
+    await refusal_of(get(channel, "fine", metadata=()))
+    await refusal_of(get(channel, "bug"))
+    hanging = get(channel, "hang")
+    await until(lambda: REGISTRY.get_sample_value("kimberly_rpcs_in_flight") == 1)
+    hanging.cancel()
+    await until(lambda: REGISTRY.get_sample_value("kimberly_rpcs_in_flight") == 0)
+    assert [counted(code) for code in codes] == [each + 1 for each in before]
 
 
 async def test_call_without_a_deadline_gets_ours(private: Path) -> None:

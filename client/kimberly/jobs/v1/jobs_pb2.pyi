@@ -1258,6 +1258,7 @@ class Lease(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     PAYLOAD_JSON_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """`job_…`."""
     lease_token: _builtins.int
@@ -1268,6 +1269,8 @@ class Lease(_message.Message):
     """A JSON object with the particulars."""
     attempt: _builtins.int
     """Which attempt this is, from 1."""
+    traceparent: _builtins.str
+    """W3C traceparent of the call that asked for the job, if that is traced."""
     def __init__(
         self,
         *,
@@ -1276,10 +1279,11 @@ class Lease(_message.Message):
         kind: _builtins.str = ...,
         payload_json: _builtins.str = ...,
         attempt: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "job_id", b"job_id", "kind", b"kind", "lease_token", b"lease_token", "payload_json", b"payload_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "job_id", b"job_id", "kind", b"kind", "lease_token", b"lease_token", "payload_json", b"payload_json", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

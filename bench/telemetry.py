@@ -1,0 +1,191 @@
+"""python -m bench.telemetry: what telemetry costs queries.
+
+Two meshes stand side by side, one with everything on: traces to a collector in a process of its
+own, and a scrape of every process each few seconds. They are asked in turns, so that both meet the
+same machine; the ratio is that of rounds which follow each other.
+"""
+
+import asyncio
+import itertools
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import typer
+from kimberly.client import connect
+from kimberly.memory.v1 import memory_pb2 as memory
+from kimberly.users.v1 import users_pb2 as users
+from rich.console import Console
+
+from bench.measure import rate
+from bench.pace import pace
+from bench.table import Row, for_eyes, for_readme
+from bench.telling import address, bare_stub
+from local import demo
+from local.layout import Layout
+from local.mesh import Mesh
+from server import metrics
+
+_AT_ONCE = 32
+_SECONDS = 3.0
+_SCRAPE_SECONDS = 5.0
+_CHUNK = 200
+_QUESTION = "Which allergy does the niece have?"
+_OBSERVATIONS = 100_000
+
+Ask = Callable[[], Awaitable[None]]
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    rounds: Annotated[int, typer.Option(min=2, help="Of each mesh.")] = 12,
+    ratio: Annotated[float, typer.Option(min=0, max=1, help="Part of calls traced.")] = 0.05,
+    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
+        bool, typer.Option(help="Print the table as the README has it.")
+    ] = False,
+) -> None:
+    """Compare queries a second with and without telemetry. Let nothing else run meanwhile."""
+    rows = asyncio.run(_measure(rounds, ratio))
+    print(for_readme(rows)) if markdown else Console().print(for_eyes(rows))
+
+
+async def _measure(rounds: int, ratio: float) -> list[Row]:
+    with TemporaryDirectory(prefix="kimberly-bench-") as directory:
+        async with AsyncExitStack() as stack:
+            port = await stack.enter_async_context(_collector())
+            told = {
+                "KIMBERLY_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
+                "KIMBERLY_TRACE_RATIO": str(ratio),
+            }
+            off = await stack.enter_async_context(_mesh(Path(directory) / "off", {}))
+            on = await stack.enter_async_context(_mesh(Path(directory) / "on", told))
+            askers = [await stack.enter_async_context(_asker(mesh)) for mesh in (off, on)]
+            scraping = asyncio.create_task(_scrape(on))
+            before = pace()
+            rates = await _in_turns(askers, rounds)
+            scraping.cancel()
+            return [before, *_rows(rates, ratio), _observation(), pace()]
+
+
+@asynccontextmanager
+async def _mesh(state: Path, told: Mapping[str, str]) -> AsyncIterator[Mesh]:
+    async with AsyncExitStack() as stack:
+        with _environment(told):
+            mesh = await stack.enter_async_context(Mesh(Layout(state), workers=1))
+            await mesh.wait_ready()
+        yield mesh
+
+
+@contextmanager
+def _environment(told: Mapping[str, str]) -> Iterator[None]:
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name in told:
+            del os.environ[name]
+
+
+@asynccontextmanager
+async def _asker(mesh: Mesh) -> AsyncIterator[Ask]:
+    """Return what asks a mesh a question that no cache knows, as a user with a conversation."""
+    async with connect(address(mesh), mesh.ca) as client, bare_stub(mesh) as stub:
+        await client.sign_up("bench@example.com", os.urandom(12).hex())
+        await client.users.RecordConsent(
+            users.RecordConsentRequest(purpose=users.CONSENT_PURPOSE_MEMORY_STORE, granted=True)
+        )
+        memories = demo.to_memories(demo.read_transcript(demo.SAMPLE))
+        await client.memory.ImportMemories(_chunks(memories))
+        metadata = (("authorization", f"Bearer {client.access_token}"),)
+        numbers = itertools.count()
+
+        async def ask() -> None:
+            request = memory.QueryMemoriesRequest(query=f"{_QUESTION} zq{next(numbers)}zq")
+            await stub.QueryMemories(request, metadata=metadata)
+
+        yield ask
+
+
+async def _chunks(memories: list[memory.Memory]) -> AsyncIterator[memory.ImportMemoriesRequest]:
+    for start in range(0, len(memories), _CHUNK):
+        yield memory.ImportMemoriesRequest(memories=memories[start : start + _CHUNK])
+
+
+async def _in_turns(askers: list[Ask], rounds: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return queries a second by round and mesh, after a round that does not count."""
+    rates = []
+    for number in range(rounds + 1):
+        pair = {}
+        # Each begins as often as the other.
+        for which in (0, 1) if number % 2 else (1, 0):
+            pair[which] = await rate(askers[which], seconds=_SECONDS, at_once=_AT_ONCE)
+        rates.append([pair[0], pair[1]])
+    return np.array(rates[1:])
+
+
+def _rows(rates: np.ndarray[Any, np.dtype[np.float64]], ratio: float) -> list[Row]:
+    off, on = np.median(rates, axis=0)
+    low, middle, high = np.percentile(rates[:, 1] / rates[:, 0], [25, 50, 75])
+    return [
+        Row(f"query, {_AT_ONCE} at once, telemetry off", f"{off:.0f}/s"),
+        Row(f"query, {_AT_ONCE} at once, {ratio:.0%} traced, scraped", f"{on:.0f}/s"),
+        Row(
+            f"on against off, median of {len(rates)} pairs (quartiles)",
+            f"{middle:.3f} ({low:.3f} to {high:.3f})",
+            "goal: at least 0.95",
+        ),
+    ]
+
+
+def _observation() -> Row:
+    """Return what the instruments around each call cost, telemetry on or off."""
+    started = time.perf_counter()
+    for _ in range(_OBSERVATIONS):
+        metrics.RPCS_IN_FLIGHT.inc()
+        metrics.RPCS_IN_FLIGHT.dec()
+        metrics.rpc_seconds("/kimberly.Bench/Observe", "OK").observe(0.004)
+    taken = (time.perf_counter() - started) / _OBSERVATIONS
+    return Row("instruments around one call", f"{taken * 1e6:.1f} µs", "goal: 15 µs")
+
+
+async def _scrape(mesh: Mesh) -> None:
+    """Ask all processes what they measure, as Prometheus does."""
+    urls = [url for each in mesh.describe()["metrics"].values() for url in each]
+    async with httpx.AsyncClient(timeout=_SCRAPE_SECONDS) as client:
+        while True:
+            for url in urls:
+                (await client.get(url)).raise_for_status()
+            await asyncio.sleep(_SCRAPE_SECONDS)
+
+
+# --- the collector -----------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _collector() -> AsyncIterator[int]:
+    """Run a collector that throws away what comes, and return its port."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bench.collector"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    if process.stdin is None or process.stdout is None:
+        raise TypeError("the collector has no pipes")
+    try:
+        yield int(await process.stdout.readline())
+    finally:
+        process.stdin.close()
+        await process.wait()
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,152 @@
+"""One call, one tree: from the edge to the worker that finishes its job."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from kimberly.memory.v1 import memory_pb2 as pb
+
+from local.mesh import Mesh
+from tests.mesh import User, eventually
+from tests.telemetry.receiver import Receiver, Seen
+from tests.telemetry.test_metrics import meditate
+
+QUERY = "kimberly.memory.v1.MemoryService/QueryMemories"
+MEDITATE = "kimberly.memory.v1.MemoryService/Meditate"
+PLAN = "kimberly.scoring.v1.ScoringService/PlanMeditation"
+SCORE = "kimberly.scoring.v1.ScoringService/Score"
+
+Trace = Sequence[Seen]
+
+
+def is_one_tree(trace: Trace) -> bool:
+    """Tell whether all spans hang on one, and that one on none."""
+    ids = {span.id for span in trace}
+    roots = [span for span in trace if not span.parent]
+    return len(ids) == len(trace) and len(roots) == 1 and {s.parent for s in trace} - ids == {b""}
+
+
+async def trace_with(
+    receiver: Receiver, name: str, is_whole: Callable[[Trace], bool], known: set[bytes]
+) -> Trace:
+    """Return the only new trace that has a span of this name, once it is whole."""
+
+    async def look() -> list[Trace]:
+        return [
+            spans
+            for trace, spans in receiver.traces().items()
+            if trace not in known and any(span.name == name for span in spans)
+        ]
+
+    (found,) = await eventually(look, lambda traces: any(map(is_whole, traces)), seconds=30)
+    return found
+
+
+def services(trace: Trace) -> set[str]:
+    return {span.service for span in trace}
+
+
+def ancestors(trace: Trace, span: Seen) -> list[Seen]:
+    by_id = {each.id: each for each in trace}
+    found = []
+    while span.parent:
+        span = by_id[span.parent]
+        found.append(span)
+    return found
+
+
+def depicted(trace: Trace) -> str:
+    """Return a trace as a tree to look at."""
+
+    def lines(parent: bytes, depth: int) -> list[str]:
+        return [
+            line
+            for span in trace
+            if span.parent == parent
+            for line in (f"{'  ' * depth}{span.service}: {span.name}", *lines(span.id, depth + 1))
+        ]
+
+    return "\n".join(lines(b"", 0))
+
+
+async def test_a_query_over_rest_is_one_tree_from_the_edge_to_the_stores(
+    mesh: Mesh, user: User, receiver: Receiver
+) -> None:
+    await user.grpc(pb.CreateMemoryRequest(memory=pb.Memory(content="tea at five")))
+    known = set(receiver.traces())
+    await user.rest(pb.QueryMemoriesRequest(query="tea"))
+
+    def is_whole(trace: Trace) -> bool:
+        return is_one_tree(trace) and {"edge", "memory-sidecar", "memory"} == services(trace)
+
+    trace = await trace_with(receiver, QUERY, is_whole, known)
+    stores = Counter(span.attributes.get("db.system") for span in trace)
+    assert stores["postgresql"] >= 1, depicted(trace)
+    assert stores["redis"] >= 1, depicted(trace)
+    for span in trace:
+        if "db.system" in span.attributes:
+            above = [each.service for each in ancestors(trace, span)]
+            assert above[-2:] == ["memory-sidecar", "edge"], depicted(trace)
+
+
+async def test_a_meditation_is_one_tree_from_the_edge_to_the_worker(
+    mesh: Mesh, user: User, receiver: Receiver
+) -> None:
+    await user.grpc(pb.CreateMemoryRequest(memory=pb.Memory(content="to be thought about")))
+    known = set(receiver.traces())
+    await meditate(user)
+
+    def is_whole(trace: Trace) -> bool:
+        names = {span.name for span in trace}
+        return is_one_tree(trace) and {MEDITATE, SCORE, "score batch", "store batch"} <= names
+
+    trace = await trace_with(receiver, MEDITATE, is_whole, known)
+    assert services(trace) >= {"edge", "memory-sidecar", "memory", "worker", "worker-sidecar"}
+    (job,) = [span for span in trace if span.name == "job meditation.shard"]
+    asked = [span.name for span in ancestors(trace, job)]
+    assert MEDITATE in asked, depicted(trace)
+    (stored,) = [span for span in trace if span.name == "store batch"]
+    assert job in ancestors(trace, stored), depicted(trace)
+    (opening,) = [span for span in trace if span.name == SCORE]
+    assert opening.seconds < 0.1
+
+
+async def test_a_client_does_not_choose_what_is_traced_nor_where(
+    mesh: Mesh, user: User, receiver: Receiver
+) -> None:
+    forged = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
+    known = set(receiver.traces())
+    await user.rest.http.get(
+        "/v1/memories",
+        headers={"authorization": f"Bearer {user.token}", "traceparent": forged},
+    )
+    name = "kimberly.memory.v1.MemoryService/ListMemories"
+    trace = await trace_with(receiver, name, is_one_tree, known)
+    assert [span.service for span in trace if not span.parent] == ["edge"]
+    assert bytes.fromhex("ab" * 16) not in receiver.traces()
+
+
+async def test_logs_say_which_trace_they_belong_to(
+    mesh: Mesh, user: User, receiver: Receiver
+) -> None:
+    known = set(receiver.traces())
+    await user.rest(pb.GetUsageRequest())
+    name = "kimberly.memory.v1.MemoryService/GetUsage"
+    trace = await trace_with(receiver, name, is_one_tree, known)
+    wanted = trace[0].trace.hex()
+    spans = {span.id.hex() for span in trace}
+
+    def lines_of(process: str) -> list[dict[str, str]]:
+        text = (mesh.layout.logs / f"{process}.log").read_text()
+        lines = [json.loads(line) for line in text.splitlines() if wanted in line]
+        return [line for line in lines if line["trace_id"] == wanted]
+
+    assert all(line["span_id"] in spans for line in lines_of("memory"))
+    assert lines_of("memory")
+
+    async def at_the_edge() -> list[dict[str, str]]:
+        return lines_of("edge")
+
+    assert await eventually(at_the_edge, bool)
