@@ -66,7 +66,7 @@ def open_cache(url: str) -> Redis:
         socket_connect_timeout=1.0,
         health_check_interval=30,
     )
-    return _TracedRedis.from_pool(pool)
+    return (_TracedRedis if tracing.has_begun() else Redis).from_pool(pool)
 
 
 @contextmanager

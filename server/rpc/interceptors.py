@@ -1,14 +1,13 @@
 """The chain around every call: log, errors, deadline, caller, access. Its order has reasons.
 
 1. trace      outermost: whatever is logged or asked of a store has its place in it
-2. metrics    so far out that refused and failed calls are counted with their final status
-3. log        for the same reason
-4. errors     turns everything below into a status; nothing raised further in escapes it
-5. deadline   bounds all the work below, the look-up of keys included
-6. caller     who is calling, before anyone asks whether they may
-7. access     a method without a row is denied to everybody
-8. erased     whoever asked to be erased may do nothing that they might have done before
-9. toll       last: what is refused for another reason counts against no limit
+2. log        and metrics, so that refused and failed calls are counted with their final status
+3. errors     turns everything below into a status; nothing raised further in escapes it
+4. deadline   bounds all the work below, the look-up of keys included
+5. caller     who is calling, before anyone asks whether they may
+6. access     a method without a row is denied to everybody
+7. erased     whoever asked to be erased may do nothing that they might have done before
+8. toll       last: what is refused for another reason counts against no limit
 """
 
 import asyncio
@@ -86,8 +85,7 @@ def chain(
         gate: Admits calls of users and counts them; None admits all.
     """
     layers: tuple[Layer, ...] = (
-        traced,
-        measured,
+        *([traced] if tracing.has_begun() else ()),
         logged,
         answered,
         _Deadline(unary_seconds, stream_seconds).bounded,
@@ -115,35 +113,26 @@ async def traced(call: Call) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def measured(call: Call) -> AsyncIterator[None]:
-    """Tell Prometheus how long the call took and how it ended."""
+async def logged(call: Call) -> AsyncIterator[None]:
+    """Log how the call ended, under the request id that the edge gave it; and count it."""
     started = time.perf_counter()
     metrics.RPCS_IN_FLIGHT.inc()
     code = ""
-    try:
-        yield
-    except (asyncio.CancelledError, GeneratorExit):
-        # The client went away, and nobody set a status.
-        code = grpc.StatusCode.CANCELLED.name
-        raise
-    finally:
-        metrics.RPCS_IN_FLIGHT.dec()
-        seconds = metrics.rpc_seconds(call.method, code or _code_name(call.context))
-        seconds.observe(time.perf_counter() - started)
-
-
-@asynccontextmanager
-async def logged(call: Call) -> AsyncIterator[None]:
-    """Log how the call ended, under the request id that the edge gave it."""
-    started = time.perf_counter()
     with structlog.contextvars.bound_contextvars(
         method=call.method, request_id=call.metadata.get("x-request-id")
     ):
         try:
             yield
+        except (asyncio.CancelledError, GeneratorExit):
+            # The client went away, and nobody set a status.
+            code = grpc.StatusCode.CANCELLED.name
+            raise
         finally:
-            milliseconds = round((time.perf_counter() - started) * 1000, 2)
-            log.debug("call", status=_code_name(call.context), milliseconds=milliseconds)
+            seconds = time.perf_counter() - started
+            code = code or _code_name(call.context)
+            metrics.RPCS_IN_FLIGHT.dec()
+            metrics.rpc_seconds(call.method, code).observe(seconds)
+            log.debug("call", status=code, milliseconds=round(seconds * 1000, 2))
 
 
 def _code_name(context: Any) -> str:
