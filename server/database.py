@@ -49,10 +49,18 @@ log = structlog.get_logger()
 __all__ = ["Connection", "Database", "SystemDatabase", "open_pool"]
 
 
-async def _prepare(connection: asyncpg.Connection) -> None:
-    await type_codecs(connection)
-    if tracing.has_begun():
-        connection.add_query_logger(_trace)
+@contextmanager
+def _traced(connection: Connection) -> Iterator[None]:
+    """Note the statements of a transaction that is part of a trace; others pay nothing for it."""
+    if not tracing.is_traced():
+        yield
+        return
+    connection.add_query_logger(_trace)
+    try:
+        yield
+    finally:
+        with suppress(asyncpg.InterfaceError):  # the connection was given up
+            connection.remove_query_logger(_trace)
 
 
 def _trace(query: asyncpg.connection.LoggedQuery) -> None:
@@ -86,7 +94,7 @@ async def open_pool(
         min_size=min(2, size),
         max_size=size,
         server_settings={**_SETTINGS, **(settings or {}), "application_name": name},
-        init=_prepare,
+        init=type_codecs,
         reset=_keep,
         command_timeout=30,
     )
@@ -134,9 +142,10 @@ class Database:
         """
         with _translated():
             async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
-                rows: list[asyncpg.Record] = await connection.fetch(
-                    _entered(query), caller.tenant_id, caller.user_id, *arguments
-                )
+                with _traced(connection):
+                    rows: list[asyncpg.Record] = await connection.fetch(
+                        _entered(query), caller.tenant_id, caller.user_id, *arguments
+                    )
         return rows
 
     async def fetch_alone(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
@@ -150,7 +159,8 @@ class Database:
         """
         with _translated():
             async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
-                rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
+                with _traced(connection):
+                    rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
         return rows
 
 
@@ -182,7 +192,8 @@ class SystemDatabase:
         """
         with _translated():
             async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
-                rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
+                with _traced(connection):
+                    rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
         return rows
 
 
@@ -190,13 +201,14 @@ class SystemDatabase:
 async def _transaction(pool: asyncpg.Pool, opening: str) -> AsyncIterator[Connection]:
     with _translated():
         async with pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
-            await connection.execute(opening)
-            try:
-                yield connection
-            except BaseException:
-                await _roll_back(connection)
-                raise
-            await connection.execute("COMMIT")
+            with _traced(connection):
+                await connection.execute(opening)
+                try:
+                    yield connection
+                except BaseException:
+                    await _roll_back(connection)
+                    raise
+                await connection.execute("COMMIT")
 
 
 @contextmanager
