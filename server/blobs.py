@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from io import BytesIO
+from itertools import islice
 from typing import ParamSpec, TypeVar, cast
 from urllib.parse import SplitResult
 
@@ -292,6 +293,12 @@ class Blobs:
     async def list_keys(self, prefix: str, *, after: str = "") -> list[str]:
         """Return the keys with a prefix that sort behind `after`, in order."""
         return await _run(self._list_keys, prefix, after)
+
+    async def pages(self, prefix: str) -> AsyncGenerator[list[str], None]:
+        """Yield the keys with a prefix, in order, up to a thousand at a time."""
+        listed = self._client.list_objects(self._bucket, prefix, recursive=True)
+        while page := await _run(list, islice(listed, _PAGE)):
+            yield [str(found.object_name) for found in page]
 
     # --- uploads in parts
 
