@@ -70,7 +70,8 @@ class _Objects:
 
 def new_name(now: datetime) -> str:
     """Return a name for a backup; in their order, names are in the order of time."""
-    return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    instant = now.astimezone(UTC)
+    return f"{instant:%Y%m%dT%H%M%S}.{instant.microsecond // 1000:03}Z-{secrets.token_hex(3)}"
 
 
 class Creator:
@@ -209,7 +210,7 @@ class Creator:
             if isinstance(error, NotFound) and not await snapshot.names(named):
                 seen.gone += 1
                 return "gone"
-            log.exception("object not backed up", key=named.key)
+            log.warning("object not backed up", key=named.key, error=str(error))
             seen.lost.append(named.key)
             return "lost"
         return "kept"

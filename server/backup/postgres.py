@@ -110,6 +110,9 @@ class Programs:
         # Everybody on a machine sees the arguments of its programs.
         bare = parts._replace(netloc=_without_password(parts.netloc)).geturl()
         environment = {**os.environ, "PGPASSWORD": unquote(parts.password or "")}
+        if self.directory:
+            # An image of ours has them beside the programs; Python is not to see them.
+            environment["LD_LIBRARY_PATH"] = str(self.directory.with_name("lib"))
         return await asyncio.create_subprocess_exec(
             str(self.directory / name) if self.directory else name,
             f"--dbname={bare}",

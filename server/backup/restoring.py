@@ -207,7 +207,7 @@ class Restorer:
                 try:
                     await self._put(named)
                 except Damaged as error:
-                    log.exception("object not restored", key=named.key)
+                    log.warning("object not restored", key=named.key, error=str(error))
                     damages.append(str(error))
                 else:
                     restored, size = restored + 1, size + named.size_bytes
