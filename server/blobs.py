@@ -236,6 +236,10 @@ class Blobs:
                 await asyncio.sleep(pause_seconds)
                 pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
 
+    async def ensure(self) -> None:
+        """Make the bucket unless there is one."""
+        await _run(self._ensure)
+
     async def put(self, key: str, data: bytes, content_type: str) -> str | None:
         """Write an object and return its version; None if the bucket keeps none."""
         return await _run(self._put, key, data, content_type)
@@ -336,6 +340,10 @@ class Blobs:
         # A key that may look and not change is enough where the bucket was made by others.
         if self._client.get_bucket_versioning(self._bucket).status != ENABLED:
             self._client.set_bucket_versioning(self._bucket, VersioningConfig(ENABLED))
+
+    def _ensure(self) -> None:
+        if not self._client.bucket_exists(self._bucket):
+            self._client.make_bucket(self._bucket)
 
     def _put(self, key: str, data: bytes, content_type: str) -> str | None:
         written = self._client.put_object(

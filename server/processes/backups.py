@@ -106,6 +106,7 @@ async def create_backup(settings: BackupSettings) -> Mapping[str, Any]:
     async with alone("create", system_url) as system:
 
         async def work(progress: Progress) -> dict[str, Any]:
+            await bucket.ensure()
             await repository.remove_unfinished()
             await creator.copy_words(bucket)
             backup = new_name(utc_now())

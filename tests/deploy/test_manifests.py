@@ -347,7 +347,10 @@ async def test_what_counts_the_queue_is_a_statement_of_our_schema(
 
 def test_the_values_of_secrets_are_what_the_manifests_expect() -> None:
     values = new_values("staging")
-    assert {name for name, keys in values.items() if "" in keys.values()} == {"dns"}
+    assert {name for name, keys in values.items() if "" in keys.values()} == {
+        "backup",
+        "dns",
+    }
     assert new_values("staging") != values
 
 
@@ -355,6 +358,7 @@ def test_the_values_of_secrets_are_what_the_manifests_expect() -> None:
 def test_what_serves_waits_for_the_migration_and_that_for_all_else(name: str) -> None:
     """deploy/apply.sh goes by these labels; a Deployment without one would start too early."""
     stages = {
+        "CronJob": "serve",
         "Deployment": "serve",
         "Job": "migrate",
     }
