@@ -16,6 +16,7 @@ from local.servers import BUCKET
 from server.backup.creating import Creator, Source, new_name
 from server.backup.postgres import Programs
 from server.backup.repository import Damaged
+from server.backup.restoring import NotEmpty
 from server.backup.run_store import RunStore
 from server.backup.sealing import KeyRefused, Sealer
 from server.backup.verifying import ScratchRefused
@@ -24,7 +25,8 @@ from server.clock import utc_now
 from server.database import SystemDatabase
 from server.errors import NotFound
 from server.privacy import words
-from server.processes.backups import BackupFailed, NotEmpty, create_backup
+from server.privacy.words import WordForged
+from server.processes.backups import BackupFailed, create_backup
 from server.users import checkpoints
 from tests.backup.conftest import RESTORED, NewMesh, Rig, Story, open_bucket
 from tests.conftest import DATABASE
@@ -195,11 +197,43 @@ def creator_of(rig: Rig) -> Creator:
     return Creator(source, rig.repository, Sealer([rig.recipient]))
 
 
-async def test_restoring_over_a_mesh_is_refused(rig: Rig, story: Story, new_mesh: NewMesh) -> None:
+async def test_a_restore_goes_on_until_it_is_done_and_then_never_again(
+    rig: Rig, story: Story, new_mesh: NewMesh
+) -> None:
     backup = await rig.create()
-    await new_mesh.restore()
+    key = an_object(await keys_of(rig))
+    whole = await rig.blobs.get_small(key, longest=2**30) or b""
+    await rig.blobs.remove_version(key, None)
+    with pytest.raises(BackupFailed, match=f"{key} is missing"):
+        await new_mesh.restore()
+    assert len(await new_mesh.blobs.list_keys("attachments/")) == 14
+    await rig.blobs.put(key, whole, "application/octet-stream")
+    assert (await new_mesh.restore()).objects.restored == 15
     with pytest.raises(NotEmpty):
         await new_mesh.restore(backup)
+
+
+async def test_a_bucket_with_anything_in_it_is_not_restored_into(
+    rig: Rig, story: Story, new_mesh: NewMesh
+) -> None:
+    await rig.create()
+    await new_mesh.blobs.put("audit/somebody/1.jws", b"signed", "text/plain")
+    with pytest.raises(NotEmpty):
+        await new_mesh.restore()
+
+
+async def test_a_word_that_is_not_to_be_believed_stops_the_restore(
+    rig: Rig, story: Story, new_mesh: NewMesh
+) -> None:
+    await rig.create()
+    key = f"{words.DIRECTORY}{story.mine.user_id.hex}.jws"
+    await rig.blobs.put(key, b"said by anybody", "text/plain")
+    with pytest.raises(WordForged, match=key):
+        await new_mesh.restore()
+    await rig.blobs.remove_version(key, None)
+    await new_mesh.blobs.erase(key)
+    restored = await new_mesh.restore()
+    assert (restored.erased, restored.objects.restored) == (0, 15)
 
 
 async def test_the_server_that_is_backed_up_is_no_scratch_server(rig: Rig, story: Story) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +14,10 @@ from local.postgres import APPLICATION, SUPERUSER, SYSTEM
 from server.backup.manifest import Table
 from server.backup.snapshot import digest_tables
 from server.database import Database, SystemDatabase, open_pool
-from server.errors import ContentUnreadable
+from server.errors import ContentUnreadable, InvalidArgument
 from server.kms.local import LocalKms
 from server.memory.change_store import Asked, ChangeStore, Cursor
+from server.memory.watching import Feed
 from server.privacy import words
 from server.privacy.erasure_archive import ErasureArchive
 from server.privacy.erasure_store import ErasureStore, Patience
@@ -111,6 +113,15 @@ async def test_the_log_and_the_feed_go_on_after_a_restore(
         assert not news.is_lost
         # Its reader believes in a memory that there never was.
         assert gone.is_lost
+        watching = Feed(feed)
+        looking = asyncio.create_task(watching.run())
+        with watching.watched(mine, lost[0].cursor) as watch:
+            async with asyncio.timeout(10):
+                await watch.called.wait()
+            with pytest.raises(InvalidArgument, match="a restore undid"):
+                watch.check()
+        looking.cancel()
+        await asyncio.wait([looking])
 
 
 async def test_transactions_are_numbered_above_all_that_were(

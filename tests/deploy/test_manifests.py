@@ -300,7 +300,7 @@ def test_what_is_not_pinned_is_refused_for_a_release(tmp_path: Any) -> None:
         image.startswith("ghcr.io/kimberly/kimberly:") for image in unpinned(rendered("prod"))
     )
     text = images.FILE.read_text()
-    for name in ("kimberly", "envoy", "postgres", "valkey", "seaweedfs"):
+    for name in ("kimberly", "backup", "envoy", "postgres", "valkey", "seaweedfs"):
         text = images.pinned(text, name, DIGEST)
     # Once more, as the next release does.
     text = images.pinned(text, "kimberly", DIGEST)
