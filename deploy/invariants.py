@@ -21,6 +21,7 @@ from server.settings import (
     BackupSettings,
     MigrationSettings,
     ProvisionSettings,
+    RestoreSettings,
     Settings,
     VerificationSettings,
     explain,
@@ -36,6 +37,7 @@ SETTINGS: Final[Mapping[tuple[str, ...], type[BaseSettings]]] = {
     ("python3", "-m", "server", "provision"): ProvisionSettings,
     ("python3", "-m", "server", "backup", "create"): BackupSettings,
     ("python3", "-m", "server", "backup", "verify"): VerificationSettings,
+    ("python3", "-m", "server", "backup", "restore"): RestoreSettings,
     ("python3", "-m", "workers"): WorkerSettings,
     **{("python3", "-m", "server", process): Settings for process in access.PROCESSES},
 }

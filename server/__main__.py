@@ -51,8 +51,8 @@ from server.settings import (
     BackupBucketSettings,
     BackupSettings,
     MigrationSettings,
-    OpenBackupSettings,
     ProvisionSettings,
+    RestoreSettings,
     Settings,
     VerificationSettings,
     explain,
@@ -213,9 +213,9 @@ def restore_backup_command(at: Point = "") -> None:
 
     Whoever was erased since stays erased. Start the mesh afterwards.
     """
-    settings, opening = _settings(Settings), _settings(OpenBackupSettings)
+    settings = _settings(RestoreSettings)
     telemetry.configure("backup-restore", settings.log_level)
-    restored = _run(restore_backup(settings, opening, _settings(MigrationSettings), at))
+    restored = _run(restore_backup(settings, at))
     typer.echo(
         f"{restored.manifest.id} is restored: {restored.manifest.rows} rows and "
         f"{restored.objects.restored} objects as of {restored.manifest.mark.isoformat()}; "

@@ -242,6 +242,13 @@ class VerificationSettings(OpenBackupSettings, KmsSettings):
     lease_seconds: Seconds = 15.0
 
 
+class RestoreSettings(OpenBackupSettings, Settings):
+    """Settings of `python -m server backup restore`: those of a service, and of a new database."""
+
+    owner_database_url: SecretStr
+    """PostgreSQL as the role that is to own the tables."""
+
+
 def explain(error: ValidationError) -> str:
     """Say which variables are missing or wrong, one a line."""
     lines = [

@@ -16,7 +16,7 @@ GAUGES: Final[Mapping[str, str]] = {
     "backup_last_success_timestamp_seconds": "When the newest backup was made: its mark.",
     "backup_last_bytes": "How much the newest backup has added to its bucket.",
     "backup_verify_last_success_timestamp_seconds": "When a backup was last proved to be whole.",
-    "backup_verify_ok": "Whether the last verification found nothing wrong: 1, or 0.",
+    "backup_verify_ok": "0: the last verification found something wrong. 1: it did not.",
 }
 """Names and meanings of what `RunStore.gauges` returns."""
 

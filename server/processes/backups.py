@@ -59,9 +59,8 @@ from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM, Role, provision
 from server.settings import (
     BackupBucketSettings,
     BackupSettings,
-    MigrationSettings,
     OpenBackupSettings,
-    Settings,
+    RestoreSettings,
     VerificationSettings,
 )
 from server.users import audit_log, checkpoints
@@ -290,9 +289,7 @@ class Restored:
     objects: Objects
 
 
-async def restore_backup(
-    settings: Settings, opening: OpenBackupSettings, owning: MigrationSettings, point: str
-) -> Restored:
+async def restore_backup(settings: RestoreSettings, point: str) -> Restored:
     """Bring up a new mesh: fill its empty database and bucket, and erase whoever was erased.
 
     It may be done again, until it was done to the end.
@@ -303,13 +300,12 @@ async def restore_backup(
         WordForged: Somebody is said to be erased, and it is not to be believed.
         BackupFailed: Objects of the backup are damaged. All others are there.
     """
-    unsealer, bucket = _unsealer(opening), open_backup_bucket(opening)
+    unsealer, bucket = _unsealer(settings), open_backup_bucket(settings)
     repository = Repository(bucket)
     manifest, digest = await repository.manifest(await choose(repository, point))
     blobs = open_blobs(settings)
-    owner_url = owning.owner_database_url.get_secret_value()
-    programs = Programs(opening.postgres_programs)
-    await _fill(manifest, repository, unsealer, programs, (settings, owner_url))
+    owner_url = settings.owner_database_url.get_secret_value()
+    await _fill(settings, repository, unsealer, manifest)
     restorer = Restorer(repository, unsealer, blobs, checkpoints.object_key)
     async with connect(owner_url) as connection:
         await migrate(connection, read_migrations())
@@ -342,18 +338,15 @@ async def restore_backup(
 
 
 async def _fill(
-    manifest: Manifest,
-    repository: Repository,
-    unsealer: Unsealer,
-    programs: Programs,
-    target: tuple[Settings, str],
+    settings: RestoreSettings, repository: Repository, unsealer: Unsealer, manifest: Manifest
 ) -> None:
     """Fill the database, unless an earlier try has filled it from this very backup.
 
     Raises:
         NotEmpty: There is a mesh already.
     """
-    settings, owner_url = target
+    owner_url = settings.owner_database_url.get_secret_value()
+    programs = Programs(settings.postgres_programs)
     async with connect(owner_url) as connection:
         is_filled = await has_tables(connection)
     if is_filled:

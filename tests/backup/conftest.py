@@ -30,9 +30,7 @@ from server.processes.backups import Restored, create_backup, restore_backup, ve
 from server.settings import (
     BackupBucketSettings,
     BackupSettings,
-    MigrationSettings,
-    OpenBackupSettings,
-    Settings,
+    RestoreSettings,
     VerificationSettings,
 )
 from server.users.audit_keys import AuditKeys
@@ -125,19 +123,16 @@ class Rig:
         }
         return BackupSettings(**told | changes)
 
-    def opening(self, **changes: Any) -> OpenBackupSettings:
-        told = {
+    def opening(self) -> dict[str, Any]:
+        return {
             **self._bucket(),
             "backup_identity_file": self.identity,
             "postgres_programs": self.programs,
         }
-        return OpenBackupSettings(**told | changes)
 
     def verifying(self, **changes: Any) -> VerificationSettings:
         told = {
-            **self._bucket(),
-            "backup_identity_file": self.identity,
-            "postgres_programs": self.programs,
+            **self.opening(),
             "system_database_url": SecretStr(self.stores.dsn(SYSTEM, DATABASE)),
             "scratch_database_url": SecretStr(self.elsewhere.dsn(SUPERUSER, "postgres")),
             "master_key_file": self.master_key,
@@ -176,13 +171,11 @@ class NewMesh:
     """Stores that a backup was restored into, or is about to be."""
 
     rig: Rig
-    settings: Settings
-    owner_url: str
+    settings: RestoreSettings
     bucket: str
 
-    async def restore(self, point: str = "", **changes: Any) -> Restored:
-        owning = MigrationSettings(owner_database_url=SecretStr(self.owner_url))
-        return await restore_backup(self.settings, self.rig.opening(**changes), owning, point)
+    async def restore(self, point: str = "") -> Restored:
+        return await restore_backup(self.settings, point)
 
     @property
     def blobs(self) -> Blobs:
@@ -209,7 +202,9 @@ async def provisioned(elsewhere: Stores) -> None:
 def describe(rig: Rig, master_key: Path) -> NewMesh:
     elsewhere, bucket = rig.elsewhere, new_bucket(rig.elsewhere, "mesh")
     s3 = elsewhere.s3
-    settings = Settings(
+    settings = RestoreSettings(
+        **rig.opening(),
+        owner_database_url=SecretStr(elsewhere.dsn(OWNER, RESTORED)),
         database_url=SecretStr(elsewhere.dsn(APPLICATION, RESTORED)),
         system_database_url=SecretStr(elsewhere.dsn(SYSTEM, RESTORED)),
         redis_url=SecretStr(elsewhere.valkey.url),
@@ -225,7 +220,7 @@ def describe(rig: Rig, master_key: Path) -> NewMesh:
         trust_domain="kimberly.local",
         namespace="test",
     )
-    return NewMesh(rig, settings, elsewhere.dsn(OWNER, RESTORED), bucket)
+    return NewMesh(rig, settings, bucket)
 
 
 class Story:
