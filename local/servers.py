@@ -20,6 +20,7 @@ from local.layout import Layout
 from local.ports import GRPC_OFFSET, LOOPBACK, Ports
 from local.postgres import (
     APPLICATION,
+    BACKUP,
     DATABASE,
     OWNER,
     SUPERUSER,
@@ -40,7 +41,7 @@ from local.processes import (
 BUCKET = "kimberly"
 VALKEY_USER = "mesh"
 KEY_PREFIX = "mesh:"
-ROLES = (SUPERUSER, OWNER, APPLICATION, SYSTEM)
+ROLES = (SUPERUSER, OWNER, APPLICATION, SYSTEM, BACKUP)
 PROCESSES_FILE = "processes.json"
 """Names the living children within the state directory."""
 STAGE = 0

@@ -1,5 +1,6 @@
 """One image, one process a service: python -m server auth, memory, jobs; migrate first."""
 
+import json
 import os
 import sys
 from collections.abc import Coroutine
@@ -10,9 +11,16 @@ import typer
 import uvloop
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings
 
 from server import telemetry
 from server.app import serve
+from server.backup.manifest import ManifestUnreadable
+from server.backup.postgres import ProgramFailed
+from server.backup.repository import Damaged
+from server.backup.restoring import NotEmpty
+from server.backup.sealing import KeyRefused
+from server.backup.verifying import ScratchRefused
 from server.errors import Problem
 from server.kms import KmsUnusable, UnwrapFailed
 from server.migrate import MigrationChanged
@@ -27,30 +35,49 @@ from server.operations import (
     withdraw_signing_key,
 )
 from server.privacy.words import WordForged
+from server.processes.alone import Busy, Unwanted
+from server.processes.backups import (
+    BackupFailed,
+    create_backup,
+    list_backups,
+    restore_backup,
+    verify_backup,
+)
 from server.provision import WrongRole
 from server.rpc.serving import UnsafeSocketDirectory
 from server.settings import (
     NEEDED_BY,
     PREFIX,
+    BackupBucketSettings,
+    BackupSettings,
     MigrationSettings,
     ProvisionSettings,
+    RestoreSettings,
     Settings,
+    VerificationSettings,
     explain,
 )
 
 _REFUSED = (
+    KeyRefused,
     KmsUnusable,
+    ManifestUnreadable,
     MigrationChanged,
+    NotEmpty,
     Problem,
+    ScratchRefused,
     UnsafeSocketDirectory,
     UnwrapFailed,
     WordForged,
     WrongRole,
 )
+_FAILED = (BackupFailed, Damaged, ProgramFailed, Unwanted)
+EX_TEMPFAIL = 75
+"""Exit status of sysexits.h for what another process is at."""
 EX_CONFIG = 78
 """Exit status of sysexits.h for a wrong configuration: trying again will not help."""
 
-T = TypeVar("T", Settings, MigrationSettings, ProvisionSettings)
+T = TypeVar("T", bound=BaseSettings)
 app = typer.Typer(
     help="Services of the memory mesh. Settings are environment variables named KIMBERLY_….",
     no_args_is_help=True,
@@ -58,6 +85,12 @@ app = typer.Typer(
     # Tracebacks are for logs: plain, one event, no values.
     pretty_exceptions_enable=False,
 )
+backup = typer.Typer(help="Make, verify, list and restore backups.", no_args_is_help=True)
+app.add_typer(backup, name="backup")
+Point = Annotated[
+    str,
+    typer.Option(help="A backup, or an instant such as 2026-05-04T12:00:00Z: the newest by then."),
+]
 
 
 @app.command()
@@ -147,6 +180,49 @@ def erase_again_command() -> None:
     typer.echo(f"{_run(erase_again(settings))} erasures begin again")
 
 
+@backup.command("create")
+def create_backup_command() -> None:
+    """Back up the database and its objects, while the mesh works; remove backups of long ago."""
+    settings = _settings(BackupSettings)
+    telemetry.configure("backup", settings.log_level)
+    typer.echo(json.dumps(_run(create_backup(settings)), indent=1))
+
+
+@backup.command("verify")
+def verify_backup_command(at: Point = "") -> None:
+    """Restore a backup, the newest unless told otherwise, into a scratch server and compare it."""
+    settings = _settings(VerificationSettings)
+    telemetry.configure("backup-verify", settings.log_level)
+    typer.echo(json.dumps(_run(verify_backup(settings, at)), indent=1))
+
+
+@backup.command("list")
+def list_backups_command() -> None:
+    """List the backups there are, the oldest first. Needs no mesh."""
+    settings = _settings(BackupBucketSettings)
+    telemetry.configure("backup-list", settings.log_level)
+    for each in _run(list_backups(settings)):
+        typer.echo(
+            f"{each.id}  {each.mark:%Y-%m-%dT%H:%M:%SZ}  {each.rows} rows  {each.objects} objects"
+        )
+
+
+@backup.command("restore")
+def restore_backup_command(at: Point = "") -> None:
+    """Fill an empty database and an empty bucket from a backup, the newest unless told otherwise.
+
+    Whoever was erased since stays erased. Start the mesh afterwards.
+    """
+    settings = _settings(RestoreSettings)
+    telemetry.configure("backup-restore", settings.log_level)
+    restored = _run(restore_backup(settings, at))
+    typer.echo(
+        f"{restored.manifest.id} is restored: {restored.manifest.rows} rows and "
+        f"{restored.objects.restored} objects as of {restored.manifest.mark.isoformat()}; "
+        f"{restored.erased} users stay erased"
+    )
+
+
 @app.command("settings")
 def settings_command(
     variable: Annotated[str, typer.Argument(help="Only this one.")] = "",
@@ -182,11 +258,15 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
         return uvloop.run(work)
     except _REFUSED as error:
         _exit(str(error))
+    except _FAILED as error:
+        _exit(str(error), 1)
+    except Busy as error:
+        _exit(str(error), EX_TEMPFAIL)
 
 
-def _exit(message: str) -> NoReturn:
+def _exit(message: str, status: int = EX_CONFIG) -> NoReturn:
     typer.echo(message, err=True)
-    sys.exit(EX_CONFIG)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

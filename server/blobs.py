@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from io import BytesIO
+from itertools import islice
 from typing import ParamSpec, TypeVar, cast
 from urllib.parse import SplitResult
 
@@ -235,6 +236,10 @@ class Blobs:
                 await asyncio.sleep(pause_seconds)
                 pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
 
+    async def ensure(self) -> None:
+        """Make the bucket unless there is one."""
+        await _run(self._ensure)
+
     async def put(self, key: str, data: bytes, content_type: str) -> str | None:
         """Write an object and return its version; None if the bucket keeps none."""
         return await _run(self._put, key, data, content_type)
@@ -293,6 +298,12 @@ class Blobs:
         """Return the keys with a prefix that sort behind `after`, in order."""
         return await _run(self._list_keys, prefix, after)
 
+    async def pages(self, prefix: str) -> AsyncGenerator[list[str], None]:
+        """Yield the keys with a prefix, in order, up to a thousand at a time."""
+        listed = self._client.list_objects(self._bucket, prefix, recursive=True)
+        while page := await _run(list, islice(listed, _PAGE)):
+            yield [str(found.object_name) for found in page]
+
     # --- uploads in parts
 
     async def begin_upload(self, key: str) -> str:
@@ -329,6 +340,10 @@ class Blobs:
         # A key that may look and not change is enough where the bucket was made by others.
         if self._client.get_bucket_versioning(self._bucket).status != ENABLED:
             self._client.set_bucket_versioning(self._bucket, VersioningConfig(ENABLED))
+
+    def _ensure(self) -> None:
+        if not self._client.bucket_exists(self._bucket):
+            self._client.make_bucket(self._bucket)
 
     def _put(self, key: str, data: bytes, content_type: str) -> str | None:
         written = self._client.put_object(

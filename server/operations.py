@@ -14,7 +14,7 @@ from server.migrate import migrate, read_migrations
 from server.privacy.erasure_archive import ErasureArchive
 from server.privacy.erasure_store import ErasureStore
 from server.processes.parts import open_blobs, open_databases, open_kms, patience
-from server.provision import APPLICATION, OWNER, SYSTEM, Role, provision
+from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM, Role, provision
 from server.settings import MigrationSettings, ProvisionSettings, Settings
 from server.users.audit_keys import AuditKeys
 from server.users.checkpoint_store import CheckpointStore
@@ -44,6 +44,8 @@ async def provision_database(settings: ProvisionSettings) -> str:
         Role.of_url(settings.database_url.get_secret_value(), APPLICATION),
         Role.of_url(settings.system_database_url.get_secret_value(), SYSTEM),
     ]
+    if settings.backup_database_url:
+        roles.append(Role.of_url(settings.backup_database_url.get_secret_value(), BACKUP))
     database = urlsplit(owner_url).path.lstrip("/")
     await provision(settings.superuser_database_url.get_secret_value(), database, roles)
     return database

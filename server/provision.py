@@ -16,6 +16,7 @@ log = structlog.get_logger()
 OWNER: Final = "kimberly_owner"
 APPLICATION: Final = "kimberly_app"
 SYSTEM: Final = "kimberly_system"
+BACKUP: Final = "kimberly_backup"
 _MAINTENANCE: Final = "postgres"
 """The database to stand in while another one is made."""
 
@@ -26,10 +27,15 @@ class WrongRole(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A role that may log in and nothing more."""
+    """A role that may log in and nothing more, but for the one that backups are made as."""
 
     name: str
     password: str
+
+    @property
+    def reads_everything(self) -> bool:
+        """Whether it sees the rows of all users, in tables that are still to come as well."""
+        return self.name == BACKUP
 
     @classmethod
     def of_url(cls, url: str, expected: str) -> "Role":
@@ -71,19 +77,24 @@ async def provision(administrator_url: str, database: str, roles: Sequence[Role]
 async def _ensure_role(connection: asyncpg.Connection, role: Role) -> None:
     known = await connection.fetchrow(
         """
-        SELECT rolsuper OR rolcreatedb OR rolcreaterole OR rolreplication OR rolbypassrls AS mighty
+        SELECT rolsuper OR rolcreatedb OR rolcreaterole OR rolreplication
+               OR rolbypassrls <> $2 AS is_wrong
           FROM pg_roles
          WHERE rolname = $1
         """,
         role.name,
+        role.reads_everything,
     )
     verb = "CREATE" if known is None else "ALTER"
     # To name an attribute of a role that exists takes a superuser, even one that it lacks already.
-    weak = "NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
-    attributes = weak if known is None or known["mighty"] else ""
+    seeing = "BYPASSRLS" if role.reads_everything else "NOBYPASSRLS"
+    weak = f"NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION {seeing}"
+    attributes = weak if known is None or known["is_wrong"] else ""
     await _execute(
         connection, f"{verb} ROLE %I LOGIN {attributes} PASSWORD %L", role.name, role.password
     )
+    if role.reads_everything:
+        await _execute(connection, "GRANT pg_read_all_data TO %I", role.name)
 
 
 async def _ensure_database(

@@ -26,10 +26,44 @@ _VAULT_ADDRESS: Final = re.compile(
 )
 
 
-class Settings(BaseSettings):
-    """Settings of a service; each is the environment variable of its name, after KIMBERLY_."""
+class KmsSettings(BaseSettings):
+    """Who keeps the keys that keys are wrapped with."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    kms: Literal["local", "vault"] = "local"
+    """Who wraps the private signing keys and the users' data keys."""
+    master_key_file: Path = Field(default=_NOWHERE, validate_default=True)
+    """With the local kms: 32 random bytes in base64 a line, the newest last. Mode 0600."""
+    vault_address: str = Field(default="", validate_default=True)
+    """With the vault kms: https://host:port of HashiCorp Vault."""
+    vault_token_file: Path = Field(default=_NOWHERE, validate_default=True)
+    """Mode 0600; read anew for every call."""
+    vault_key: str = Field(default="kimberly", pattern=r"^[\w.-]+$")
+    """A key of the transit engine, made with type=aes256-gcm96 and derived=true."""
+    vault_mount: str = Field(default="transit", pattern=r"^[\w.-]+(/[\w.-]+)*$")
+    vault_namespace: str = ""
+    vault_ca_file: Path | None = None
+    """Certificate authorities in PEM; unset: those that the system trusts."""
+
+    @field_validator("master_key_file", "vault_address", "vault_token_file")
+    @classmethod
+    def _is_given(cls, value: Path | str, info: ValidationInfo) -> Path | str:
+        kms = info.data.get("kms")
+        if NEEDED_BY.get(str(info.field_name)) == kms and value in ("", _NOWHERE):
+            raise PydanticCustomError("missing", f"Field required with {PREFIX}KMS={kms}")
+        return value
+
+    @field_validator("vault_address")
+    @classmethod
+    def _is_encrypted(cls, value: str) -> str:
+        if value and not _VAULT_ADDRESS.fullmatch(value):
+            raise PydanticCustomError("url", "must be https://host:port; http is for loopback only")
+        return value
+
+
+class Settings(KmsSettings):
+    """Settings of a service; each is the environment variable of its name, after KIMBERLY_."""
 
     database_url: SecretStr
     """PostgreSQL as the application role: sees one user's rows at a time."""
@@ -55,20 +89,6 @@ class Settings(BaseSettings):
     """Where a collector takes traces by OTLP over gRPC: http://host:port. Unset: no traces."""
     trace_ratio: float = Field(default=0.05, ge=0, le=1)
     """Which part is traced: of the calls, for the edge; for others, of what begins with them."""
-    kms: Literal["local", "vault"] = "local"
-    """Who wraps the private signing keys and the users' data keys."""
-    master_key_file: Path = Field(default=_NOWHERE, validate_default=True)
-    """With the local kms: 32 random bytes in base64 a line, the newest last. Mode 0600."""
-    vault_address: str = Field(default="", validate_default=True)
-    """With the vault kms: https://host:port of HashiCorp Vault."""
-    vault_token_file: Path = Field(default=_NOWHERE, validate_default=True)
-    """Mode 0600; read anew for every call."""
-    vault_key: str = Field(default="kimberly", pattern=r"^[\w.-]+$")
-    """A key of the transit engine, made with type=aes256-gcm96 and derived=true."""
-    vault_mount: str = Field(default="transit", pattern=r"^[\w.-]+(/[\w.-]+)*$")
-    vault_namespace: str = ""
-    vault_ca_file: Path | None = None
-    """Certificate authorities in PEM; unset: those that the system trusts."""
     token_issuer: str
     public_url: str = Field(default="", pattern=r"^(https://[^/?#@\s]+)?$")
     """https://host:port of the edge, as standard clients are told of it. Unset: token_issuer."""
@@ -139,21 +159,14 @@ class Settings(BaseSettings):
     health_interval_seconds: Seconds = 1.0
     """How long peers may take to see that this process is about to stop."""
     log_level: str = "info"
-
-    @field_validator("master_key_file", "vault_address", "vault_token_file")
-    @classmethod
-    def _is_given(cls, value: Path | str, info: ValidationInfo) -> Path | str:
-        kms = info.data.get("kms")
-        if NEEDED_BY.get(str(info.field_name)) == kms and value in ("", _NOWHERE):
-            raise PydanticCustomError("missing", f"Field required with {PREFIX}KMS={kms}")
-        return value
-
-    @field_validator("vault_address")
-    @classmethod
-    def _is_encrypted(cls, value: str) -> str:
-        if value and not _VAULT_ADDRESS.fullmatch(value):
-            raise PydanticCustomError("url", "must be https://host:port; http is for loopback only")
-        return value
+    backup_s3_endpoint: str = ""
+    """With the next: the bucket of backups, to tell it who is to be erased before anything is
+    removed. A key that may write under erasures/ is enough. Unset: the next backup tells it."""
+    backup_s3_access_key: SecretStr = SecretStr("")
+    backup_s3_secret_key: SecretStr = SecretStr("")
+    backup_s3_bucket: str = "kimberly-backups"
+    backup_s3_region: str = "us-east-1"
+    backup_s3_secure: bool = True
 
 
 class MigrationSettings(BaseSettings):
@@ -177,7 +190,73 @@ class ProvisionSettings(BaseSettings):
     """Names the database, and the role that is to own it."""
     database_url: SecretStr
     system_database_url: SecretStr
+    backup_database_url: SecretStr | None = None
+    """Names the role that backups are made as: it reads every row. Unset: there is none."""
     log_level: str = "info"
+
+
+class BackupBucketSettings(BaseSettings):
+    """Settings of `python -m server backup list`: where backups are."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    backup_s3_endpoint: str
+    backup_s3_access_key: SecretStr
+    backup_s3_secret_key: SecretStr
+    backup_s3_bucket: str = "kimberly-backups"
+    backup_s3_region: str = "us-east-1"
+    backup_s3_secure: bool = True
+    log_level: str = "info"
+
+
+class BackupSettings(BackupBucketSettings):
+    """Settings of `python -m server backup create`. None of its keys opens a backup."""
+
+    backup_database_url: SecretStr
+    """PostgreSQL as the backup role: reads every row, and changes none."""
+    system_database_url: SecretStr
+    s3_endpoint: str
+    s3_access_key: SecretStr
+    """May read and list the bucket of the mesh; that is enough."""
+    s3_secret_key: SecretStr
+    s3_bucket: str = "kimberly"
+    s3_region: str = "us-east-1"
+    s3_secure: bool = True
+    backup_recipients: str
+    """Public keys of age, separated by spaces: whoever has one of their secret halves can
+    restore. One of them should be kept where the mesh cannot be reached from."""
+    backup_days: int = Field(default=30, ge=1)
+    """For how long every backup is kept."""
+    backup_weekly_days: int = Field(default=90, ge=1)
+    """For how long one of each week is kept."""
+    postgres_programs: Path | None = None
+    """Where pg_dump and pg_restore are; unset: on the path."""
+    lease_seconds: Seconds = 15.0
+
+
+class OpenBackupSettings(BackupBucketSettings):
+    """Settings of whoever reads backups."""
+
+    backup_identity_file: Path
+    """Secret keys of age, as age-keygen writes them. Mode 0600."""
+    postgres_programs: Path | None = None
+
+
+class VerificationSettings(OpenBackupSettings, KmsSettings):
+    """Settings of `python -m server backup verify`."""
+
+    system_database_url: SecretStr
+    """Where is told what was found."""
+    scratch_database_url: SecretStr
+    """A PostgreSQL server that is for this alone, as its superuser."""
+    lease_seconds: Seconds = 15.0
+
+
+class RestoreSettings(OpenBackupSettings, Settings):
+    """Settings of `python -m server backup restore`: those of a service, and of a new database."""
+
+    owner_database_url: SecretStr
+    """PostgreSQL as the role that is to own the tables."""
 
 
 def explain(error: ValidationError) -> str:

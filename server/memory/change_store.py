@@ -83,6 +83,8 @@ class News:
     """In order; there may be more if they are as many as were asked for."""
     horizon: Cursor
     """Every change of the past comes before it, and every change to come after."""
+    is_lost: bool
+    """Whether what they ask from was told by a mesh that a backup has replaced since."""
 
 
 class ChangeStore:
@@ -101,8 +103,10 @@ class ChangeStore:
             rows = await connection.fetch(
                 """
                 SELECT watch.number, horizon.xid AS horizon, consent.granted,
+                       (watch.xid, watch.event_id) > (transactions_lost_from(), $8)
+                       AND watch.xid < renumbered('0') AS is_lost,
                        event.id, event.xid, event.action, event.resource, event.event_time
-                  FROM (SELECT pg_snapshot_xmin(pg_current_snapshot()) AS xid) AS horizon
+                  FROM (SELECT transactions_ended() AS xid) AS horizon
                  CROSS JOIN unnest($1::uuid[], $2::uuid[], $3::xid8[], $4::uuid[], $5::integer[])
                        WITH ORDINALITY AS watch (tenant_id, user_id, xid, event_id, room, number)
                   LEFT JOIN LATERAL (
@@ -132,6 +136,7 @@ class ChangeStore:
                 [one.limit for one in asked],
                 MEMORY_STORE,
                 list(KINDS),
+                _NO_EVENT,
             )
         return [_news(list(group)) for _, group in groupby(rows, itemgetter("number"))]
 
@@ -139,7 +144,12 @@ class ChangeStore:
 def _news(rows: Sequence[Mapping[str, Any]]) -> News:
     first = rows[0]
     told: Iterable[Mapping[str, Any]] = rows if first["id"] else ()
-    return News(bool(first["granted"]), [_event(row) for row in told], Cursor(first["horizon"]))
+    return News(
+        is_allowed=bool(first["granted"]),
+        events=[_event(row) for row in told],
+        horizon=Cursor(first["horizon"]),
+        is_lost=bool(first["is_lost"]),
+    )
 
 
 def _event(row: Mapping[str, Any]) -> MemoryEvent:

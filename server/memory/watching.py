@@ -195,6 +195,8 @@ class Feed:
             self._give_up(watch, ConsentMissing(MEMORY_STORE))
         elif asked.after and asked.after.xid > news.horizon.xid:
             self._give_up(watch, InvalidArgument("cursor", "lies behind the end of the log"))
+        elif news.is_lost:
+            self._give_up(watch, InvalidArgument("cursor", "is of changes that a restore undid"))
         else:
             watch.give(news, asked.limit)
 

@@ -1,7 +1,7 @@
 """Who was erased, kept in S3 as well: a restored backup of the database does not know it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, NoReturn
 
 import structlog
@@ -28,7 +28,17 @@ _PAUSE_SECONDS: Final = 2.0
 class ErasureArchive:
     """Puts signed words into S3, and has the users that they name erased again."""
 
-    def __init__(self, store: ErasureStore, blobs: Blobs, signer: Signer, keys: Keys) -> None:
+    def __init__(
+        self,
+        store: ErasureStore,
+        blobs: Blobs,
+        signer: Signer,
+        keys: Keys,
+        *,
+        copies: Sequence[Blobs] = (),
+    ) -> None:
+        """Keep words in a bucket, and in others that outlive it."""
+        self._copies = copies
         self._store = store
         self._blobs = blobs
         self._signer = signer
@@ -52,7 +62,8 @@ class ErasureArchive:
         """
         for erasure in await self._store.unarchived(_AT_ONCE):
             word = words.sign_word(erasure, await self._signer())
-            await self._blobs.put_new(words.object_key(erasure), word.encode())
+            for blobs in (self._blobs, *self._copies):
+                await blobs.put_new(words.object_key(erasure), word.encode())
             await self._store.note_archived(erasure)
 
     async def erase_again(self) -> int:

@@ -43,6 +43,7 @@ from server.processes.parts import (
     Application,
     known_ended_grants,
     open_blobs,
+    open_copies,
     open_databases,
     open_kms,
     open_toll,
@@ -113,7 +114,11 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     erased = ErasedUsers(system)
     erasures = ErasureStore(system, patience(settings))
     erasure_archive = ErasureArchive(
-        erasures, open_blobs(settings), audit_keys.signer, audit_keys.known
+        erasures,
+        open_blobs(settings),
+        audit_keys.signer,
+        audit_keys.known,
+        copies=open_copies(settings),
     )
     privacy = PrivacyService(
         erasures,

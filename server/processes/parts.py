@@ -12,7 +12,7 @@ from server.auth.keyring import Keyring
 from server.billing.store import BillingStore
 from server.billing.toll import Toll
 from server.blobs import Blobs
-from server.cache import open_cache
+from server.cache import Redis, open_cache
 from server.database import Database, SystemDatabase, open_pool
 from server.erased import ErasedUsers
 from server.grants import EndedGrants
@@ -22,7 +22,7 @@ from server.kms.vault import Vault, open_vault
 from server.metrics import Reading, watch_pool
 from server.privacy.erasure_store import Patience
 from server.rpc.serving import channel_to_peers
-from server.settings import Settings
+from server.settings import BackupBucketSettings, BackupSettings, KmsSettings, Settings
 from server.tokens import RemoteKeys
 
 _SESSION_PART = 0.8
@@ -98,7 +98,7 @@ async def known_ended_grants(system: SystemDatabase) -> EndedGrants:
     return ended
 
 
-async def open_kms(settings: Settings, stack: AsyncExitStack) -> Kms:
+async def open_kms(settings: KmsSettings, stack: AsyncExitStack) -> Kms:
     """Return what wraps data keys: a file's keys, or Vault's."""
     if settings.kms == "vault":
         vault = Vault(
@@ -113,7 +113,7 @@ async def open_kms(settings: Settings, stack: AsyncExitStack) -> Kms:
     return LocalKms(settings.master_key_file)
 
 
-def open_blobs(settings: Settings) -> Blobs:
+def open_blobs(settings: Settings | BackupSettings) -> Blobs:
     """Return the bucket of attachments, transcripts and archives."""
     return Blobs.open(
         endpoint=settings.s3_endpoint,
@@ -125,13 +125,37 @@ def open_blobs(settings: Settings) -> Blobs:
     )
 
 
+def open_copies(settings: Settings) -> list[Blobs]:
+    """Return the bucket of backups, if services are to tell it who is erased."""
+    if not settings.backup_s3_endpoint:
+        return []
+    return [open_backup_bucket(settings)]
+
+
+def open_backup_bucket(settings: Settings | BackupBucketSettings) -> Blobs:
+    """Return the bucket of backups."""
+    return Blobs.open(
+        endpoint=settings.backup_s3_endpoint,
+        access_key=settings.backup_s3_access_key.get_secret_value(),
+        secret_key=settings.backup_s3_secret_key.get_secret_value(),
+        region=settings.backup_s3_region,
+        secure=settings.backup_s3_secure,
+        bucket=settings.backup_s3_bucket,
+    )
+
+
+def open_redis(settings: Settings, stack: AsyncExitStack) -> Redis:
+    """Return Valkey; it is closed with the stack."""
+    redis = open_cache(settings.redis_url.get_secret_value())
+    stack.push_async_callback(redis.aclose)
+    return redis
+
+
 def open_toll(settings: Settings, stack: AsyncExitStack, system: SystemDatabase) -> Toll | None:
     """Return how fast users may call; None where settings set no limit."""
     if not settings.rate_limit_scale:
         return None
-    redis = open_cache(settings.redis_url.get_secret_value())
-    stack.push_async_callback(redis.aclose)
-    return Toll(redis, BillingStore(system), scale=settings.rate_limit_scale)
+    return Toll(open_redis(settings, stack), BillingStore(system), scale=settings.rate_limit_scale)
 
 
 def patience(settings: Settings) -> Patience:

@@ -79,7 +79,7 @@ class AuditLog:
         testimony = await self._archive.testimony(tenant_id)
         await self.seal()
         end = await self._store.end(tenant_id)
-        reached, by_itself = await self._examine(tenant_id, end)
+        reached, by_itself = await examine(self._store, tenant_id, end, self._page)
         by_checkpoints = await self._archive.compare(
             tenant_id, testimony, reached=reached.position, is_whole=by_itself is None
         )
@@ -97,30 +97,36 @@ class AuditLog:
             tenant_id, after=min(after, _FOR_EVER), until=_FOR_EVER, limit=limit
         )
 
-    async def _examine(self, tenant_id: UUID, end: End) -> tuple[Head, Break | None]:
-        """Compare the log with what PostgreSQL itself says of it."""
-        reached, broken = await self._walk(tenant_id, end)
-        if broken is None:
-            broken = chain.compare_end(reached, end.recorded, end.last_position)
-        if broken is None and (place := await self._store.find_inserted(tenant_id)) is not None:
-            broken = Break(place, chain.EVENT_INSERTED)
-        return reached, broken
 
-    async def _walk(self, tenant_id: UUID, end: End) -> tuple[Head, Break | None]:
-        """Walk to the recorded end, a page at a time."""
-        here = Walk(chain.start(tenant_id))
-        while here.head.position < end.recorded.position:
-            page = await self._store.links(
-                tenant_id,
-                after=here.head.position,
-                until=end.recorded.position,
-                limit=self._page + 1,
-            )
-            if not page:
-                break
-            beyond = page[self._page] if len(page) > self._page else None
-            there = chain.walk(here, page[: self._page], beyond)
-            if isinstance(there, Break):
-                return here.head, there
-            here = there
-        return here.head, None
+async def examine(
+    store: AuditStore, tenant_id: UUID, end: End, size: int = _BATCH
+) -> tuple[Head, Break | None]:
+    """Compare a log with what PostgreSQL itself says of it, so many events at a time."""
+    reached, broken = await _walk(store, tenant_id, end, size)
+    if broken is None:
+        broken = chain.compare_end(reached, end.recorded, end.last_position)
+    if broken is None and (place := await store.find_inserted(tenant_id)) is not None:
+        broken = Break(place, chain.EVENT_INSERTED)
+    return reached, broken
+
+
+async def _walk(
+    store: AuditStore, tenant_id: UUID, end: End, size: int
+) -> tuple[Head, Break | None]:
+    """Walk to the recorded end, a page at a time."""
+    here = Walk(chain.start(tenant_id))
+    while here.head.position < end.recorded.position:
+        page = await store.links(
+            tenant_id,
+            after=here.head.position,
+            until=end.recorded.position,
+            limit=size + 1,
+        )
+        if not page:
+            break
+        beyond = page[size] if len(page) > size else None
+        there = chain.walk(here, page[:size], beyond)
+        if isinstance(there, Break):
+            return here.head, there
+        here = there
+    return here.head, None

@@ -112,7 +112,7 @@ class AuditStore:
                   FROM audit_events AS event, audit_cursor AS cursor
                  WHERE event.tenant_id = $1
                    AND ((event.xid, event.id) <= (cursor.xid, cursor.event_id)
-                        OR event.xid >= pg_snapshot_xmax(pg_current_snapshot()))
+                        OR event.xid >= transactions_begun())
                    AND NOT EXISTS (SELECT FROM audit_links AS link WHERE link.event_id = event.id)
                  ORDER BY event.xid, event.id
                  LIMIT 1
@@ -136,7 +136,7 @@ async def _unchained(connection: Connection, limit: int) -> Sequence[Event]:
         SELECT id, tenant_id, user_id, actor, action, resource, event_time, xid
           FROM audit_events
          WHERE (xid, id) > ($1, $2)
-           AND xid < pg_snapshot_xmin(pg_current_snapshot())
+           AND xid < transactions_ended()
          ORDER BY xid, id
          LIMIT $3
         """,

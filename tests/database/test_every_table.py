@@ -52,6 +52,7 @@ BEHIND_WALLS: Final = frozenset(
 WITHOUT_OWNER: Final[Mapping[str, str]] = {
     "audit_cursor": "how far the chain of all tenants is: a number and an id",
     "audit_keys": "keys of the mesh, wrapped",
+    "backup_runs": "backups of everybody, as numbers",
     "log_in_attempts": "how often somebody guessed, at emails with or without an account",
     "mails": "who is to be written to, with or without an account",
     "plans": "a price list, open to all",

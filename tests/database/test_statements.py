@@ -19,6 +19,7 @@ TENANT: Final = "system role: all of one tenant, for those who run it"
 ONE: Final = "system role: one user, whose tenant does not matter"
 RUN: Final = "system role: a run is of one user or of all, and its id or fence says which"
 ALL: Final = "system role: counts for Prometheus, of everybody together"
+BACKUP: Final = "backups are of everybody: made and restored by roles that no caller reaches"
 SESSION: Final = "system role: the session was found by its token, before anybody is known"
 
 ELSEWHERE: Final[Mapping[str, str]] = {
@@ -52,6 +53,12 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "erased.refresh": "system role: whose tokens open nothing, whoever shows one",
     "privacy.erasing._condition": "a part of a statement: a user by the email that they have",
     "privacy.erasure_store.note_archived": "system role: one erasure, by its id",
+    "backup.restoring.-": BACKUP,
+    "backup.snapshot.checkpoints": BACKUP,
+    "backup.snapshot.nearest": ONE,
+    "backup.snapshot.nearest_by_graph": BACKUP,
+    "backup.snapshot.probes": BACKUP,
+    "processes.backups._check_logs": BACKUP,
     "enqueue._unfinished": "a unique key says whose job it is",
     "jobs.queue.-": QUEUE,
     "jobs.queue._complete": QUEUE,

@@ -58,7 +58,7 @@ def test_every_command_of_the_manifests_starts_in_the_image(image: Path) -> None
         for container in manifests.containers
         if "kimberly" in container.spec["image"]
     }
-    assert len(commands) == 8
+    assert len(commands) == 11
     for command in commands:
         started = run(image, *command)
         # EX_CONFIG: it looked for its settings, so all of it was imported.

@@ -13,17 +13,19 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from pyrage import x25519
 from typer.testing import CliRunner
 
 from deploy import rendering, secrets
 from deploy.__main__ import app
 from local.servers import KEY_PREFIX, VALKEY_USER
 from server.kms.local import LocalKms
-from server.provision import APPLICATION, OWNER, SYSTEM, Role
+from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM, Role
 
 SOPS = rendering.TOOLS / "sops"
 pytestmark = pytest.mark.skipif(not SOPS.exists(), reason="make build/deploy/installed brings sops")
 
+BUCKET_KEYS = ("access-key", "secret-key", "erasures-access-key", "erasures-secret-key")
 # Keys of nobody: they open what these tests encrypt and nothing else.
 ANN = "age1u654jw2y8tuq3lh45dr799r6jjyetsc7vsqack9608sx3pvtnseq58y2uy"
 BOB = "age1fdn026yp4a04ttpq8qp04wdp52n03l0clmw5tdne9npgrn9anvzsgtn28f"
@@ -52,6 +54,7 @@ def test_what_was_never_filled_in_is_said(directory: Path) -> None:
     assert [each.split(" ")[1] for each in said] == [
         "s3/access-key",
         "s3/secret-key",
+        *(f"backup/{key}" for key in BUCKET_KEYS),
         "dns/api-token",
     ]
 
@@ -68,7 +71,7 @@ def test_what_others_can_read_is_said(
 ) -> None:
     file = directory / "staging.enc.yaml"
     secrets.encrypt(secrets.new_values("staging"), file, [ANN], SOPS)
-    assert len(list(secrets.problems_of(directory))) == 1
+    assert len(list(secrets.problems_of(directory))) == 1 + len(BUCKET_KEYS)
     file.write_text(change(file.read_text()))
     assert any(said in each for each in secrets.problems_of(directory))
 
@@ -90,7 +93,13 @@ def test_a_key_or_a_plain_secret_anywhere_is_said(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     said = list(secrets.plain(sorted(tmp_path.iterdir())))
-    assert [Path(each.split(":")[0]).name for each in said] == ["key.txt", "secret.yaml", "tls.pem"]
+    assert [Path(each.split(":")[0]).name for each in said] == [
+        "key.txt",
+        # It is one, and holds the key that opens backups.
+        "secret.yaml",
+        "secret.yaml",
+        "tls.pem",
+    ]
 
 
 def new_key(file: Path) -> str:
@@ -141,10 +150,26 @@ def test_the_passwords_of_the_database_change_together() -> None:
     values = secrets.new_values("staging")
     rotated = secrets.rotated(values, "database")
     changed = {name for name in values if values[name] != rotated[name]}
-    assert changed == {"database", "database-owner", "database-superuser"}
+    assert changed == {"backup", "database", "database-owner", "database-superuser"}
+    backup = rotated["backup"]
+    assert backup["database-url"] != values["backup"]["database-url"]
+    assert backup["recipients"] == values["backup"]["recipients"]
     superuser = rotated["database-superuser"]["password"]
     assert rotated["database-owner"]["superuser-password"] == superuser
     assert f":{superuser}@" in rotated["database-owner"]["superuser-url"]
+
+
+def test_a_new_key_of_backups_stands_below_the_old_one_and_the_next_is_sealed_for_it() -> None:
+    values = secrets.new_values("staging")
+    rotated = secrets.rotated(values, "backup-identity")
+    assert {name for name in values if values[name] != rotated[name]} == {
+        "backup",
+        "backup-identity",
+    }
+    old, new = rotated["backup-identity"]["identity"].splitlines()
+    assert values["backup-identity"]["identity"] == f"{old}\n"
+    assert rotated["backup"]["recipients"] == str(x25519.Identity.from_str(new).to_public())
+    assert rotated["backup"]["database-url"] == values["backup"]["database-url"]
 
 
 def test_what_is_not_ours_is_not_rotated() -> None:
@@ -158,6 +183,7 @@ def test_the_urls_name_the_roles_that_migrations_know() -> None:
         (values["database"]["application-url"], APPLICATION),
         (values["database"]["system-url"], SYSTEM),
         (values["database-owner"]["owner-url"], OWNER),
+        (values["backup"]["database-url"], BACKUP),
     ):
         assert Role.of_url(url, role).password
 

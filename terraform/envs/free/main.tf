@@ -87,6 +87,20 @@ module "objects" {
   region         = var.tenancy.region
 }
 
+variable "backup_user_id" {
+  description = "OCID of the user that backups are to the object store: another one than the services."
+  type        = string
+}
+
+module "backups" {
+  source            = "../../modules/objectstore"
+  compartment_id    = var.tenancy.compartment_id
+  user_id           = var.backup_user_id
+  region            = var.tenancy.region
+  bucket            = "kimberly-backups"
+  old_versions_days = 30
+}
+
 module "name" {
   source    = "../../modules/dns"
   zone_id   = var.zone_id
@@ -112,5 +126,16 @@ output "s3_access_key" {
 output "s3_secret_key" {
   description = "For secrets/free.enc.yaml."
   value       = module.objects.secret_key
+  sensitive   = true
+}
+
+output "backup_access_key" {
+  description = "For backup/access-key of secrets/free.enc.yaml."
+  value       = module.backups.access_key
+}
+
+output "backup_secret_key" {
+  description = "For backup/secret-key of secrets/free.enc.yaml."
+  value       = module.backups.secret_key
   sensitive   = true
 }

@@ -1,4 +1,5 @@
-# The bucket for attachments, transcripts and audit checkpoints, spoken to by its S3 interface.
+# A bucket that is spoken to by its S3 interface: for attachments, transcripts and audit checkpoints,
+# or for backups.
 
 terraform {
   required_version = ">= 1.6"
@@ -28,6 +29,16 @@ variable "bucket" {
   default     = "kimberly"
 }
 
+variable "old_versions_days" {
+  description = "For how long versions are kept that were replaced or deleted; null: for ever."
+  type        = number
+  default     = null
+  validation {
+    condition     = var.old_versions_days == null ? true : var.old_versions_days >= 7
+    error_message = "Within a week somebody has to notice what was deleted."
+  }
+}
+
 data "oci_objectstorage_namespace" "mine" {
   compartment_id = var.compartment_id
 }
@@ -40,10 +51,45 @@ resource "oci_objectstorage_bucket" "mesh" {
   versioning     = "Enabled"
 }
 
+# Oracle's own service deletes, if it may.
+resource "oci_identity_policy" "lifecycle" {
+  count          = var.old_versions_days == null ? 0 : 1
+  compartment_id = var.compartment_id
+  name           = "${var.bucket}-lifecycle"
+  description    = "Lets old versions of ${var.bucket} go."
+  statements = [
+    "Allow service objectstorage-${var.region} to manage object-family in compartment id ${var.compartment_id}",
+  ]
+}
+
+# By version and not by age: a backup of today names objects that were written a year ago.
+resource "oci_objectstorage_object_lifecycle_policy" "old_versions" {
+  count      = var.old_versions_days == null ? 0 : 1
+  namespace  = data.oci_objectstorage_namespace.mine.namespace
+  bucket     = oci_objectstorage_bucket.mesh.name
+  depends_on = [oci_identity_policy.lifecycle]
+  rules {
+    name        = "old-versions"
+    action      = "DELETE"
+    is_enabled  = true
+    target      = "previous-object-versions"
+    time_amount = var.old_versions_days
+    time_unit   = "DAYS"
+  }
+  rules {
+    name        = "unfinished-uploads"
+    action      = "ABORT"
+    is_enabled  = true
+    target      = "multipart-uploads"
+    time_amount = 2
+    time_unit   = "DAYS"
+  }
+}
+
 # What S3 calls an access key. Its secret half is in Terraform's state: keep that as one keeps keys.
 resource "oci_identity_customer_secret_key" "services" {
   user_id      = var.user_id
-  display_name = "kimberly services"
+  display_name = var.bucket
 }
 
 output "endpoint" {
