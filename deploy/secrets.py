@@ -24,7 +24,7 @@ Values = Mapping[str, Mapping[str, str]]
 """Values by the name of the secret and the key in it."""
 
 DIRECTORY: Final = CHECKOUT / "secrets"
-TO_BE_GIVEN: Final = {"dns": ("api-token",)}
+TO_BE_GIVEN: Final = {"dns": ("api-token",), "alerts": ("smtp-password",)}
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
 STORES_OUTSIDE: Final = ("free",)
 """Environments whose object store is not ours: its keys come from there."""

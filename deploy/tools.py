@@ -85,9 +85,9 @@ _OBSERVING: Final = (
     Tool(
         PROMETHEUS / "promtool",
         ("check", "config", "--syntax-only"),
-        "observability/prometheus*.yaml",
+        "observability/prometheus.yaml",
     ),
-    Tool(PROMETHEUS / "amtool", ("check-config",), "observability/alertmanager.yaml"),
+    Tool(PROMETHEUS / "amtool", ("check-config",), "observability/full/alertmanager.yaml"),
 )
 
 
