@@ -55,8 +55,10 @@ def render_command(
 @app.command("lint")
 def lint_command() -> None:
     """Check images, workflows, scripts and what observes, as far as that is done in seconds."""
-    found = [*observing.drifted(), *tools.run((*tools.FAST, *tools.observing()))]
-    _end(found, "images, workflows, scripts, rules", "delivery")
+    observing_tools = tools.observing()
+    found = [*observing.drifted(), *tools.run((*tools.FAST, *observing_tools))]
+    rules = "rules" if observing_tools else "without promtool, which Debian's package has"
+    _end(found, f"images, workflows, scripts, {rules}", "delivery")
 
 
 @app.command("observe")

@@ -55,7 +55,7 @@ def expectations() -> Iterator[tuple[str, bool]]:
 
 def verdict(file: Path) -> tuple[int, str]:
     """Return the status of promtool for a file of tests, and what it says."""
-    command = [PROMTOOL, "test", "rules", file]
+    command = [str(PROMTOOL), "test", "rules", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
@@ -212,7 +212,7 @@ def _selected(selector: str) -> bool:
 
 @needs_kustomize
 def test_every_command_of_the_runbooks_can_be_typed() -> None:
-    found = []
+    found: list[str] = []
     for line in commands():
         if line.startswith("kubectl"):
             found += problems_of(line)

@@ -188,7 +188,7 @@ def test_the_collector_may_read_logs_of_its_namespace_and_nothing_else() -> None
     ("severity", "receiver"), [("page", "on-call"), ("ticket", "team"), ("notice", "team")]
 )
 def test_an_alert_goes_to_whom_its_severity_says(severity: str, receiver: str) -> None:
-    command = [AMTOOL, "config", "routes", "test", "--config.file", ALERTMANAGER]
+    command = [str(AMTOOL), "config", "routes", "test", "--config.file", str(ALERTMANAGER)]
     labels = ["alertname=QueueOld", f"severity={severity}"]
     done = subprocess.run([*command, *labels], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == receiver
@@ -199,8 +199,8 @@ def test_an_alert_goes_to_whom_its_severity_says(severity: str, receiver: str) -
 )
 def test_alertmanager_and_prometheus_take_their_files() -> None:
     for command in (
-        [AMTOOL, "check-config", ALERTMANAGER],
-        [PROMTOOL, "check", "config", "--syntax-only", OBSERVABILITY / "prometheus.yaml"],
+        [str(AMTOOL), "check-config", str(ALERTMANAGER)],
+        [str(PROMTOOL), "check", "config", "--syntax-only", str(OBSERVABILITY / "prometheus.yaml")],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -185,7 +185,7 @@ def run(directory: Path, slo: Slo, pair: Pair, rules: str) -> str:
         "tests": [unit_test(slo, pair, each) for each in SCENES],
     }
     (directory / f"{name}.yaml").write_text(yaml.safe_dump(tests))
-    command = [PROMTOOL, "test", "rules", directory / f"{name}.yaml"]
+    command = [str(PROMTOOL), "test", "rules", str(directory / f"{name}.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{name}:\n{done.stderr}" if done.returncode else ""
 
@@ -203,7 +203,9 @@ def test_what_is_generated_is_what_is_described() -> None:
 def test_each_pair_of_windows_fires_when_its_budget_burns_and_only_then(tmp_path: Path) -> None:
     pairs = [(slo, pair) for slo in SLOS for pair in slo.pairs]
     with ThreadPoolExecutor(2) as threads:
-        told = threads.map(lambda each: run(tmp_path, *each, slos.rules((each[0],))), pairs)
+        told = threads.map(
+            lambda each: run(tmp_path, each[0], each[1], slos.rules((each[0],))), pairs
+        )
         assert [each for each in told if each] == []
 
 
