@@ -26,6 +26,8 @@ Values = Mapping[str, Mapping[str, str]]
 DIRECTORY: Final = CHECKOUT / "secrets"
 TO_BE_GIVEN: Final = {"dns": ("api-token",), "alerts": ("smtp-password",)}
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
+TELLING_NOBODY: Final = ("free", "local")
+"""Environments without Alertmanager, which would mail alerts."""
 STORES_OUTSIDE: Final = ("free",)
 """Environments whose object store is not ours: its keys come from there."""
 _SUPERUSER: Final = "postgres"
@@ -72,7 +74,10 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
     }
     if environment in STORES_OUTSIDE:
         made["s3"] = {"access-key": "", "secret-key": ""}
-    return made | {name: dict.fromkeys(keys, "") for name, keys in TO_BE_GIVEN.items()}
+    given = {name: dict.fromkeys(keys, "") for name, keys in TO_BE_GIVEN.items()}
+    if environment in TELLING_NOBODY:
+        del given["alerts"]
+    return made | given
 
 
 def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:

@@ -64,9 +64,9 @@ SERIES = {
         "bad",
     ),
     "job-start": (
-        'jobs_start_delay_seconds_count{kind="memory.embed"}',
+        'jobs_start_delay_seconds_count{kind="memories.embed"}',
         "all",
-        'jobs_start_delay_seconds_bucket{kind="memory.embed",le="5.0"}',
+        'jobs_start_delay_seconds_bucket{kind="memories.embed",le="5.0"}',
         "good",
     ),
 }
