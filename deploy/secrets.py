@@ -26,10 +26,10 @@ Values = Mapping[str, Mapping[str, str]]
 DIRECTORY: Final = CHECKOUT / "secrets"
 TO_BE_GIVEN: Final = {"dns": ("api-token",), "alerts": ("smtp-password",)}
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
-TELLING_NOBODY: Final = ("free", "local")
-"""Environments without Alertmanager, which would mail alerts."""
 STORES_OUTSIDE: Final = ("free",)
 """Environments whose object store is not ours: its keys come from there."""
+TELLING_NOBODY: Final = ("free", "local")
+"""Environments without Alertmanager, which would mail alerts."""
 _SUPERUSER: Final = "postgres"
 _REDIS_USER: Final = "mesh"
 _ENCRYPTED: Final = "^(data|stringData)$"
