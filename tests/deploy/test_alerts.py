@@ -201,8 +201,17 @@ def _unknown(line: str, words: list[str]) -> Iterator[str]:
             yield f"{line}: there is no {word}"
         if word in KINDS and words[at + 1] not in named(KINDS[word]):
             yield f"{line}: there is no {word} {words[at + 1]}"
+        if word == "-c" and words[at + 1] not in _containers(words):
+            yield f"{line}: has no container {words[at + 1]}"
         if word == "-l" and not _selected(words[at + 1]):
             yield f"{line}: {words[at + 1]} selects nothing"
+
+
+def _containers(words: list[str]) -> set[str]:
+    """Return the containers of the pods that a command names, such as deployment/memory."""
+    owners = {word.lower() for word in words}
+    pods = [pod for each in rendered() for pod in each.pods if pod.name.lower() in owners]
+    return {container.spec["name"] for pod in pods for container in pod.containers}
 
 
 def _selected(selector: str) -> bool:
@@ -228,6 +237,7 @@ def test_every_command_of_the_runbooks_can_be_typed() -> None:
         "kubectl -n kimberly logs deployment/scorer",
         "kubectl -n kimberly describe certificate identity-scorer",
         "kubectl -n kimberly get pods -l app.kubernetes.io/name=scorer",
+        "kubectl -n kimberly logs deployment/memory -c proxy",
         "kubectl -n kimberly delete pods",
         "kubectl get pods",
         "kubectl -n kimberly exec deployment/auth -c app -- python3 -m server score",
