@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deploy import images, rendering, secrets, tools
+from deploy import images, observing, rendering, secrets, tools
 from deploy.gate import Refused, watch
 from deploy.invariants import problems, unpinned
 from deploy.manifests import Manifests
@@ -54,9 +54,17 @@ def render_command(
 
 @app.command("lint")
 def lint_command() -> None:
-    """Check images, workflows, scripts and Terraform, as far as that is done in seconds."""
-    found = list(tools.run(tools.FAST))
-    _end(found, "images, workflows, scripts", "delivery")
+    """Check images, workflows, scripts and what observes, as far as that is done in seconds."""
+    observing_tools = tools.observing()
+    found = [*observing.drifted(), *tools.run((*tools.FAST, *observing_tools))]
+    rules = "rules" if observing_tools else "without promtool, which Debian's package has"
+    _end(found, f"images, workflows, scripts, {rules}", "delivery")
+
+
+@app.command("observe")
+def observe_command() -> None:
+    """Make rules and dashboards anew from what describes them."""
+    observing.write()
 
 
 @app.command("policies")

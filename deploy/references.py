@@ -123,12 +123,15 @@ def _unresolved_variables(
 
 
 def _unresolved_volumes(manifests: Manifests, pod: Pod, given: Values) -> Iterator[str]:
-    known = _secrets(manifests, given)
+    known, maps = _secrets(manifests, given), manifests.named("ConfigMap")
     for volume in pod.volumes.values():
         if "secret" in volume:
             secret = volume["secret"]
             keys = tuple(item["key"] for item in secret.get("items", ()))
             yield from _missing(pod.name, secret["secretName"], keys, known)
+        name = volume.get("configMap", {}).get("name")
+        if name and name not in maps:
+            yield f"{pod.name}: there is no ConfigMap {name}"
 
 
 def _missing(

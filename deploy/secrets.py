@@ -25,12 +25,14 @@ Values = Mapping[str, Mapping[str, str]]
 """Values by the name of the secret and the key in it."""
 
 DIRECTORY: Final = CHECKOUT / "secrets"
-TO_BE_GIVEN: Final = {"dns": ("api-token",)}
+TO_BE_GIVEN: Final = {"dns": ("api-token",), "alerts": ("smtp-password",)}
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
 BACKUPS_INSIDE: Final = ("local",)
 """Environments whose backups lie in their own object store: to try things out."""
 STORES_OUTSIDE: Final = ("free",)
 """Environments whose object store is not ours: its keys come from there."""
+TELLING_NOBODY: Final = ("free", "local")
+"""Environments without Alertmanager, which would mail alerts."""
 _SUPERUSER: Final = "postgres"
 _REDIS_USER: Final = "mesh"
 _ENCRYPTED: Final = "^(data|stringData)$"
@@ -79,7 +81,10 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
             made["backup"] |= {f"{whose}access-key": access_key, f"{whose}secret-key": secret_key}
     if environment in STORES_OUTSIDE:
         made["s3"] = {"access-key": "", "secret-key": ""}
-    return made | {name: dict.fromkeys(keys, "") for name, keys in TO_BE_GIVEN.items()}
+    given = {name: dict.fromkeys(keys, "") for name, keys in TO_BE_GIVEN.items()}
+    if environment in TELLING_NOBODY:
+        del given["alerts"]
+    return made | given
 
 
 def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:

@@ -10,6 +10,7 @@ from deploy.rendering import EVERY_DOCUMENT, TOOLS
 from local.layout import CHECKOUT
 
 POLICIES: Final = CHECKOUT / "build" / "policies" / "bin"
+PROMETHEUS: Final = CHECKOUT / "build" / "prometheus" / "usr" / "bin"
 _WORKFLOWS: Final = ".github/workflows"
 
 
@@ -73,6 +74,26 @@ SLOW: Final = (
         ),
     ),
 )
+
+
+_OBSERVING: Final = (
+    Tool(
+        PROMETHEUS / "promtool",
+        ("check", "rules", "--lint=all", "--lint-fatal"),
+        "observability/rules/*.yaml",
+    ),
+    Tool(
+        PROMETHEUS / "promtool",
+        ("check", "config", "--syntax-only"),
+        "observability/prometheus.yaml",
+    ),
+    Tool(PROMETHEUS / "amtool", ("check-config",), "observability/full/alertmanager.yaml"),
+)
+
+
+def observing() -> tuple[Tool, ...]:
+    """Return what looks at rules and configurations; nothing where Debian's packages are not."""
+    return tuple(tool for tool in _OBSERVING if tool.program.exists())
 
 
 def run(tools: Sequence[Tool]) -> Iterator[str]:

@@ -1,13 +1,22 @@
 """A release goes on when nothing pages, and stops when something does or nobody can tell."""
 
 import json
+import shutil
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import httpx
 import pytest
 
-from deploy.gate import Refused, watch
+from deploy import tools
+from deploy.gate import Refused, paging, watch
+from deploy.slos import RULES
 
 FIRING = {"metric": {"alertname": "QueryLatencyBudgetBurns"}, "value": [0, "1"]}
 
@@ -16,9 +25,13 @@ class Prometheus(BaseHTTPRequestHandler):
     """Answers one question after the other with the next answer; the last one stays."""
 
     answers: list[bytes]
+    rules: bytes
 
     def do_GET(self) -> None:
-        body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if self.path.startswith("/api/v1/rules"):
+            body = self.rules
+        else:
+            body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -30,6 +43,7 @@ class Prometheus(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def prometheus() -> Iterator[str]:
+    Prometheus.rules = rules()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Prometheus)
     threading.Thread(target=server.serve_forever).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -39,6 +53,15 @@ def prometheus() -> Iterator[str]:
 
 def answer(*alerts: object) -> bytes:
     return json.dumps({"data": {"result": alerts}}).encode()
+
+
+def rules(*, without: str = "", health: str = "ok") -> bytes:
+    known = [
+        {"name": name, "labels": {"windows": windows}, "health": health}
+        for name, windows in paging()
+        if name != without
+    ]
+    return json.dumps({"data": {"groups": [{"rules": known}]}}).encode()
 
 
 def test_a_quiet_time_lets_a_release_go_on(prometheus: str) -> None:
@@ -62,3 +85,81 @@ def test_no_news_is_no_good_news(prometheus: str, said: bytes) -> None:
 def test_a_prometheus_that_is_away_stops_it() -> None:
     with pytest.raises(Refused, match="does not tell"):
         watch("http://127.0.0.1:1", seconds=0)
+
+
+@pytest.mark.parametrize("known", [rules(without="QueryLatencyBudgetBurns"), rules(health="err")])
+def test_an_alert_that_nobody_evaluates_stops_it(prometheus: str, known: bytes) -> None:
+    """Quiet it is then, and means nothing."""
+    Prometheus.answers, Prometheus.rules = [answer()], known
+    with pytest.raises(Refused, match=r"not watched: .*QueryLatencyBudgetBurns"):
+        watch(prometheus, seconds=0.1, every_seconds=0.05)
+
+
+# --- with a real Prometheus --------------------------------------------------------------------
+
+
+@contextmanager
+def real(directory: Path) -> Iterator[str]:
+    """Run a Prometheus with the rules that lie in the directory, evaluated every second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    config = {"global": {"evaluation_interval": "1s"}, "rule_files": ["rules/*.yaml"]}
+    (directory / "prometheus.yaml").write_text(json.dumps(config))
+    with (directory / "log").open("wb") as log:
+        child = subprocess.Popen(
+            [
+                tools.PROMETHEUS / "prometheus",
+                f"--config.file={directory / 'prometheus.yaml'}",
+                f"--storage.tsdb.path={directory / 'data'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + 30
+        while not is_ready(f"http://{address}"):
+            assert time.monotonic() < deadline, (directory / "log").read_text()
+            time.sleep(0.05)
+        yield f"http://{address}"
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def is_ready(prometheus: str) -> bool:
+    try:
+        return httpx.get(f"{prometheus}/-/ready").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+needs_prometheus = pytest.mark.skipif(
+    not (tools.PROMETHEUS / "prometheus").exists(),
+    reason="make build/prometheus/installed brings Prometheus, on Debian",
+)
+
+
+@needs_prometheus
+def test_a_real_prometheus_with_our_rules_lets_a_release_go_on(tmp_path: Path) -> None:
+    shutil.copytree(RULES, tmp_path / "rules")
+    with real(tmp_path) as prometheus:
+        assert watch(prometheus, seconds=5, every_seconds=0.5) >= 1
+
+
+@needs_prometheus
+def test_a_real_prometheus_without_them_does_not(tmp_path: Path) -> None:
+    (tmp_path / "rules").mkdir()
+    with real(tmp_path) as prometheus, pytest.raises(Refused, match="not watched"):
+        watch(prometheus, seconds=0.5, every_seconds=0.1)
+
+
+@needs_prometheus
+def test_a_real_prometheus_that_pages_stops_it(tmp_path: Path) -> None:
+    shutil.copytree(RULES, tmp_path / "rules")
+    alert = {"alert": "Lost", "expr": "vector(1)", "labels": {"severity": "page"}}
+    groups = {"groups": [{"name": "more", "rules": [alert]}]}
+    (tmp_path / "rules" / "more.yaml").write_text(json.dumps(groups))
+    with real(tmp_path) as prometheus, pytest.raises(Refused, match="firing: Lost"):
+        watch(prometheus, seconds=10, every_seconds=0.1)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -176,6 +177,13 @@ CHANGES: list[tuple[str, str, str, Change, str]] = [
         "the secret s3 has no access",
     ),
     (
+        "free",
+        "StatefulSet",
+        "prometheus",
+        lambda d: pod(d)["volumes"][0]["configMap"].update(name="prometheus"),
+        "there is no ConfigMap prometheus",
+    ),
+    (
         "prod",
         "ExternalSecret",
         "redis",
@@ -300,14 +308,14 @@ def test_what_is_not_pinned_is_refused_for_a_release(tmp_path: Any) -> None:
         image.startswith("ghcr.io/kimberly/kimberly:") for image in unpinned(rendered("prod"))
     )
     text = images.FILE.read_text()
-    for name in ("kimberly", "backup", "envoy", "postgres", "valkey", "seaweedfs"):
+    for name in re.findall(r"(?m)^- name: (\w+)$", text):
         text = images.pinned(text, name, DIGEST)
     # Once more, as the next release does.
     text = images.pinned(text, "kimberly", DIGEST)
-    for part in ("base", "components", "overlays"):
-        subprocess.run(["cp", "-r", CHECKOUT / "kustomize" / part, tmp_path / part], check=True)
-    (tmp_path / images.FILE.relative_to(rendering.KUSTOMIZE)).write_text(text)
-    manifests = Manifests.parse(render(tmp_path / "overlays" / "prod"))
+    for part in ("kustomize", "observability"):
+        subprocess.run(["cp", "-r", CHECKOUT / part, tmp_path / part], check=True)
+    (tmp_path / images.FILE.relative_to(CHECKOUT)).write_text(text)
+    manifests = Manifests.parse(render(tmp_path / "kustomize" / "overlays" / "prod"))
     assert unpinned(manifests) == []
     assert f"ghcr.io/kimberly/kimberly@{DIGEST}" in manifests.images
 
@@ -348,6 +356,7 @@ async def test_what_counts_the_queue_is_a_statement_of_our_schema(
 def test_the_values_of_secrets_are_what_the_manifests_expect() -> None:
     values = new_values("staging")
     assert {name for name, keys in values.items() if "" in keys.values()} == {
+        "alerts",
         "backup",
         "dns",
     }
