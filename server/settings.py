@@ -93,7 +93,8 @@ class Settings(BaseSettings):
     sweep_margin_seconds: int = Field(default=3600, ge=60)
     """What is younger may still be written: the sweep of the object store leaves it alone."""
     rate_limit_scale: float = Field(default=1.0, ge=0)
-    """How many times the calls of their plan users may make; 0: as many as they like."""
+    """How many times the calls of their plan users may make, and callers without a token those of
+    their address; 0: as many as they like."""
     export_days: int = Field(default=7, ge=1, le=90)
     """How long an export can be downloaded."""
     erasure_settle_seconds: int = Field(default=30, ge=0)

@@ -44,6 +44,7 @@ from server.processes.parts import (
     open_databases,
     open_kms,
     open_toll,
+    open_turnstile,
     patience,
 )
 from server.settings import Settings
@@ -145,6 +146,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             housekeeping.run,
             *delivery,
         ],
+        turnstile=open_turnstile(settings, stack),
     )
 
 

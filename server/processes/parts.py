@@ -23,6 +23,7 @@ from server.privacy.erasure_store import Patience
 from server.rpc.serving import channel_to_peers
 from server.settings import Settings
 from server.tokens import RemoteKeys
+from server.turnstile import Turnstile
 
 _SESSION_PART = 0.8
 """Part of the longest time of a stream after which a worker is asked to connect anew."""
@@ -49,6 +50,8 @@ class Application:
     """How fast users may call; None: as fast as they like."""
     loops: Sequence[Loop] = field(default_factory=list)
     """What runs beside the server until it stops, but for what keeps the above up to date."""
+    turnstile: Turnstile | None = None
+    """How fast callers without a token may call; None: as fast as they like."""
     announce_drain: Callable[[], None] = _nothing
     """Tells streams that live long to end."""
 
@@ -127,6 +130,15 @@ def open_toll(settings: Settings, stack: AsyncExitStack, system: SystemDatabase)
     redis = open_cache(settings.redis_url.get_secret_value())
     stack.push_async_callback(redis.aclose)
     return Toll(redis, BillingStore(system), scale=settings.rate_limit_scale)
+
+
+def open_turnstile(settings: Settings, stack: AsyncExitStack) -> Turnstile | None:
+    """Return how fast callers without a token may call; None where settings set no limit."""
+    if not settings.rate_limit_scale:
+        return None
+    redis = open_cache(settings.redis_url.get_secret_value())
+    stack.push_async_callback(redis.aclose)
+    return Turnstile(redis, scale=settings.rate_limit_scale)
 
 
 def patience(settings: Settings) -> Patience:
