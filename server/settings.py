@@ -59,9 +59,9 @@ class Settings(BaseSettings):
     vault_namespace: str = ""
     vault_ca_file: Path | None = None
     """Certificate authorities in PEM; unset: those that the system trusts."""
-    token_issuer: str
-    public_url: str = Field(default="", pattern=r"^(https://[^/?#@\s]+)?$")
-    """https://host:port of the edge, as standard clients are told of it. Unset: token_issuer."""
+    token_issuer: str = Field(pattern=r"^https://[^/?#@\s]+$")
+    """https://host:port of the edge: where standard clients look for what they are told of it, and
+    so the issuer that they expect (OpenID Connect Discovery 1.0, section 4.3)."""
     token_audience: str = "kimberly"  # noqa: S105 - the name of an audience
     trust_domain: str
     namespace: str

@@ -48,7 +48,6 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         hashing: Passwords,
         issuer: Issuer,
         *,
-        public_url: str,
         clock: Clock = utc_now,
     ) -> None:
         self._accounts = accounts
@@ -59,7 +58,6 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         self._keyring = keyring
         self._hashing = hashing
         self._issuer = issuer
-        self._public_url = public_url
         self._clock = clock
 
     async def SignUp(self, request: pb.SignUpRequest, context: Context) -> pb.SignUpResponse:

@@ -89,7 +89,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         keyring,
         hashing,
         Issuer(keyring, mint, session_lifetime, utc_now),
-        public_url=settings.public_url or settings.token_issuer,
     )
     ended = await known_ended_grants(system)
     members = MemberStore(system)
