@@ -7,7 +7,7 @@
 5. caller     who is calling, before anyone asks whether they may
 6. access     a method without a row is denied to everybody
 7. erased     whoever asked to be erased may do nothing that they might have done before
-8. toll       last: what is refused for another reason counts against no limit
+8. limits     last: what is refused for another reason counts against none
 """
 
 import asyncio
@@ -94,6 +94,8 @@ def chain(
         gate: Admits calls of users and counts them; None admits all.
         turnstile: Admits calls that carry no token; None admits all.
     """
+    strangers = (_Strangers(turnstile).admitted,) if turnstile else ()
+    users = (_Toll(gate).paid,) if gate else ()
     return (
         logged,
         answered,
@@ -102,7 +104,8 @@ def chain(
         _Caller(verifier).identified,
         _Access(worker_id).allowed,
         _Erased(erased).refused,
-        _Toll(gate, turnstile).paid,
+        *strangers,
+        *users,
     )
 
 
@@ -167,13 +170,11 @@ class _Place:
     def __init__(self, edge_id: str) -> None:
         self._edge_id = edge_id
 
-    @asynccontextmanager
-    async def located(self, call: Call) -> AsyncIterator[None]:
+    async def located(self, call: Call) -> None:
         header = call.metadata.get("x-forwarded-for")
         is_believed = isinstance(header, str) and workload_id(call) == self._edge_id
         # The edge appends what it saw itself.
         set_address(str(header).rpartition(",")[2].strip() if is_believed else "")
-        yield
 
 
 class _Caller:
@@ -235,19 +236,26 @@ class _Erased:
             raise AccountErased
 
 
-class _Toll:
-    """Has calls from outside admitted, and counts those of users that were served."""
+class _Strangers:
+    """Has calls from outside admitted that carry no token."""
 
-    def __init__(self, gate: Gate | None, turnstile: Turnstile | None) -> None:
-        self._gate = gate
+    def __init__(self, turnstile: Turnstile) -> None:
         self._turnstile = turnstile
+
+    async def admitted(self, call: Call) -> None:
+        if METHODS.get(call.method) is Access.ANYONE and (place := current_place()):
+            await self._turnstile.admit(place, call.method)
+
+
+class _Toll:
+    """Has calls of users admitted, and counts those that were served."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
 
     @asynccontextmanager
     async def paid(self, call: Call) -> AsyncIterator[None]:
-        access = METHODS.get(call.method)
-        if self._turnstile and access is Access.ANYONE and (place := current_place()):
-            await self._turnstile.admit(place, call.method)
-        if self._gate is None or access not in ROLES:
+        if METHODS.get(call.method) not in ROLES:
             yield
             return
         caller = current_caller()
