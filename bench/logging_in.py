@@ -169,7 +169,7 @@ def rank_sum_z(one: list[float], other: list[float]) -> float:
 # --- being known -------------------------------------------------------------------------------
 
 
-class _Keys:
+class OneKey:
     """One key, which never changes."""
 
     def __init__(self, key: ECKey) -> None:
@@ -183,7 +183,7 @@ async def _checks() -> list[Row]:
     key = ECKey.generate_key("P-256", auto_kid=True)
     mint = Mint("https://bench", "bench", timedelta(minutes=10))
     ended = {ids.new_id() for _ in range(10_000)}
-    verifier = TokenVerifier(_Keys(key), issuer="https://bench", audience="bench", ended=ended)
+    verifier = TokenVerifier(OneKey(key), issuer="https://bench", audience="bench", ended=ended)
     caller, now = Caller(ids.new_id(), ids.new_id()), utc_now()
     tokens = [
         mint.make(

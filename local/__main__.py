@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from local import demo
+from local import demo, rotation
 from local.figures import figure_table
 from local.layout import CHECKOUT, Layout
 from local.lock import AlreadyRunningError, Identity, holder_of
@@ -24,6 +24,7 @@ from local.mesh import Mesh
 from local.processes import Process, ProcessFailedError, State, tail
 from local.prometheus import find_prometheus
 from local.table import table_now
+from server.access import EDGE
 
 REFRESHES_PER_SECOND = 4
 DETACH_SECONDS = 660.0
@@ -107,6 +108,52 @@ def status() -> None:
     console.print()
     console.print(_how_to_reach(mesh))
     raise typer.Exit(0 if mesh["ready"] else 1)
+
+
+@app.command("rotate-certificates")
+def rotate_certificates() -> None:
+    """Issue every certificate of the mesh anew, under traffic.
+
+    Returns when every Envoy that runs shows its own. No connection is cut: what is open goes on.
+    """
+    layout = Layout.default()
+    rotation.rotate_leaves(layout)
+    _tell_shown(layout)
+
+
+@app.command("rotate-authority")
+def rotate_authority(
+    step: Annotated[rotation.Step, typer.Argument(help="Take the steps in this order.")],
+) -> None:
+    """Let another authority take over, under traffic, in three steps.
+
+    publish: it is trusted beside the one that signs. Clients of the edge read the file that they
+    trust anew. sign: it signs. withdraw: the one before is trusted no more; whoever has a
+    certificate of it is out when their connection is 15 minutes old at the latest.
+    """
+    layout = Layout.default()
+    try:
+        rotation.rotate_authority(layout, step)
+    except FileNotFoundError:
+        _fail("No authority is published that could sign: publish comes first.")
+    _tell_shown(layout)
+
+
+def _tell_shown(layout: Layout) -> None:
+    mesh = _running(layout)
+    if mesh is None:
+        console.print("No mesh runs; the next one starts with the new certificates.")
+        return
+    envoys = [
+        name.removesuffix("-sidecar")
+        for name in mesh["processes"]
+        if name == EDGE or name.endswith("-sidecar")
+    ]
+    try:
+        asyncio.run(rotation.wait_shown(layout, envoys))
+    except TimeoutError:
+        _fail(f"Not every Envoy shows its new certificate; their logs are in {layout.logs}")
+    console.print(f"{len(envoys)} Envoys show new certificates.")
 
 
 @app.command("demo")

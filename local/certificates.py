@@ -5,16 +5,21 @@ An identity is a directory that Envoy watches:
     identity.json  trust.json          SDS resources; they name the files below and never change
     current -> gen-7                   swapped in one rename, so key, chain and CA are read together
     gen-7/tls.crt  tls.key  ca.crt     the same names that cert-manager mounts
+
+Another authority takes over in three steps, between which everybody gets time to notice: it is
+published beside the one that signs, it signs, and the one before is withdrawn. `ca.pem` holds what
+is trusted, and `ca.key` says which of them signs.
 """
 
 import contextlib
 import datetime as dt
+import fcntl
 import ipaddress
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -25,6 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 ROOT_LIFETIME = dt.timedelta(days=3650)
 LEAF_LIFETIME = dt.timedelta(hours=24)
+_ROOT_NAME = "Kimberly local authority"
 CLOCK_SKEW = dt.timedelta(minutes=5)
 """Certificates begin this much before they are made: the clocks of two machines differ."""
 
@@ -74,10 +80,8 @@ class KeyPair:
             OSError: a file is missing.
             ValueError: a file holds something else.
         """
-        private = serialization.load_pem_private_key(key.read_bytes(), password=None)
-        if not isinstance(private, ec.EllipticCurvePrivateKey):
-            raise ValueError(f"{key} holds no elliptic-curve key")  # noqa: TRY004 - the file is wrong
-        return cls(x509.load_pem_x509_certificate(certificate.read_bytes()), private)
+        leaf = x509.load_pem_x509_certificate(certificate.read_bytes())
+        return cls(leaf, _private_key(key))
 
 
 def make_root(
@@ -129,20 +133,56 @@ class Authority:
 
     directory: Path
     root: KeyPair
+    trusted: tuple[x509.Certificate, ...]
+    """The certificate of the root, and of who signs next or signed before."""
 
     @classmethod
     def open(cls, directory: Path, *, now: dt.datetime) -> "Authority":
-        """Return the authority kept in `directory`; make one if there is none or it is used up."""
+        """Return the authority kept in `directory`; make one if there is none or it is used up.
+
+        Raises:
+            ValueError: the key belongs to no certificate that is trusted.
+        """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        certificate, key = directory / "ca.pem", directory / "ca.key"
         with contextlib.suppress(FileNotFoundError):
-            root = KeyPair.read(certificate, key)
+            trusted = x509.load_pem_x509_certificates((directory / "ca.pem").read_bytes())
+            root = _pair(trusted, directory / "ca.key")
             if root.certificate.not_valid_after_utc > now + LEAF_LIFETIME:
-                return cls(directory, root)
-        root = make_root("Kimberly local authority", now=now)
-        _write(key, root.key_pem, mode=0o600)
-        _write(certificate, root.certificate_pem, mode=0o644)
-        return cls(directory, root)
+                return cls(directory, root, tuple(trusted))
+        root = make_root(_ROOT_NAME, now=now)
+        _write(directory / "ca.key", root.key_pem, mode=0o600)
+        _write(directory / "ca.pem", root.certificate_pem, mode=0o644)
+        return cls(directory, root, (root.certificate,))
+
+    # --- another root ---------------------------------------------------------------------------
+
+    def publish(self, *, now: dt.datetime) -> "Authority":
+        """Make the root that is to sign next, and trust it already."""
+        following = make_root(_ROOT_NAME, now=now)
+        _write(self.directory / "next.key", following.key_pem, mode=0o600)
+        return self._trust(self.root, following.certificate)
+
+    def sign(self) -> "Authority":
+        """Let the root that was published sign from now on.
+
+        Raises:
+            FileNotFoundError: none was published.
+        """
+        following = _pair(self.trusted, self.directory / "next.key")
+        (self.directory / "next.key").replace(self.directory / "ca.key")
+        return replace(self, root=following)
+
+    def withdraw(self) -> "Authority":
+        """Trust nothing any more but what the root signs."""
+        (self.directory / "next.key").unlink(missing_ok=True)
+        return self._trust(self.root)
+
+    def _trust(self, root: KeyPair, *others: x509.Certificate) -> "Authority":
+        trusted = (root.certificate, *others)
+        _write(self.bundle, _pem(trusted), mode=0o644)
+        return replace(self, trusted=trusted)
+
+    # --- identities -----------------------------------------------------------------------------
 
     @property
     def bundle(self) -> Path:
@@ -181,7 +221,7 @@ class Authority:
         return activate(
             self.identity(name),
             make_leaf(self.root, names, now=now, lifetime=lifetime),
-            trusted=(self.root.certificate,),
+            trusted=self.trusted,
         )
 
     def _is_good(self, name: str, names: Names, now: dt.datetime) -> bool:
@@ -192,7 +232,17 @@ class Authority:
             and leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             == x509.SubjectAlternativeName(names.alternatives())
             and _is_signed_by(leaf, self.root.certificate)
+            and (self.identity(name) / "current" / "ca.crt").read_bytes() == _pem(self.trusted)
         )
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes from changing an authority and its identities meanwhile."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def current(directory: Path) -> x509.Certificate | None:
@@ -215,10 +265,9 @@ def activate(directory: Path, leaf: KeyPair, *, trusted: Sequence[x509.Certifica
     number = max(_generations(directory), default=0) + 1
     generation = directory / f"gen-{number}"
     generation.mkdir(mode=0o700)
-    bundle = b"".join(each.public_bytes(serialization.Encoding.PEM) for each in trusted)
     _write(generation / "tls.crt", leaf.certificate_pem, mode=0o644)
     _write(generation / "tls.key", leaf.key_pem, mode=0o600)
-    _write(generation / "ca.crt", bundle, mode=0o644)
+    _write(generation / "ca.crt", _pem(trusted), mode=0o644)
     _swap(directory, generation)
     for old in _generations(directory):
         if old < number - 1:
@@ -248,6 +297,25 @@ def sds_resources(watched: Path, files: Path) -> dict[str, str]:
 def _sds(name: str, secret: dict[str, object]) -> str:
     kind = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
     return json.dumps({"resources": [{"@type": kind, "name": name, **secret}]}, indent=2)
+
+
+def _pem(certificates: Sequence[x509.Certificate]) -> bytes:
+    return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in certificates)
+
+
+def _pair(certificates: Sequence[x509.Certificate], file: Path) -> KeyPair:
+    key = _private_key(file)
+    for certificate in certificates:
+        if certificate.public_key() == key.public_key():
+            return KeyPair(certificate, key)
+    raise ValueError(f"{file} belongs to no certificate that is trusted")
+
+
+def _private_key(file: Path) -> ec.EllipticCurvePrivateKey:
+    private = serialization.load_pem_private_key(file.read_bytes(), password=None)
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ValueError(f"{file} holds no elliptic-curve key")  # noqa: TRY004 - the file is wrong
+    return private
 
 
 def _generations(directory: Path) -> list[int]:

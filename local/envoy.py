@@ -4,6 +4,7 @@ The same templates serve a local mesh and Kubernetes: whatever differs is a fiel
 Sidecar. What may be called, and by whom, differs nowhere and is therefore no field.
 """
 
+import base64
 import ipaddress
 import json
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import jinja2
 from google.api import annotations_pb2
+from google.protobuf.any_pb2 import Any
 from google.protobuf.descriptor_pb2 import FileDescriptorSet, MethodDescriptorProto
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from local.layout import CHECKOUT
 from local.processes import installed
@@ -143,7 +147,8 @@ class Domain:
 class Tokens:
     """Which access tokens are accepted."""
 
-    issuer: str = "https://auth.kimberly.local"
+    issuer: str
+    """https://host:port of the edge."""
     audience: str = "kimberly"
     longest_lifetime_seconds: int = 900
     clock_skew_seconds: int = 30
@@ -171,8 +176,10 @@ class Traces:
 class EdgeLimits:
     """What one edge process takes from the outside."""
 
-    calls_per_second_per_address: int = 20_000
-    calls_per_second_per_user: int = 5_000
+    calls_per_second_per_address: int = 2_000
+    calls_per_second_per_user: int = 1_000
+    retry_seconds: int = 1
+    """After how long a bucket is full again."""
     rest_body_bytes: int = 1 << 20
     rest_response_bytes: int = 4 << 20
     unary_seconds: int = 10
@@ -218,7 +225,7 @@ class Edge:
     """Identity directory with the certificate that clients see."""
     descriptor: Path = DESCRIPTOR_SET
     domain: Domain = Domain()
-    tokens: Tokens = Tokens()
+    tokens: Tokens
     host_names: tuple[str, ...] = ("localhost", "127.0.0.1")
     """Names by which clients may call; any other is answered 404."""
     health: Address | None = None
@@ -252,7 +259,7 @@ class Sidecar:
     sds: Path
     descriptor: Path = DESCRIPTOR_SET
     domain: Domain = Domain()
-    tokens: Tokens = Tokens()
+    tokens: Tokens
     limits: SidecarLimits = SidecarLimits()
     traces: Traces | None = None
     access_log: Path | None = None
@@ -371,6 +378,7 @@ def render_edge(edge: Edge, methods: tuple[Method, ...] | None = None) -> str:
         jwks=_jwks(methods),
         roles=_roles(),
         token_endpoint=_first_path(methods, TOKEN_METHOD),
+        rate_limited=_rate_limited(edge.limits.retry_seconds),
     )
 
 
@@ -430,6 +438,18 @@ def _jwks(methods: Iterable[Method]) -> str:
 
 def _first_path(methods: Iterable[Method], path: str) -> str:
     return next(method for method in methods if method.path == path).bindings[0].path
+
+
+def _rate_limited(retry_seconds: int) -> str:
+    """Return what gRPC callers over a limit of the edge are told beside the code, in base64."""
+    info = error_details_pb2.ErrorInfo(reason="RATE_LIMITED", domain="kimberly")
+    retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=retry_seconds))
+    status = status_pb2.Status(code=code_pb2.RESOURCE_EXHAUSTED)
+    for detail in (info, retry):
+        packed = Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return base64.b64encode(status.SerializeToString()).decode()
 
 
 def _template(name: str) -> jinja2.Template:

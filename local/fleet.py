@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from local import envoy, probes, prometheus
-from local.certificates import Authority, Names
+from local.certificates import Authority, Names, locked
 from local.layout import CHECKOUT, Layout
 from local.ports import LOOPBACK, Ports
 from local.postgres import APPLICATION, OWNER, SYSTEM
@@ -53,7 +53,17 @@ class Fleet:
     watcher: str | None = None
     """The Prometheus that remembers what is measured; None: nothing does."""
     domain: envoy.Domain = field(default_factory=envoy.Domain)
-    tokens: envoy.Tokens = field(default_factory=envoy.Tokens)
+    sidecar_limits: envoy.SidecarLimits = field(default_factory=envoy.SidecarLimits)
+
+    @property
+    def public_url(self) -> str:
+        """Where clients find the edge."""
+        return f"https://{LOOPBACK}:{self.ports[EDGE]}"
+
+    @property
+    def tokens(self) -> envoy.Tokens:
+        """Which access tokens are accepted: standard clients expect them from where they look."""
+        return envoy.Tokens(issuer=self.public_url)
 
     @property
     def sidecars(self) -> tuple[str, ...]:
@@ -73,11 +83,10 @@ class Fleet:
     def renew(self) -> None:
         """Issue the certificates that do not exist or have lived half their life."""
         now = dt.datetime.now(dt.UTC)
-        authority = Authority.open(self.layout.certificates, now=now)
-        for process in (EDGE, WORKER, *PROCESSES):
-            authority.ensure(process, Names(spiffe_id=self.domain.identity(process)), now=now)
-        public = Names(dns_names=("localhost",), addresses=(LOOPBACK,))
-        authority.ensure(PUBLIC, public, now=now)
+        with locked(self.layout.certificates):
+            authority = Authority.open(self.layout.certificates, now=now)
+            for name, names in identities(self.domain).items():
+                authority.ensure(name, names, now=now)
 
     # --- programs ------------------------------------------------------------------------------
 
@@ -113,7 +122,7 @@ class Fleet:
 
     def edge(self) -> Program:
         """Return the program of the edge."""
-        return self._envoy(EDGE, EDGE, f"https://{LOOPBACK}:{self.ports[EDGE]}")
+        return self._envoy(EDGE, EDGE, self.public_url)
 
     def metrics_urls(self) -> dict[str, list[str]]:
         """Return where Prometheus asks: for each process what it measures, then what Envoy does."""
@@ -208,7 +217,6 @@ class Fleet:
             # Plans are for many users of many machines: here one may ask for all that there is.
             "KIMBERLY_RATE_LIMIT_SCALE": "50",
             "KIMBERLY_MASTER_KEY_FILE": str(stores.secrets.path(MASTER_KEY)),
-            "KIMBERLY_PUBLIC_URL": f"https://{LOOPBACK}:{self.ports[EDGE]}",
             "KIMBERLY_MAIL_DIRECTORY": str(self.layout.mails),
             "KIMBERLY_TOKEN_ISSUER": self.tokens.issuer,
             "KIMBERLY_TOKEN_AUDIENCE": self.tokens.audience,
@@ -227,6 +235,10 @@ class Fleet:
             domain=self.domain,
             tokens=self.tokens,
             traces=_traces(),
+            # As for plans: here everybody has one address, and may ask for all that there is.
+            limits=envoy.EdgeLimits(
+                calls_per_second_per_address=20_000, calls_per_second_per_user=20_000
+            ),
         )
 
     def _sidecar(self, name: str) -> envoy.Sidecar:
@@ -246,6 +258,7 @@ class Fleet:
             domain=self.domain,
             tokens=self.tokens,
             traces=_traces(),
+            limits=self.sidecar_limits,
         )
 
     def _peers(self) -> dict[str, tuple[envoy.Address, ...]]:
@@ -266,6 +279,15 @@ class Fleet:
         admin = probes.Endpoint(socket=self.layout.admin_socket(process))
         answer = await probes.http(admin, "GET", f"/stats?filter={name}$")
         return re.search(rb": [1-9]", answer.body) is not None
+
+
+def identities(domain: envoy.Domain) -> dict[str, Names]:
+    """Return whom each identity of a local mesh names; PUBLIC is no workload."""
+    workloads = (EDGE, WORKER, *PROCESSES)
+    return {
+        **{process: Names(spiffe_id=domain.identity(process)) for process in workloads},
+        PUBLIC: Names(dns_names=("localhost",), addresses=(LOOPBACK,)),
+    }
 
 
 def claim_ports(ports: Ports, workers: Sequence[str]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from local import envoy
 from local.fleet import Commands, Fleet, claim_ports
 from local.layout import Layout
 from local.ports import LOOPBACK, Ports
@@ -24,6 +25,7 @@ WHOLE_SECONDS = 30.0
 # Stages stop from the highest to the lowest; the stores have the lowest.
 SIDECARS, SERVICES, WORKERS, FRONT = 1, 2, 3, 4
 REAL = Commands()
+SIDECAR_LIMITS = envoy.SidecarLimits()
 KEEPER_OF_KEYS = "auth"
 """Every other sidecar asks this one for the keys of tokens before it takes calls."""
 
@@ -45,12 +47,14 @@ class Mesh:
         durable: bool = True,
         commands: Commands = REAL,
         prometheus: str | None = None,
+        sidecar_limits: envoy.SidecarLimits = SIDECAR_LIMITS,
     ) -> None:
         self.layout = layout
         self.stores = Stores(layout, durable=durable)
         self._workers = [f"{WORKER}-{number}" for number in range(1, workers + 1)]
         self._commands = commands
         self._prometheus = prometheus
+        self._sidecar_limits = sidecar_limits
         self._started = asyncio.Event()
         self._failure: Exception | None = None
         self._stack = contextlib.AsyncExitStack()
@@ -79,7 +83,7 @@ class Mesh:
     @property
     def edge(self) -> str:
         """The base URL of the edge."""
-        return f"https://{LOOPBACK}:{self._fleet.ports[EDGE]}"
+        return self._fleet.public_url
 
     @property
     def ca(self) -> Path:
@@ -130,6 +134,7 @@ class Mesh:
             self._workers,
             self._commands,
             self._prometheus,
+            sidecar_limits=self._sidecar_limits,
         )
         ports.save()
         await asyncio.to_thread(self._fleet.prepare)

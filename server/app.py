@@ -84,8 +84,10 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
         worker_id=access.spiffe_id(settings.trust_domain, settings.namespace, access.WORKER),
         unary_seconds=settings.unary_seconds,
         stream_seconds=settings.stream_seconds,
+        edge_id=access.spiffe_id(settings.trust_domain, settings.namespace, access.EDGE),
         erased=application.erased,
         gate=application.toll,
+        turnstile=application.turnstile,
     )
     server = Server(settings.listen_socket, layers, access.PROCESSES[process])
     if access.REFLECTION in access.PROCESSES[process]:

@@ -89,9 +89,9 @@ class Settings(KmsSettings):
     """Where a collector takes traces by OTLP over gRPC: http://host:port. Unset: no traces."""
     trace_ratio: float = Field(default=0.05, ge=0, le=1)
     """Which part is traced: of the calls, for the edge; for others, of what begins with them."""
-    token_issuer: str
-    public_url: str = Field(default="", pattern=r"^(https://[^/?#@\s]+)?$")
-    """https://host:port of the edge, as standard clients are told of it. Unset: token_issuer."""
+    token_issuer: str = Field(pattern=r"^https://[^/?#@\s]+$")
+    """https://host:port of the edge: where standard clients look for what they are told of it, and
+    so the issuer that they expect (OpenID Connect Discovery 1.0, section 4.3)."""
     token_audience: str = "kimberly"  # noqa: S105 - the name of an audience
     trust_domain: str
     namespace: str
@@ -123,7 +123,8 @@ class Settings(KmsSettings):
     sweep_margin_seconds: int = Field(default=3600, ge=60)
     """What is younger may still be written: the sweep of the object store leaves it alone."""
     rate_limit_scale: float = Field(default=1.0, ge=0)
-    """How many times the calls of their plan users may make; 0: as many as they like."""
+    """How many times the calls of their plan users may make, and callers without a token those of
+    their address; 0: as many as they like."""
     export_days: int = Field(default=7, ge=1, le=90)
     """How long an export can be downloaded."""
     erasure_settle_seconds: int = Field(default=30, ge=0)

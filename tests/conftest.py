@@ -18,7 +18,7 @@ from local.layout import Layout
 from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
 from local.servers import BUCKET, Stores
 from server import ids
-from server.access import WORKER, Role, Scope, spiffe_id
+from server.access import EDGE, WORKER, Role, Scope, spiffe_id
 from server.blobs import Blobs
 from server.cache import Redis, open_cache
 from server.caller import Caller, Credentials
@@ -35,6 +35,7 @@ from tests.kms.key_files import key_file
 DATABASE = "test"
 MASTER_KEY = bytes(range(32))
 WORKER_ID = spiffe_id("kimberly.local", "test", WORKER)
+EDGE_ID = spiffe_id("kimberly.local", "test", EDGE)
 
 
 @pytest_asyncio.fixture(scope="session")
@@ -236,6 +237,11 @@ def as_worker(identity: str = WORKER_ID) -> tuple[tuple[str, str], ...]:
     return (("x-forwarded-client-cert", f"Hash=00;URI={identity}"),)
 
 
+def through_edge(address: str) -> tuple[tuple[str, str], ...]:
+    """Return the metadata of a call that the edge took from an address."""
+    return (*as_worker(EDGE_ID), ("x-forwarded-for", address))
+
+
 Register = Callable[[grpc.aio.Server], None]
 Serve = Callable[[Register], Awaitable[grpc.aio.Channel]]
 
@@ -248,7 +254,13 @@ async def serve() -> AsyncIterator[Serve]:
 
     async def start(register: Register) -> grpc.aio.Channel:
         socket = directory / str(len(running))
-        layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=10, stream_seconds=60)
+        layers = chain(
+            PlainTokens(),
+            worker_id=WORKER_ID,
+            edge_id=EDGE_ID,
+            unary_seconds=10,
+            stream_seconds=60,
+        )
         server = Server(socket, layers, services=())
         register(server.grpc)
         await server.start()

@@ -4,8 +4,6 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 
-from server.auth import throttling
-
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _LONGEST_NAME: Final = 200
@@ -13,15 +11,7 @@ _LONGEST_NAME: Final = 200
 
 def name_of(context: Context) -> str:
     """Return what the client calls itself. Anybody can say anything; control characters go."""
-    said = _metadata(context, "user-agent")
+    said = dict(context.invocation_metadata() or ()).get("user-agent", "")
+    if not isinstance(said, str):
+        return ""
     return "".join(character for character in said if character.isprintable())[:_LONGEST_NAME]
-
-
-def place_of(context: Context) -> str:
-    """Return where the client is, as the edge saw it: it removes what a client says of that."""
-    return throttling.place_of(_metadata(context, "x-forwarded-for").rpartition(",")[2].strip())
-
-
-def _metadata(context: Context, name: str) -> str:
-    found = dict(context.invocation_metadata() or ()).get(name, "")
-    return found if isinstance(found, str) else ""

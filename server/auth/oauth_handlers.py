@@ -35,7 +35,6 @@ class OAuthHandlers(SessionHandlers):
     _api_keys: ApiKeyStore
     _issuer: Issuer
     _clock: Clock
-    _public_url: str
 
     async def IssueToken(
         self, request: pb.IssueTokenRequest, context: Context
@@ -58,9 +57,11 @@ class OAuthHandlers(SessionHandlers):
     ) -> pb.GetOpenIdConfigurationResponse:
         return pb.GetOpenIdConfigurationResponse(
             issuer=self._issuer.name,
-            token_endpoint=f"{self._public_url}/v1/oauth/token",
-            jwks_uri=f"{self._public_url}/.well-known/jwks.json",
+            token_endpoint=f"{self._issuer.name}/v1/oauth/token",
+            jwks_uri=f"{self._issuer.name}/.well-known/jwks.json",
             grant_types_supported=oauth.GRANTS,
+            # RFC 8414 has it say something, and clients hold it to that.
+            response_types_supported=["none"],
             subject_types_supported=["public"],
             id_token_signing_alg_values_supported=["ES256"],
             token_endpoint_auth_methods_supported=[

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 import grpc
 from kimberly.auth.v1 import auth_pb2 as pb
 
-from server.auth import clients, emails
+from server.auth import emails
 from server.auth.attempt_store import AttemptStore
 from server.auth.mail import Kind
 from server.auth.mail_store import MailStore
@@ -14,6 +14,7 @@ from server.auth.store import AccountStore
 from server.caller import current_caller, current_credentials
 from server.clock import Clock
 from server.errors import CredentialsInvalid, MailedTokenInvalid
+from server.places import current_place
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -30,7 +31,7 @@ class PasswordHandlers:
     async def ChangePassword(
         self, request: pb.ChangePasswordRequest, context: Context
     ) -> pb.ChangePasswordResponse:
-        credentials, place = current_credentials(), clients.place_of(context)
+        credentials, place = current_credentials(), current_place()
         account = await self._accounts.get(credentials.caller)
         names = [account.email, account.email.partition("@")[0]]
         await self._hashing.check_new(request.new_password, "new_password", names=names)
@@ -63,7 +64,7 @@ class PasswordHandlers:
         renewed = await self._hashing.hash(request.new_password)
         email = await self._accounts.reset_password(request.token, renewed, self._clock())
         # Whoever guessed in vain until then need not wait any longer.
-        await self._attempts.succeed(email, clients.place_of(context), self._clock())
+        await self._attempts.succeed(email, current_place(), self._clock())
         return pb.ResetPasswordResponse()
 
     async def RequestEmailVerification(

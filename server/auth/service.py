@@ -28,6 +28,7 @@ from server.auth.store import Account, AccountStore, NewUser
 from server.caller import Caller
 from server.clock import Clock, utc_now
 from server.errors import CredentialsInvalid, InvalidArgument, StoreUnavailable
+from server.places import current_place
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -48,7 +49,6 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         hashing: Passwords,
         issuer: Issuer,
         *,
-        public_url: str,
         clock: Clock = utc_now,
     ) -> None:
         self._accounts = accounts
@@ -59,7 +59,6 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         self._keyring = keyring
         self._hashing = hashing
         self._issuer = issuer
-        self._public_url = public_url
         self._clock = clock
 
     async def SignUp(self, request: pb.SignUpRequest, context: Context) -> pb.SignUpResponse:
@@ -88,7 +87,7 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         Whether the email is unknown, the password wrong or the account held up: the same
         statements are run, one hash is computed, and the same is said.
         """
-        email, place = emails.normalize(request.email, "email"), clients.place_of(context)
+        email, place = emails.normalize(request.email, "email"), current_place()
         is_allowed = await self._attempts.begin(email, place, self._clock())
         account = await self._accounts.find(email)
         stored = account.password_hash if account else None

@@ -11,7 +11,6 @@ succeeds: a thousand attempts at once are a thousand attempts.
 """
 
 import hashlib
-import ipaddress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -85,16 +84,6 @@ class Standing:
         if not self.here.is_known(now):
             everywhere = replace(everywhere, failures=max(everywhere.failures - 1, 0))
         return Standing(Record(0, now, now, now + KNOWN_FOR), everywhere)
-
-
-def place_of(address: str) -> str:
-    """Return where an address is: of IPv6, one customer has at least a whole /64."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return ""
-    prefix = 32 if parsed.version == 4 else 64
-    return str(ipaddress.ip_network((parsed, prefix), strict=False))
 
 
 def subject_of(email: str, place: str | None = None) -> bytes:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from datetime import date, datetime
 from typing import Final
 
+from server.buckets import Rate
+
 METERED: Final = ("writes", "queries", "bytes", "jobs")
 SHARES: Final = (80, 100)
 """Percentages of what is meant for a month that the audit log is told of."""
@@ -22,14 +24,6 @@ class Usage:
     def __add__(self, other: "Usage") -> "Usage":
         """Return both together."""
         return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """How fast a user may call."""
-
-    calls_per_second: int
-    burst: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def _plan(plan: Plan) -> pb.Plan:
         long_term_bytes=plan.long_term_bytes,
         permanent_bytes=plan.permanent_bytes,
         vectors=plan.vectors,
-        calls_per_second=plan.rate.calls_per_second,
+        calls_per_second=round(plan.rate.calls_per_second),
         burst=plan.rate.burst,
         monthly=_usage(plan.monthly),
         price_cents=plan.price_cents,

@@ -6,7 +6,8 @@ from typing import Any, Final
 from uuid import UUID
 
 from server import audit, ids
-from server.billing.plans import Plan, Rate, Subscription, Usage, UsedInMonth, crossed
+from server.billing.plans import Plan, Subscription, Usage, UsedInMonth, crossed
+from server.buckets import Rate
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
 from server.errors import InvalidArgument, NotFound

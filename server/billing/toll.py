@@ -22,9 +22,10 @@ from typing import Final, TypeVar
 import asyncpg
 import structlog
 
-from server.billing.plans import Rate, Usage, usage_of
+from server.billing.plans import Usage, usage_of
 from server.billing.store import BillingStore
-from server.cache import Redis, out_of_reach, prefix_of
+from server.buckets import Buckets, Rate, Taken
+from server.cache import Redis, prefix_of
 from server.caller import Caller
 from server.clock import Clock, utc_now
 from server.errors import RateLimited, StoreUnavailable
@@ -43,21 +44,6 @@ _MOST_REMEMBERED: Final = 10_000
 _MOST_COUNTED: Final = 100_000
 _FLUSH_SECONDS: Final = 2.0
 _LAST_SECONDS: Final = 2.0
-
-# The generic cell rate algorithm (ITU-T I.371): one instant says how full the bucket is. The time
-# is Valkey's own, so that processes need not agree on it.
-_TAKE: Final = """
-local interval, burst, wanted = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local clock = redis.call('TIME')
-local now = clock[1] * 1000000 + clock[2]
-local full = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now)
-local room = math.floor(burst - (full - now) / interval)
-if room < 1 then return {0, math.ceil(full - now - (burst - 1) * interval)} end
-local taken = math.min(room, wanted)
-full = full + taken * interval
-redis.call('SET', KEYS[1], string.format('%.0f', full), 'PX', math.ceil((full - now) / 1000))
-return {taken, 0}
-"""
 
 
 @dataclass(slots=True)
@@ -81,7 +67,7 @@ class Toll:
         seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         """Admit as many calls as plans say, times `scale`."""
-        self._take = redis.register_script(_TAKE)
+        self._buckets = Buckets(redis)
         self._store = store
         self._scale = scale
         self._clock = clock
@@ -134,21 +120,16 @@ class Toll:
 
     async def _fetch(self, caller: Caller) -> _Purse:
         """Take calls out of the user's bucket."""
-        rate = await self._rate(caller)
-        burst = max(1, round(rate.burst * self._scale))
-        wanted = max(1, min(_TAKEN_AT_ONCE, burst // _PART_OF_BURST))
-        interval = 1_000_000 / (rate.calls_per_second * self._scale)
+        rate = (await self._rate(caller)).times(self._scale)
+        wanted = max(1, min(_TAKEN_AT_ONCE, rate.burst // _PART_OF_BURST))
         try:
-            with out_of_reach():
-                taken, wait = await self._take(
-                    keys=[f"{prefix_of(caller)}calls"], args=[interval, burst, wanted]
-                )
+            taken = await self._buckets.take(f"{prefix_of(caller)}calls", rate, wanted)
         except StoreUnavailable:
-            taken, wait = wanted, 0
-        if not taken:
+            taken = Taken(wanted, timedelta(0))
+        if not taken.calls:
             RATE_LIMITED.labels("user").inc()
-            raise RateLimited("calls", timedelta(microseconds=int(wait)))
-        purse = _Purse(int(taken), self._seconds() + _KEPT_SECONDS)
+            raise RateLimited("calls", taken.wait)
+        purse = _Purse(taken.calls, self._seconds() + _KEPT_SECONDS)
         _remember(self._purses, caller, purse)
         return purse
 

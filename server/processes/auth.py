@@ -47,6 +47,7 @@ from server.processes.parts import (
     open_databases,
     open_kms,
     open_toll,
+    open_turnstile,
     patience,
 )
 from server.settings import Settings
@@ -92,7 +93,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         keyring,
         hashing,
         Issuer(keyring, mint, session_lifetime, utc_now),
-        public_url=settings.public_url or settings.token_issuer,
     )
     ended = await known_ended_grants(system)
     members = MemberStore(system)
@@ -158,6 +158,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             AuditReadings(system).lag,
             BillingReadings(system).usage,
         ],
+        turnstile=open_turnstile(settings, stack),
     )
 
 

@@ -10,7 +10,6 @@ from kimberly.memory.v1 import memory_pb2_grpc
 from kimberly.privacy.v1 import privacy_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 
-from server.cache import open_cache
 from server.clock import utc_now
 from server.data_keys import DataKeys
 from server.erased import ErasedUsers
@@ -71,6 +70,7 @@ from server.processes.parts import (
     open_blobs,
     open_databases,
     open_kms,
+    open_redis,
     open_remote_keys,
     open_toll,
     patience,
@@ -87,8 +87,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     kms = await open_kms(settings, stack)
     data_keys = DataKeys(database, kms)
     opener = Opener(data_keys)
-    redis = open_cache(settings.redis_url.get_secret_value())
-    stack.push_async_callback(redis.aclose)
+    redis = open_redis(settings, stack)
     blobs = open_blobs(settings)
     doomed = DoomedObjects(database, blobs)
     url_lifetime = timedelta(seconds=settings.upload_url_seconds)

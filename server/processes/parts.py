@@ -24,6 +24,7 @@ from server.privacy.erasure_store import Patience
 from server.rpc.serving import channel_to_peers
 from server.settings import BackupBucketSettings, BackupSettings, KmsSettings, Settings
 from server.tokens import RemoteKeys
+from server.turnstile import Turnstile
 
 _SESSION_PART = 0.8
 """Part of the longest time of a stream after which a worker is asked to connect anew."""
@@ -52,6 +53,8 @@ class Application:
     """What runs beside the server until it stops, but for what keeps the above up to date."""
     readings: Sequence[Reading] = field(default_factory=list)
     """What reads gauges out of the stores, every half minute or so."""
+    turnstile: Turnstile | None = None
+    """How fast callers without a token may call; None: as fast as they like."""
     announce_drain: Callable[[], None] = _nothing
     """Tells streams that live long to end."""
 
@@ -156,6 +159,13 @@ def open_toll(settings: Settings, stack: AsyncExitStack, system: SystemDatabase)
     if not settings.rate_limit_scale:
         return None
     return Toll(open_redis(settings, stack), BillingStore(system), scale=settings.rate_limit_scale)
+
+
+def open_turnstile(settings: Settings, stack: AsyncExitStack) -> Turnstile | None:
+    """Return how fast callers without a token may call; None where settings set no limit."""
+    if not settings.rate_limit_scale:
+        return None
+    return Turnstile(open_redis(settings, stack), scale=settings.rate_limit_scale)
 
 
 def patience(settings: Settings) -> Patience:

@@ -1,13 +1,14 @@
-"""The chain around every call: log, errors, deadline, caller, access. Its order has reasons.
+"""The chain around every call: log, errors, deadline, place, caller, access. Its order has reasons.
 
 1. trace      outermost: whatever is logged or asked of a store has its place in it
 2. log        and metrics, so that refused and failed calls are counted with their final status
 3. errors     turns everything below into a status; nothing raised further in escapes it
 4. deadline   bounds all the work below, the look-up of keys included
-5. caller     who is calling, before anyone asks whether they may
-6. access     a method without a row is denied to everybody
-7. erased     whoever asked to be erased may do nothing that they might have done before
-8. toll       last: what is refused for another reason counts against no limit
+5. place      where the call comes from, before anything is refused by that
+6. caller     who is calling, before anyone asks whether they may
+7. access     a method without a row is denied to everybody
+8. erased     whoever asked to be erased may do nothing that they might have done before
+9. limits     last: what is refused for another reason counts against none
 """
 
 import asyncio
@@ -39,8 +40,9 @@ from server.errors import (
     ScopeMissing,
     Unauthenticated,
 )
+from server.places import current_place, set_address
 from server.rpc.around import Call, Layer
-from server.rpc.status import STATUS_METADATA_KEY, Internal, code_of, to_status
+from server.rpc.status import Internal, code_of, metadata_of
 
 log = structlog.get_logger()
 
@@ -65,14 +67,23 @@ class Gate(Protocol):
         """Count a call that was served."""
 
 
+class Turnstile(Protocol):
+    """Admits calls that carry no token."""
+
+    async def admit(self, place: str, method: str) -> None:
+        """Let a call from a place pass, or raise RateLimited."""
+
+
 def chain(
     verifier: Verifier,
     *,
     worker_id: str,
     unary_seconds: float,
     stream_seconds: float,
+    edge_id: str = "",
     erased: Container[UUID] = (),
     gate: Gate | None = None,
+    turnstile: Turnstile | None = None,
 ) -> Sequence[Layer]:
     """Return the layers of every server, outermost first.
 
@@ -81,19 +92,26 @@ def chain(
         worker_id: SPIFFE id of workers.
         unary_seconds: Longest time of a unary call.
         stream_seconds: Longest time of a call that streams.
+        edge_id: SPIFFE id of the edge, whose word on where a call comes from is believed.
         erased: Users whose tokens open nothing any more.
         gate: Admits calls of users and counts them; None admits all.
+        turnstile: Admits calls that carry no token; None admits all.
     """
-    layers: tuple[Layer, ...] = (
-        *([traced] if tracing.has_begun() else ()),
+    traces = (traced,) if tracing.has_begun() else ()
+    strangers = (_Strangers(turnstile).admitted,) if turnstile else ()
+    users = (_Toll(gate).paid,) if gate else ()
+    return (
+        *traces,
         logged,
         answered,
         _Deadline(unary_seconds, stream_seconds).bounded,
+        _Place(edge_id).located,
         _Caller(verifier).identified,
         _Access(worker_id).allowed,
         _Erased(erased).refused,
+        *strangers,
+        *users,
     )
-    return layers if gate is None else (*layers, _Toll(gate).paid)
 
 
 @asynccontextmanager
@@ -157,13 +175,8 @@ async def answered(call: Call) -> AsyncIterator[None]:
 
 
 async def _abort(call: Call, problem: Problem) -> None:
-    status = to_status(problem)
     log.info("call refused", reason=problem.reason, code=code_of(problem).name)
-    await call.context.abort(
-        code_of(problem),
-        problem.message,
-        ((STATUS_METADATA_KEY, status.SerializeToString()),),
-    )
+    await call.context.abort(code_of(problem), problem.message, metadata_of(problem))
 
 
 class _Deadline:
@@ -179,6 +192,19 @@ class _Deadline:
         remaining = call.context.time_remaining()
         async with asyncio.timeout(longest if remaining is None else min(longest, remaining)):
             yield
+
+
+class _Place:
+    """Finds out where a call comes from. A peer that is not the edge has no say in that."""
+
+    def __init__(self, edge_id: str) -> None:
+        self._edge_id = edge_id
+
+    async def located(self, call: Call) -> None:
+        header = call.metadata.get("x-forwarded-for")
+        is_believed = isinstance(header, str) and workload_id(call) == self._edge_id
+        # The edge appends what it saw itself.
+        set_address(str(header).rpartition(",")[2].strip() if is_believed else "")
 
 
 class _Caller:
@@ -238,6 +264,17 @@ class _Erased:
         is_closed = METHODS.get(call.method) in ROLES and call.method not in OPEN_TO_ERASED
         if is_closed and current_caller().user_id in self._users:
             raise AccountErased
+
+
+class _Strangers:
+    """Has calls from outside admitted that carry no token."""
+
+    def __init__(self, turnstile: Turnstile) -> None:
+        self._turnstile = turnstile
+
+    async def admitted(self, call: Call) -> None:
+        if METHODS.get(call.method) is Access.ANYONE and (place := current_place()):
+            await self._turnstile.admit(place, call.method)
 
 
 class _Toll:

@@ -1,6 +1,9 @@
 """Problems of the domain as google.rpc.Status."""
 
+import math
 from collections.abc import Mapping
+from datetime import timedelta
+from typing import Final
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -10,6 +13,10 @@ from server import errors
 
 DOMAIN = "kimberly"
 STATUS_METADATA_KEY = "grpc-status-details-bin"
+RETRY_METADATA_KEY = "retry-after"
+"""Where a call was refused before it began to answer, to a REST client it is a header."""
+
+_STORE_DELAY: Final = timedelta(seconds=1)
 
 _CODES: Mapping[type[errors.Problem], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -60,6 +67,21 @@ def to_status(problem: errors.Problem) -> status_pb2.Status:
     return status
 
 
+def metadata_of(problem: errors.Problem) -> tuple[tuple[str, str | bytes], ...]:
+    """Return the trailing metadata of a refusal: its status, and when to retry, in seconds."""
+    status = (STATUS_METADATA_KEY, to_status(problem).SerializeToString())
+    delay = _retry_delay(problem)
+    if delay is None:
+        return (status,)
+    return status, (RETRY_METADATA_KEY, str(max(1, math.ceil(delay.total_seconds()))))
+
+
+def _retry_delay(problem: errors.Problem) -> timedelta | None:
+    if isinstance(problem, errors.StoreUnavailable):
+        return _STORE_DELAY
+    return problem.retry_after if isinstance(problem, errors.RateLimited) else None
+
+
 def _details(problem: errors.Problem) -> list[object]:
     if isinstance(problem, errors.InvalidArgument):
         return [
@@ -77,10 +99,8 @@ def _details(problem: errors.Problem) -> list[object]:
             subject=problem.subject, description=problem.message
         )
         return [error_details_pb2.QuotaFailure(violations=[failure])]
-    if isinstance(problem, errors.StoreUnavailable):
-        return [error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1))]
-    if isinstance(problem, errors.RateLimited):
+    if (retry_delay := _retry_delay(problem)) is not None:
         delay = duration_pb2.Duration()
-        delay.FromTimedelta(problem.retry_after)
+        delay.FromTimedelta(retry_delay)
         return [error_details_pb2.RetryInfo(retry_delay=delay)]
     return []

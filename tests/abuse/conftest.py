@@ -75,4 +75,4 @@ async def forger(mesh: Mesh, bob: User) -> Forger:
     pem = signer.as_pem(private=True)
     key = serialization.load_pem_private_key(pem, password=None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
-    return Forger(key, str(signer.kid), bob.id, bob.tenant_id)
+    return Forger(key, str(signer.kid), mesh.edge, bob.id, bob.tenant_id)

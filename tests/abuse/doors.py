@@ -17,6 +17,7 @@ from local.certificates import Authority, KeyPair, Names, make_leaf
 from local.envoy import Domain
 from local.mesh import Mesh
 from local.ports import LOOPBACK
+from server.access import EDGE
 
 DOMAIN = Domain()
 NOW = dt.datetime.now(dt.UTC)
@@ -56,6 +57,23 @@ class Doors:
             self._open[process, identity] = await self.stack.enter_async_context(tunnel)
         return self._open[process, identity]
 
+    async def holder(self, process: str, caller: KeyPair) -> grpc.aio.Channel:
+        """Return a channel to a sidecar, as whoever holds a certificate and trusts everybody."""
+        context = self.context(caller)
+        context.verify_mode = ssl.CERT_NONE
+        socket = self.directory / f"{process}.{caller.certificate.serial_number:x}"
+        return await self.stack.enter_async_context(_tunnel(socket, self.port(process), context))
+
+    async def edge(self, address: str) -> grpc.aio.Channel:
+        """Return a channel to the edge, from an address of this machine."""
+        if (EDGE, address) not in self._open:
+            context = ssl.create_default_context(cafile=self.authority.bundle)
+            context.set_alpn_protocols(["h2"])
+            port = int(self.mesh.edge.rpartition(":")[2])
+            tunnel = _tunnel(self.directory / f"edge.{address}", port, context, address)
+            self._open[EDGE, address] = await self.stack.enter_async_context(tunnel)
+        return self._open[EDGE, address]
+
     async def service(self, process: str) -> grpc.aio.Channel:
         """Return a channel to a service, past its sidecar."""
         if (process, "") not in self._open:
@@ -79,16 +97,20 @@ class Doors:
 
 @asynccontextmanager
 async def _tunnel(
-    socket: Path, port: int, context: ssl.SSLContext
+    socket: Path, port: int, context: ssl.SSLContext, address: str = LOOPBACK
 ) -> AsyncIterator[grpc.aio.Channel]:
     """Open a channel that goes through TLS: gRPC for Python insists on checking host names."""
 
     async def carry(near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
-        far, forth = await asyncio.open_connection(LOOPBACK, port, ssl=context)
+        far, forth = await asyncio.open_connection(
+            LOOPBACK, port, ssl=context, local_addr=(address, 0)
+        )
         await asyncio.gather(_pump(near, forth), _pump(far, back))
 
     server = await asyncio.start_unix_server(carry, socket)
-    async with server, grpc.aio.insecure_channel(f"unix:{socket}") as channel:
+    # The edge serves no other host.
+    options = (("grpc.default_authority", "localhost"),)
+    async with server, grpc.aio.insecure_channel(f"unix:{socket}", options=options) as channel:
         yield channel
 
 

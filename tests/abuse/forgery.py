@@ -15,9 +15,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from local.envoy import Tokens
-
-TOKENS = Tokens()
 ABSENT = object()
 """In place of a member: leave it out."""
 
@@ -31,6 +28,7 @@ class Forger:
 
     key: ec.EllipticCurvePrivateKey
     kid: str
+    issuer: str
     user_id: str
     tenant_id: str
 
@@ -40,8 +38,8 @@ class Forger:
         """Return a token like those that auth issues, but for what is given."""
         now = int(time.time())
         good = {
-            "iss": TOKENS.issuer,
-            "aud": TOKENS.audience,
+            "iss": self.issuer,
+            "aud": "kimberly",
             "sub": self.user_id,
             "tid": self.tenant_id,
             "sid": f"ses_{'0' * 32}",

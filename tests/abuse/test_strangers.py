@@ -21,8 +21,6 @@ from server.access import (
     EDGE,
     METHODS,
     PROCESSES,
-    PUBLIC,
-    ROLES,
     WORKER,
     Access,
     Role,
@@ -30,29 +28,18 @@ from server.access import (
     methods_of,
     scope_of,
 )
+from tests.abuse.callers import opened_to
+from tests.abuse.cells import NO_TOKEN, answer_to, open_methods, rows
 from tests.abuse.doors import DOMAIN, NOW, Doors
 from tests.abuse.forgery import Forger
 from tests.mesh import User, bearer
-from tests.refusals import Refusal, refusal_of
-from tests.transports import Metadata
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-IDENTITIES = (EDGE, WORKER, *PROCESSES)
-NO_TOKEN = (Access.ANYONE, Access.WORKLOAD)
-MALFORMED = b"\xff\xff\xff"
 WORK = "/kimberly.jobs.v1.WorkerService/Work"
 PLAN = "/kimberly.scoring.v1.ScoringService/PlanMeditation"
 SCORE = "/kimberly.scoring.v1.ScoringService/Score"
 EMBED = "/kimberly.embedding.v1.EmbeddingService/Embed"
 LIST_MEMORIES = "/kimberly.memory.v1.MemoryService/ListMemories"
-
-DENIED = {
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAUTHENTICATED,
-    # Nobody serves it there.
-    grpc.StatusCode.UNIMPLEMENTED,
-}
-
 
 # --- the handshake -----------------------------------------------------------------------------
 
@@ -146,89 +133,7 @@ async def test_only_the_owner_reaches_the_sockets_of_the_services(mesh: Mesh) ->
     assert {stat.S_IMODE(admin.stat().st_mode) for admin in admins} == {0o600}
 
 
-# --- who may call what: every cell -------------------------------------------------------------
-
-
-async def answer_to(
-    channel: grpc.aio.Channel, method: str, data: bytes, metadata: Metadata = ()
-) -> Refusal:
-    """Return how a call with one message is refused. On the wire all kinds of call begin alike."""
-    call = channel.unary_unary(method, bytes, bytes)
-    return await refusal_of(call(data, metadata=metadata, timeout=5))
-
-
-async def open_methods(channel: grpc.aio.Channel, metadata: Metadata = ()) -> set[str]:
-    """Return the methods that let the caller in.
-
-    Bytes that are no message tell: who is let in hears that they are malformed, and nothing is
-    changed; all others hear that they may not.
-    """
-    answers = {method: await answer_to(channel, method, MALFORMED, metadata) for method in METHODS}
-    inside = {name for name, answer in answers.items() if answer.reason == "MESSAGE_MALFORMED"}
-    for method in METHODS.keys() - inside:
-        assert answers[method].code in DENIED, (method, answers[method])
-        assert answers[method].reason in {
-            "",
-            "METHOD_NOT_ALLOWED",
-            "SCOPE_MISSING",
-            "TOKEN_INVALID",
-        }
-    return inside
-
-
-def open_to(process: str, identity: str, *, with_token: bool) -> set[str]:
-    """Return what server.access opens at a sidecar."""
-
-    def lets_in(access: Access) -> bool:
-        match access:
-            case Access.USER | Access.AUDITOR | Access.ADMIN:
-                return with_token and identity == EDGE
-            case Access.WORKER:
-                return identity == WORKER
-            case Access.ANYONE | Access.WORKLOAD:
-                return True
-
-    return {method for method, access in methods_of(process).items() if lets_in(access)}
-
-
-def rows(*kinds: Access) -> set[str]:
-    return {method for method, access in METHODS.items() if access in kinds}
-
-
-@pytest.mark.parametrize("with_token", [False, True], ids=["no token", "token"])
-@pytest.mark.parametrize("identity", IDENTITIES)
-@pytest.mark.parametrize("process", PROCESSES)
-async def test_a_sidecar_lets_in_whom_the_table_names(
-    doors: Doors, bob: User, process: str, identity: str, with_token: bool
-) -> None:
-    channel = await doors.sidecar(process, identity)
-    metadata = bearer(bob.token) if with_token else ()
-    expected = open_to(process, identity, with_token=with_token)
-    assert await open_methods(channel, metadata) == expected
-
-
-async def test_the_edge_lets_nobody_in_without_a_token(channel: grpc.aio.Channel) -> None:
-    assert await open_methods(channel) == rows(Access.ANYONE)
-
-
-async def test_the_edge_lets_users_in(channel: grpc.aio.Channel, bob: User) -> None:
-    assert await open_methods(channel, bearer(bob.token)) == rows(*PUBLIC)
-
-
-@pytest.mark.parametrize("process", PROCESSES)
-async def test_a_service_asks_again(doors: Doors, bob: User, process: str) -> None:
-    channel, served = await doors.service(process), set(methods_of(process))
-    anyone = rows(Access.ANYONE, Access.WORKLOAD) & served
-    assert await open_methods(channel) == anyone
-    users = anyone | rows(*ROLES) & served
-    assert await open_methods(channel, bearer(bob.token)) == users
-
-
 # --- what a token is good for: every cell ------------------------------------------------------
-
-
-def open_to_role(role: Role) -> set[str]:
-    return {method for method, access in METHODS.items() if role in ROLES.get(access, ())}
 
 
 def open_to_scope(scope: str) -> set[str]:
@@ -236,8 +141,8 @@ def open_to_scope(scope: str) -> set[str]:
 
 
 def test_an_admin_may_more_than_an_auditor_and_an_auditor_more_than_a_member() -> None:
-    member, auditor = open_to_role(Role.MEMBER), open_to_role(Role.AUDITOR)
-    assert member < auditor < open_to_role(Role.ADMIN) == open_to_role(Role.OWNER)
+    member, auditor = opened_to(Role.MEMBER), opened_to(Role.AUDITOR)
+    assert member < auditor < opened_to(Role.ADMIN) == opened_to(Role.OWNER)
 
 
 @pytest.mark.parametrize("role", Role)
@@ -245,9 +150,9 @@ async def test_a_role_opens_what_the_table_says_at_every_door(
     channel: grpc.aio.Channel, doors: Doors, forger: Forger, role: Role
 ) -> None:
     token = bearer(forger.token({"role": role.value}))
-    assert await open_methods(channel, token) == rows(Access.ANYONE) | open_to_role(role)
+    assert await open_methods(channel, token) == rows(Access.ANYONE) | opened_to(role)
     for process in PROCESSES:
-        inside = methods_of(process).keys() & (rows(*NO_TOKEN) | open_to_role(role))
+        inside = methods_of(process).keys() & (rows(*NO_TOKEN) | opened_to(role))
         assert await open_methods(await doors.sidecar(process, EDGE), token) == inside
         assert await open_methods(await doors.service(process), token) == inside
 
@@ -273,7 +178,7 @@ async def test_a_key_opens_what_its_scopes_name_at_every_door(
     token = bearer(forger.token({"scope": scopes, "sid": f"key_{'0' * 32}", "role": "owner"}))
     opened = {method for scope in scopes.split() for method in open_to_scope(scope)}
     if Scope.USER in scopes.split():
-        opened = open_to_role(Role.OWNER)
+        opened |= opened_to(Role.OWNER)
     assert await open_methods(channel, token) == rows(Access.ANYONE) | opened
     for process in PROCESSES:
         inside = methods_of(process).keys() & (rows(*NO_TOKEN) | opened)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ SECONDS = 5.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY = 0, 1, 3, 4, 7
 END_STREAM, END_HEADERS = 1, 4
+CANCEL = (8).to_bytes(4)
 
 Headers = Sequence[tuple[str, str]]
 
@@ -65,6 +67,24 @@ class Wire:
             writer.write(PREFACE + _frame(SETTINGS, 0, 0, b""))
             writer.write(_frame(HEADERS, END_STREAM | END_HEADERS, 1, block))
             return await _read(reader)
+
+    async def rapid_resets(self, path: str, headers: Headers, count: int) -> None:
+        """Open so many streams and reset each at once, until the edge ends the connection.
+
+        Raises:
+            TimeoutError: It does not.
+        """
+        pseudo = {":method": "GET", ":scheme": "https", ":authority": "localhost", ":path": path}
+        pairs = [*pseudo.items(), *headers]
+        block = b"".join(_literal(name) + _literal(value, b"") for name, value in pairs)
+        async with asyncio.timeout(SECONDS), self._connect("h2") as (reader, writer):
+            writer.write(PREFACE + _frame(SETTINGS, 0, 0, b""))
+            for stream in range(1, 2 * count, 2):
+                writer.write(_frame(HEADERS, END_STREAM | END_HEADERS, stream, block))
+                writer.write(_frame(RST_STREAM, 0, stream, CANCEL))
+            with contextlib.suppress(ConnectionError):
+                await writer.drain()
+                await reader.read()
 
     @asynccontextmanager
     async def _connect(

@@ -45,7 +45,6 @@ Tenants: TypeAlias = "rpc.TenantServiceAsyncStub"
 PASSWORD = "correct horse battery"
 ISSUER = "https://auth.test"
 AUDIENCE = "kimberly"
-PUBLIC_URL = "https://api.test"
 ACCESS_TOKEN_SECONDS = 600
 SESSION_LIFETIME = timedelta(days=30)
 
@@ -122,7 +121,6 @@ def service(
         keyring,
         hashing,
         issuer,
-        public_url=PUBLIC_URL,
         clock=clock,
     )
 

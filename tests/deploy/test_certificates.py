@@ -124,7 +124,8 @@ def test_a_leaf_for_other_names_is_replaced(authority: Authority) -> None:
 def test_a_leaf_of_another_authority_is_replaced(authority: Authority, tmp_path: Path) -> None:
     authority.ensure("memory", MEMORY, now=NOW)
     first = leaf_of(authority, "memory")
-    stranger = Authority(authority.directory, make_root("another", now=NOW))
+    root = make_root("another", now=NOW)
+    stranger = Authority(authority.directory, root, (root.certificate,))
     stranger.ensure("memory", MEMORY, now=NOW)
     assert leaf_of(authority, "memory") != first
 
@@ -142,3 +143,61 @@ def test_a_hostile_certificate_can_be_made_for_tests() -> None:
         make_root("x", now=yesterday), MEMORY, now=yesterday, lifetime=dt.timedelta(hours=1)
     )
     assert expired.certificate.not_valid_after_utc < NOW
+
+
+# --- another authority --------------------------------------------------------------------------
+
+
+def trusted_by(authority: Authority, name: str) -> set[int]:
+    pem = (authority.identity(name) / "current" / "ca.crt").read_bytes()
+    return {each.serial_number for each in x509.load_pem_x509_certificates(pem)}
+
+
+def test_an_authority_takes_over_in_steps_that_survive_a_restart(authority: Authority) -> None:
+    def reopened() -> Authority:
+        opened = Authority.open(authority.directory, now=NOW)
+        opened.ensure("memory", MEMORY, now=NOW)
+        return opened
+
+    old = authority.root.certificate
+    reopened()
+    authority.publish(now=NOW)
+    published = reopened()
+    # Trusted, but nothing is signed by it yet.
+    assert published.root.certificate == old
+    assert len(trusted_by(published, "memory")) == 2
+    leaf_of(published, "memory").verify_directly_issued_by(old)
+
+    published.sign()
+    signing = reopened()
+    new = signing.root.certificate
+    assert new != old
+    assert trusted_by(signing, "memory") == {old.serial_number, new.serial_number}
+    leaf_of(signing, "memory").verify_directly_issued_by(new)
+
+    signing.withdraw()
+    assert trusted_by(reopened(), "memory") == {new.serial_number}
+    assert x509.load_pem_x509_certificates(authority.bundle.read_bytes()) == [new]
+
+
+def test_an_authority_that_is_published_anew_forgets_the_one_that_was_to_come(
+    authority: Authority,
+) -> None:
+    first = authority.publish(now=NOW)
+    second = first.publish(now=NOW)
+    assert len(second.trusted) == 2
+    assert second.sign().root.certificate in second.trusted
+
+
+def test_nothing_signs_that_was_not_published(authority: Authority) -> None:
+    with pytest.raises(FileNotFoundError):
+        authority.sign()
+    with pytest.raises(FileNotFoundError):
+        authority.publish(now=NOW).withdraw().sign()
+
+
+def test_a_key_of_nobody_who_is_trusted_signs_nothing(authority: Authority, tmp_path: Path) -> None:
+    other = Authority.open(tmp_path / "other", now=NOW)
+    (other.directory / "ca.key").replace(authority.directory / "ca.key")
+    with pytest.raises(ValueError, match="no certificate that is trusted"):
+        Authority.open(authority.directory, now=NOW)

@@ -21,6 +21,7 @@ import httpx
 import pytest
 from google.protobuf import json_format
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 from joserfc import jwt
@@ -53,6 +54,7 @@ HEALTH = "/grpc.health.v1.Health/Check"
 ROLES = (access.EDGE, *access.PROCESSES, access.WORKER)
 LOCAL, KUBERNETES = Domain(), Domain("kimberly.example", "prod")
 RBAC = "type.googleapis.com/envoy.extensions.filters.http.rbac.v3.RBAC"
+TOKENS = envoy.Tokens(issuer="https://auth.example")
 NOW = dt.datetime.now(dt.UTC)
 
 
@@ -85,6 +87,7 @@ class Site:
     directory: Path
     authority: Authority
     domain: Domain
+    limits: envoy.EdgeLimits = field(default_factory=envoy.EdgeLimits)
     host: str = "127.0.0.1"
     listen_host: str = "127.0.0.1"
     ports: Mapping[str, int] = field(
@@ -111,7 +114,9 @@ class Site:
                 sds=self.identity(access.EDGE),
                 public_sds=self.authority.ensure("public", public, now=NOW),
                 domain=self.domain,
+                tokens=TOKENS,
                 cors_origins=("https://app.example",),
+                limits=self.limits,
                 access_log=self.directory / "edge.access",
             )
         )
@@ -129,6 +134,7 @@ class Site:
                 admin_socket=self.admin_socket(process),
                 sds=self.identity(process),
                 domain=self.domain,
+                tokens=TOKENS,
             )
         )
 
@@ -187,10 +193,10 @@ SIGNING_KEY = ECKey.generate_key("P-256", {"kid": "key-1", "use": "sig", "alg": 
 
 
 def token(key: ECKey = SIGNING_KEY, **claims: object) -> str:
-    now, tokens = int(time.time()), envoy.Tokens()
+    now = int(time.time())
     good = {
-        "iss": tokens.issuer,
-        "aud": tokens.audience,
+        "iss": TOKENS.issuer,
+        "aud": TOKENS.audience,
         "sub": "usr_1",
         "tid": "ten_1",
         "role": "owner",
@@ -291,9 +297,13 @@ def client(mesh: Site) -> Iterator[httpx.Client]:
         yield client
 
 
-def rest(site: Site) -> httpx.Client:
+def rest(site: Site, address: str = "127.0.0.1") -> httpx.Client:
+    """Return a client that calls from an address of this machine."""
     trust = ssl.create_default_context(cafile=str(site.authority.bundle))
-    return httpx.Client(base_url=f"https://localhost:{site.ports[access.EDGE]}", verify=trust)
+    transport = httpx.HTTPTransport(verify=trust, local_address=address)
+    return httpx.Client(
+        base_url=f"https://127.0.0.1:{site.ports[access.EDGE]}", transport=transport
+    )
 
 
 def expect(response: httpx.Response, status: int) -> None:
@@ -740,6 +750,86 @@ def test_a_refusal_over_grpc_is_plain_text(mesh: Site) -> None:
         call(channel, GET_MEMORY)
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     assert refused.value.details() == "Jwt is missing"
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+WAIT_SECONDS = 600
+
+
+@contextlib.contextmanager
+def strict(mesh: Site, **limits: int) -> Iterator[Site]:
+    """Run another edge of the same mesh, whose buckets are not filled again during the test."""
+    directory = Path(tempfile.mkdtemp(prefix="kimberly-"))
+    ports = {**mesh.ports, access.EDGE: free_port()}
+    edge_limits = envoy.EdgeLimits(retry_seconds=WAIT_SECONDS, **limits)
+    site = Site(directory, mesh.authority, LOCAL, edge_limits, ports=ports)
+    with site.running(access.EDGE), rest(site) as client:
+        # Health counts against no limit.
+        eventually(lambda: expect(client.get("/healthz"), 200))
+        yield site
+    shutil.rmtree(directory)
+
+
+def retry_in(details: object) -> str:
+    """Return when the details of a refusal say to come back."""
+    assert isinstance(details, list)
+    assert details[0]["reason"] == "RATE_LIMITED"
+    delay: str = details[1]["retryDelay"]
+    return delay
+
+
+def call_over_grpc(site: Site) -> grpc.RpcError:
+    bundle = site.authority.bundle.read_bytes()
+    address = f"127.0.0.1:{site.ports[access.EDGE]}"
+    metadata = tuple(bearer(token()).items())
+    with (
+        grpc.secure_channel(address, grpc.ssl_channel_credentials(bundle)) as channel,
+        pytest.raises(grpc.RpcError) as refused,
+    ):
+        channel.unary_unary(GET_USER, bytes, bytes)(b"", metadata=metadata, timeout=5)
+    return refused.value
+
+
+def expect_limited_over_grpc(site: Site) -> None:
+    error: Any = call_over_grpc(site)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    trailing = dict(error.trailing_metadata())
+    assert trailing["retry-after"] == f"{WAIT_SECONDS}"
+    status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
+    assert retry_in(json_format.MessageToDict(status)["details"]) == f"{WAIT_SECONDS}s"
+
+
+def test_an_address_over_its_limit_is_told_when_to_come_back_on_both_transports(
+    mesh: Site,
+) -> None:
+    with strict(mesh, calls_per_second_per_address=1) as site, rest(site) as client:
+        answers = [client.get("/v1/user") for _ in range(WAIT_SECONDS + 20)]
+        assert {answer.status_code for answer in answers[:WAIT_SECONDS]} == {401}
+        refused = answers[-1]
+        expect(refused, 429)
+        assert refused.headers["retry-after"] == f"{WAIT_SECONDS}"
+        assert refused.json()["code"] == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert retry_in(refused.json()["details"]) == f"{WAIT_SECONDS}s"
+        expect_limited_over_grpc(site)
+        # What one claims changes nothing; where one is does.
+        expect(client.get("/v1/user", headers={"x-forwarded-for": "192.0.2.1"}), 429)
+        with rest(site, "127.0.0.2") as elsewhere:
+            expect(elsewhere.get("/v1/user"), 401)
+
+
+def test_a_user_over_their_limit_is_told_so_wherever_they_call_from(mesh: Site) -> None:
+    with strict(mesh, calls_per_second_per_user=1) as site, rest(site) as client:
+        mine, others = bearer(token()), bearer(token(sub="usr_2"))
+        answers = [client.get("/v1/user", headers=mine) for _ in range(WAIT_SECONDS + 20)]
+        assert {answer.status_code for answer in answers[:WAIT_SECONDS]} == {200}
+        expect(answers[-1], 429)
+        assert answers[-1].headers["retry-after"] == f"{WAIT_SECONDS}"
+        assert retry_in(answers[-1].json()["details"]) == f"{WAIT_SECONDS}s"
+        expect_limited_over_grpc(site)
+        with rest(site, "127.0.0.2") as elsewhere:
+            expect(elsewhere.get("/v1/user", headers=mine), 429)
+        expect(client.get("/v1/user", headers=others), 200)
 
 
 def test_grpc_web_is_served(client: httpx.Client) -> None:

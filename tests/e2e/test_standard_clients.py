@@ -13,6 +13,9 @@ import pytest
 import pytest_asyncio
 from authlib.common.errors import AuthlibBaseError
 from authlib.integrations.httpx_client import AsyncOAuth2Client
+from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
+from authlib.oauth2.rfc8414 import get_well_known_url as oauth_url
+from authlib.oidc.discovery import get_well_known_url as oidc_url
 from google.api import httpbody_pb2
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.client import connect, reason_of
@@ -22,15 +25,14 @@ from local.mesh import Mesh
 from tests.mesh import User, address_of, sign_up
 from tests.transports import Grpc
 
-DISCOVERY = "/.well-known/openid-configuration"
 API_KEY_TYPE = "urn:kimberly:token-type:api-key"
 TOKEN_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
 
 
 @pytest_asyncio.fixture(scope="module")
-async def discovered(http: httpx.AsyncClient) -> dict[str, Any]:
-    """What a client learns of the mesh before anything else."""
-    found: dict[str, Any] = (await http.get(DISCOVERY)).json()
+async def discovered(mesh: Mesh, http: httpx.AsyncClient) -> dict[str, Any]:
+    """What a client learns of the mesh that knows its URL and nothing else."""
+    found: dict[str, Any] = (await http.get(oidc_url(mesh.edge, external=True))).json()
     return found
 
 
@@ -62,7 +64,7 @@ async def verified(mesh: Mesh, discovered: dict[str, Any], token: str) -> dict[s
         key,
         algorithms=discovered["id_token_signing_alg_values_supported"],
         audience="kimberly",
-        issuer=discovered["issuer"],
+        issuer=mesh.edge,
         options={"require": ["exp", "iat", "sub", "aud", "iss"]},
     )
     return claims
@@ -71,11 +73,14 @@ async def verified(mesh: Mesh, discovered: dict[str, Any], token: str) -> dict[s
 async def test_the_discovery_document_names_what_is_there(
     mesh: Mesh, http: httpx.AsyncClient, discovered: dict[str, Any]
 ) -> None:
+    # OpenID Connect Discovery 1.0, section 4.3: it must name whom it was asked of.
+    assert discovered["issuer"] == mesh.edge
     assert discovered["token_endpoint"] == f"{mesh.edge}/v1/oauth/token"
     assert discovered["jwks_uri"] == f"{mesh.edge}/.well-known/jwks.json"
     assert (await http.get(discovered["jwks_uri"])).json()["keys"]
-    other = await http.get("/.well-known/oauth-authorization-server")
-    assert other.json() == discovered
+    other = (await http.get(oauth_url(mesh.edge, external=True))).json()
+    assert other == discovered
+    AuthorizationServerMetadata(other).validate()
     assert {"refresh_token", "client_credentials", TOKEN_EXCHANGE} == {
         *discovered["grant_types_supported"]
     }

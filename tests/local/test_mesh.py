@@ -271,6 +271,13 @@ def _ctrl_c_stops(layout: Layout, supervisor: subprocess.Popen[bytes]) -> None:
 def test_commands_of_a_stopped_mesh_say_so() -> None:
     with temporary_layout() as layout:
         status, down = local(layout, "status"), local(layout, "down")
+        rotated, early = (
+            local(layout, "rotate-certificates"),
+            local(layout, "rotate-authority", "sign"),
+        )
     assert (status.returncode, down.returncode) == (1, 0)
+    assert (rotated.returncode, early.returncode) == (0, 1)
+    assert "the next one starts with the new certificates" in rotated.stdout
+    assert "publish comes first" in early.stderr
     assert "python -m local up" in status.stderr
     assert "No mesh runs" in down.stdout

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -140,6 +140,16 @@ async def test_problem_becomes_a_status_with_its_reason(channel: grpc.aio.Channe
     )
     away = await refusal_of(get(channel, "away"))
     assert (away.code, away.reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
+
+
+async def test_only_what_may_pass_by_itself_says_when_to_come_back(
+    channel: grpc.aio.Channel,
+) -> None:
+    for request, delay in (("away", "1"), ("raise", None), ("bug", None)):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await get(channel, request)
+        trailing: Any = dict(cast("Any", caught.value.trailing_metadata()))
+        assert trailing.get("retry-after") == delay
 
 
 async def test_unforeseen_failure_tells_the_caller_nothing(channel: grpc.aio.Channel) -> None:

@@ -1035,7 +1035,7 @@ class GetOpenIdConfigurationResponse(_message.Message):
 
     @_builtins.property
     def response_types_supported(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Empty: nobody is sent to a page to log in."""
+        """`none`: nobody is sent to a page to log in."""
 
     @_builtins.property
     def subject_types_supported(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -1,0 +1,103 @@
+"""Who may call through the edge: the columns of the matrix of methods and callers."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+import httpx
+from kimberly.auth.v1 import auth_pb2 as auth
+
+from local.mesh import Mesh
+from server.access import METHODS, ROLES, Access, Role, Scope, scope_of
+from tests.mesh import PASSWORD, User, bearer, mailed_token, sign_up
+from tests.transports import Grpc, Metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What is needed to become a caller."""
+
+    mesh: Mesh
+    http: httpx.AsyncClient
+    channel: grpc.aio.Channel
+    host: User
+    """Who owns the tenant that others are asked into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Somebody or something that calls: how they become that, and what is open to them."""
+
+    name: str
+    become: Callable[[Scene], Awaitable[Metadata]]
+    opened: frozenset[str]
+
+
+def opened_to(role: Role) -> frozenset[str]:
+    """Return what the table opens to a user with this role, beside what is open to anyone."""
+    return frozenset(method for method, access in METHODS.items() if role in ROLES.get(access, ()))
+
+
+def opened_by(*scopes: Scope) -> frozenset[str]:
+    """Return what the table opens to a key or an agent with these scopes."""
+    return frozenset(
+        method
+        for method, access in METHODS.items()
+        if access is Access.USER and scope_of(method) in scopes
+    )
+
+
+async def _nobody(scene: Scene) -> Metadata:
+    return ()
+
+
+async def _host(scene: Scene) -> Metadata:
+    return bearer(scene.host.token)
+
+
+async def _of_another_tenant(scene: Scene) -> Metadata:
+    return bearer((await sign_up(scene.http, scene.channel)).token)
+
+
+def _asked_in_as(role: auth.Role.ValueType) -> Callable[[Scene], Awaitable[Metadata]]:
+    async def become(scene: Scene) -> Metadata:
+        email = f"{secrets.token_hex(8)}@example.com"
+        await scene.host.grpc(auth.CreateInvitationRequest(email=email, role=role))
+        invitation = await mailed_token(scene.mesh, email)
+        request = auth.SignUpRequest(email=email, password=PASSWORD, invitation=invitation)
+        return bearer((await Grpc(scene.channel)(request)).tokens.access_token)
+
+    return become
+
+
+def _key(*scopes: Scope) -> Callable[[Scene], Awaitable[Metadata]]:
+    async def become(scene: Scene) -> Metadata:
+        request = auth.CreateApiKeyRequest(name="a script", scopes=[each.value for each in scopes])
+        key = await scene.host.grpc(request)
+        exchanged = await Grpc(scene.channel)(auth.ExchangeTokenRequest(api_key=key.secret))
+        return bearer(exchanged.access_token)
+
+    return become
+
+
+def _keys() -> Iterator[Caller]:
+    narrow = [scope for scope in Scope if scope is not Scope.USER]
+    for scope in narrow:
+        yield Caller(f"key for {scope}", _key(scope), opened_by(scope))
+    yield Caller("key for everything a key can have", _key(*narrow), opened_by(*narrow))
+
+
+PEOPLE = (
+    Caller("anonymous", _nobody, frozenset()),
+    Caller("user", _host, opened_to(Role.OWNER)),
+    Caller("user of another tenant", _of_another_tenant, opened_to(Role.OWNER)),
+    Caller("admin", _asked_in_as(auth.ROLE_ADMIN), opened_to(Role.ADMIN)),
+    Caller("auditor", _asked_in_as(auth.ROLE_AUDITOR), opened_to(Role.AUDITOR)),
+    Caller("member", _asked_in_as(auth.ROLE_MEMBER), opened_to(Role.MEMBER)),
+)
+KEYS = tuple(_keys())
+CALLERS = (*PEOPLE, *KEYS)
+"""Who calls with agents' keys belongs here, too, once there are any."""
