@@ -11,7 +11,7 @@ from uuid import UUID
 
 from server import ids
 from server.caller import Caller
-from server.consent import MEMORY_STORE
+from server.consent import MEMORY_AGENT_ACCESS, MEMORY_STORE
 from server.database import SystemDatabase
 
 _NO_EVENT: Final = UUID(int=0)
@@ -77,8 +77,8 @@ class Asked:
 class News:
     """What there is for one who asked."""
 
-    is_allowed: bool
-    """Whether the user consents to memory.store."""
+    lacks: str | None
+    """A purpose that the user does not consent to, without which nothing is told."""
     events: Sequence[MemoryEvent]
     """In order; there may be more if they are as many as were asked for."""
     horizon: Cursor
@@ -100,11 +100,16 @@ class ChangeStore:
         async with self._database.transaction() as connection:
             rows = await connection.fetch(
                 """
-                SELECT watch.number, horizon.xid AS horizon, consent.granted,
+                SELECT watch.number, horizon.xid AS horizon,
+                       CASE WHEN consent.granted IS NOT TRUE THEN $6
+                            WHEN watch.is_agents AND access.granted IS NOT TRUE THEN $8
+                       END AS lacks,
                        event.id, event.xid, event.action, event.resource, event.event_time
                   FROM (SELECT pg_snapshot_xmin(pg_current_snapshot()) AS xid) AS horizon
-                 CROSS JOIN unnest($1::uuid[], $2::uuid[], $3::xid8[], $4::uuid[], $5::integer[])
-                       WITH ORDINALITY AS watch (tenant_id, user_id, xid, event_id, room, number)
+                 CROSS JOIN unnest($1::uuid[], $2::uuid[], $3::xid8[], $4::uuid[], $5::integer[],
+                                   $9::boolean[])
+                       WITH ORDINALITY
+                         AS watch (tenant_id, user_id, xid, event_id, room, is_agents, number)
                   LEFT JOIN LATERAL (
                        SELECT granted
                          FROM consents
@@ -113,6 +118,14 @@ class ChangeStore:
                         ORDER BY version DESC
                         LIMIT 1
                        ) AS consent ON true
+                  LEFT JOIN LATERAL (
+                       SELECT granted
+                         FROM consents
+                        WHERE tenant_id = watch.tenant_id AND user_id = watch.user_id
+                          AND purpose = $8
+                        ORDER BY version DESC
+                        LIMIT 1
+                       ) AS access ON watch.is_agents
                   LEFT JOIN LATERAL (
                        SELECT id, xid, action, resource, event_time
                          FROM audit_events
@@ -132,6 +145,8 @@ class ChangeStore:
                 [one.limit for one in asked],
                 MEMORY_STORE,
                 list(KINDS),
+                MEMORY_AGENT_ACCESS,
+                [one.caller.agent is not None for one in asked],
             )
         return [_news(list(group)) for _, group in groupby(rows, itemgetter("number"))]
 
@@ -139,7 +154,7 @@ class ChangeStore:
 def _news(rows: Sequence[Mapping[str, Any]]) -> News:
     first = rows[0]
     told: Iterable[Mapping[str, Any]] = rows if first["id"] else ()
-    return News(bool(first["granted"]), [_event(row) for row in told], Cursor(first["horizon"]))
+    return News(first["lacks"], [_event(row) for row in told], Cursor(first["horizon"]))
 
 
 def _event(row: Mapping[str, Any]) -> MemoryEvent:

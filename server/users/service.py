@@ -26,6 +26,7 @@ _PURPOSES: Final = {
     pb.CONSENT_PURPOSE_MEMORY_STORE: consent.MEMORY_STORE,
     pb.CONSENT_PURPOSE_MEMORY_EMBED: consent.MEMORY_EMBED,
     pb.CONSENT_PURPOSE_MEMORY_SENSITIVE: consent.MEMORY_SENSITIVE,
+    pb.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS: consent.MEMORY_AGENT_ACCESS,
 }
 _ENUM_VALUES: Final = {purpose: value for value, purpose in _PURPOSES.items()}
 _EVENT_LIST: Final = "audit events"

@@ -232,7 +232,8 @@ class AuthServiceServicer:
 
     def CreateApiKey(self, request, context):
         """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
-        the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+        the only one that shows it: a retry under the same request_id returns the key without its
+        secret, RotateApiKey gives it another one. Agents have keys of their own; see AgentService.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -68,7 +68,8 @@ class AuthServiceStub:
     """Marks the email of an account as verified, by a mailed token."""
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]
     """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
-    the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+    the only one that shows it: a retry under the same request_id returns the key without its
+    secret, RotateApiKey gives it another one. Agents have keys of their own; see AgentService.
     """
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListApiKeysRequest, _auth_pb2.ListApiKeysResponse]
     """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
@@ -131,7 +132,8 @@ class AuthServiceAsyncStub(AuthServiceStub):
     """Marks the email of an account as verified, by a mailed token."""
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
-    the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+    the only one that shows it: a retry under the same request_id returns the key without its
+    secret, RotateApiKey gives it another one. Agents have keys of their own; see AgentService.
     """
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListApiKeysRequest, _auth_pb2.ListApiKeysResponse]  # type: ignore[assignment]
     """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
@@ -269,7 +271,8 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.CreateApiKeyResponse, _abc.Awaitable[_auth_pb2.CreateApiKeyResponse]]:
         """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
-        the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+        the only one that shows it: a retry under the same request_id returns the key without its
+        secret, RotateApiKey gives it another one. Agents have keys of their own; see AgentService.
         """
 
     @_abc_1.abstractmethod
