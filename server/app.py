@@ -75,6 +75,7 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
         unary_seconds=settings.unary_seconds,
         stream_seconds=settings.stream_seconds,
         erased=application.erased,
+        ended=application.ended,
         gate=application.toll,
     )
     server = Server(

@@ -6,7 +6,8 @@
 4. caller     who is calling, before anyone asks whether they may
 5. access     a method without a row is denied to everybody
 6. erased     whoever asked to be erased may do nothing that they might have done before
-7. toll       last: what is refused for another reason counts against no limit
+7. kept       a stream lasts no longer than the session or key that its token descends from
+8. toll       last: what is refused for another reason counts against no limit
 """
 
 import asyncio
@@ -42,6 +43,8 @@ from server.rpc.status import STATUS_METADATA_KEY, Internal, code_of, to_status
 log = structlog.get_logger()
 
 _BEARER = "Bearer "
+_LOOK_SECONDS = 1.0
+"""How often a stream is asked whether it may go on."""
 _URI_IN_XFCC = re.compile(r'(?:^|;)URI="?([^;,"]+)"?')
 
 
@@ -69,6 +72,7 @@ def chain(
     unary_seconds: float,
     stream_seconds: float,
     erased: Container[UUID] = (),
+    ended: Container[UUID] = (),
     gate: Gate | None = None,
 ) -> Sequence[Layer]:
     """Return the layers of every server, outermost first.
@@ -79,6 +83,7 @@ def chain(
         unary_seconds: Longest time of a unary call.
         stream_seconds: Longest time of a call that streams.
         erased: Users whose tokens open nothing any more.
+        ended: Sessions and API keys that have ended, with the streams that they opened.
         gate: Admits calls of users and counts them; None admits all.
     """
     layers: tuple[Layer, ...] = (
@@ -88,6 +93,7 @@ def chain(
         _Caller(verifier).identified,
         _Access(worker_id).allowed,
         _Erased(erased).refused,
+        _Kept(ended).kept,
     )
     return layers if gate is None else (*layers, _Toll(gate).paid)
 
@@ -209,6 +215,52 @@ class _Erased:
         is_closed = METHODS.get(call.method) in ROLES and call.method not in OPEN_TO_ERASED
         if is_closed and current_caller().user_id in self._users:
             raise AccountErased
+
+
+class _Kept:
+    """Ends streams whose session or key has ended: tokens are verified when a call begins."""
+
+    def __init__(self, ended: Container[UUID]) -> None:
+        self._ended = ended
+
+    @asynccontextmanager
+    async def kept(self, call: Call) -> AsyncIterator[None]:
+        if not call.streams or METHODS.get(call.method) not in ROLES:
+            yield
+            return
+        async with asyncio.timeout(None) as limit:
+            look = _Look(self._ended, current_credentials().grant_id, limit)
+            try:
+                yield
+            except asyncio.CancelledError:
+                if look.has_ended:
+                    raise Unauthenticated("what the stream was opened with has ended") from None
+                raise
+            finally:
+                look.stop()
+
+
+class _Look:
+    """Looks again and again whether a grant has ended, and then stops the task that it is for."""
+
+    def __init__(self, ended: Container[UUID], grant_id: UUID, limit: asyncio.Timeout) -> None:
+        self._ended = ended
+        self._grant_id = grant_id
+        self._limit = limit
+        self._loop = asyncio.get_running_loop()
+        self.has_ended = False
+        self._next = self._loop.call_later(_LOOK_SECONDS, self._look)
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._next.cancel()
+
+    def _look(self) -> None:
+        if self._grant_id in self._ended:
+            self.has_ended = True
+            self._limit.reschedule(self._loop.time())
+        else:
+            self._next = self._loop.call_later(_LOOK_SECONDS, self._look)
 
 
 class _Toll:

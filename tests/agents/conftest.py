@@ -71,7 +71,7 @@ class Desk:
 
     async def register(self, **fields: Any) -> pb.RegisterAgentResponse:
         """Register an agent."""
-        given = {
+        given: dict[str, Any] = {
             "name": "a helper",
             "kind": pb.AGENT_KIND_SUMMARIZE_SESSION,
             "scopes": ["memory.read", "memory.write"],

@@ -11,7 +11,6 @@ import grpc
 import pytest
 import pytest_asyncio
 from kimberly.memory.v1 import memory_pb2 as pb
-from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
 from server import ids
 from server.access import SCOPES, Scope
@@ -22,11 +21,9 @@ from server.memory.answers import Answers
 from tests.abuse.meanings import FIELDS, METHODS, Means, put, request_of
 from tests.acting import EVERYTHING, READ_WRITE, let_agents, new_agent
 from tests.conftest import bearer, new_caller
-from tests.memory.calls import create
+from tests.memory.calls import Stub, create
 from tests.memory.test_answers import values_in
 from tests.refusals import refusal_of
-
-Stub = rpc.MemoryServiceStub
 
 SERVICE: Final = "/kimberly.memory.v1.MemoryService/"
 OPEN: Final = sorted(method.removeprefix(SERVICE) for method in SCOPES if SERVICE in method)
