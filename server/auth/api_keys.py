@@ -70,6 +70,12 @@ class Opened:
     role: str
     """What the key's user may do in the tenant."""
 
+    @property
+    def client_id(self) -> str:
+        """What the key is called as a client of OAuth 2.0: by its id, or that of its agent."""
+        caller = self.key.caller
+        return caller.actor if caller.agent else ids.show(ids.API_KEY, self.key.id)
+
     def credentials(self, asked: Iterable[str], field: str) -> Credentials:
         """Return what a token made with the secret says.
 

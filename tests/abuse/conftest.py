@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -15,7 +14,6 @@ import pytest
 import pytest_asyncio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.users.v1 import users_pb2 as users
 
 from local.fleet import MASTER_KEY
@@ -27,11 +25,10 @@ from server.auth.keyring import Keyring
 from server.database import SystemDatabase, open_pool
 from server.kms.local import LocalKms
 from tests.abuse.doors import Doors
-from tests.abuse.estates import agree, register
+from tests.abuse.estates import agree
 from tests.abuse.forgery import Forger
 from tests.abuse.wire import Wire
-from tests.mesh import User, bearer, channel, http, join, mesh, sign_up, trust
-from tests.transports import Grpc, Rest
+from tests.mesh import User, acting, channel, http, join, mesh, sign_up, trust
 
 __all__ = ["channel", "http", "mesh", "trust"]
 
@@ -58,29 +55,14 @@ async def cy(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, ann
 async def agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
     """An agent of Ann's with every scope that agents can have. She lets agents act."""
     await agree(ann, users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS)
-    return await acting(http, channel, ann, sorted({*Scope} - {Scope.USER}))
+    return (await acting(http, channel, ann, sorted({*Scope} - {Scope.USER})))[0]
 
 
 @pytest_asyncio.fixture(scope="session")
 async def narrow_agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
     """An agent of Ann's with a scope that opens nothing by itself."""
     await agree(ann, users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS)
-    return await acting(http, channel, ann, [Scope.MEMORY_SENSITIVE])
-
-
-async def acting(
-    http: httpx.AsyncClient, channel: grpc.aio.Channel, user: User, scopes: Sequence[str]
-) -> User:
-    """Return a user for whom a new agent calls, with a token of the agent's key."""
-    made = await register(user, scopes)
-    exchanged = await user.grpc(auth.ExchangeTokenRequest(api_key=made.key))
-    token = exchanged.access_token
-    return replace(
-        user,
-        tokens=auth.Tokens(access_token=token),
-        rest=Rest(http, token),
-        grpc=Grpc(channel, bearer(token)),
-    )
+    return (await acting(http, channel, ann, [Scope.MEMORY_SENSITIVE]))[0]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -141,16 +141,11 @@ async def make_key(user: User) -> str:
 
 async def employ(user: User) -> str:
     """Register an agent and return its id."""
-    return (await register(user, ["memory.read"])).agent.id
-
-
-async def register(user: User, scopes: Sequence[str]) -> agents.RegisterAgentResponse:
-    """Register an agent and return it with its key."""
     request = agents.RegisterAgentRequest(
-        name="a helper", kind=agents.AGENT_KIND_EXTERNAL, scopes=scopes
+        name="a helper", kind=agents.AGENT_KIND_EXTERNAL, scopes=["memory.read"]
     )
-    made: agents.RegisterAgentResponse = await user.grpc(request)
-    return made
+    agent_id: str = (await user.grpc(request)).agent.id
+    return agent_id
 
 
 async def idle(user: User) -> str:
