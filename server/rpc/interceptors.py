@@ -14,7 +14,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Container, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Protocol, assert_never
 from uuid import UUID
 
@@ -43,6 +43,8 @@ from server.rpc.status import STATUS_METADATA_KEY, Internal, code_of, to_status
 log = structlog.get_logger()
 
 _BEARER = "Bearer "
+_AS_IT_IS: AbstractAsyncContextManager[None] = nullcontext()
+"""Costs a call next to nothing, and may be entered by many."""
 _LOOK_SECONDS = 1.0
 """How often a stream is asked whether it may go on."""
 _URI_IN_XFCC = re.compile(r'(?:^|;)URI="?([^;,"]+)"?')
@@ -223,11 +225,12 @@ class _Kept:
     def __init__(self, ended: Container[UUID]) -> None:
         self._ended = ended
 
+    def kept(self, call: Call) -> AbstractAsyncContextManager[None]:
+        is_users = call.streams and METHODS.get(call.method) in ROLES
+        return self._kept() if is_users else _AS_IT_IS
+
     @asynccontextmanager
-    async def kept(self, call: Call) -> AsyncIterator[None]:
-        if not call.streams or METHODS.get(call.method) not in ROLES:
-            yield
-            return
+    async def _kept(self) -> AsyncIterator[None]:
         async with asyncio.timeout(None) as limit:
             look = _Look(self._ended, current_credentials().grant_id, limit)
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import Any, Final
 
 import asyncpg
@@ -16,11 +17,12 @@ from server import ids
 from server.access import SCOPES, Scope
 from server.cache import Redis
 from server.caller import Caller
-from server.database import Database, SystemDatabase
+from server.database import Database, SystemDatabase, open_pool
+from server.errors import ConsentMissing
 from server.memory.answers import Answers
 from tests.abuse.meanings import FIELDS, METHODS, Means, put, request_of
 from tests.acting import EVERYTHING, READ_WRITE, let_agents, new_agent
-from tests.conftest import bearer, new_caller
+from tests.conftest import Urls, bearer, new_caller
 from tests.memory.calls import Stub, create
 from tests.memory.test_answers import values_in
 from tests.refusals import refusal_of
@@ -138,6 +140,22 @@ async def test_a_withdrawal_ends_what_an_agent_may_with_its_next_call(
     refusal = await refusal_of(memories.GetMemory(request, metadata=by(agent)))
     assert refusal.reason == "CONSENT_MISSING"
     assert (await memories.GetMemory(request, metadata=bearer(user))).memory.id == kept.id
+
+
+async def test_whoever_comes_next_on_the_connection_is_not_taken_for_the_agent(
+    urls: Urls, database: Database, user: Caller, agent: Caller
+) -> None:
+    pool = await open_pool(urls.application, size=1, name="test")
+    narrow = Database(pool)
+    for granted in (True, False):
+        await let_agents(database, user, granted=granted)
+        with nullcontext() if granted else pytest.raises(ConsentMissing):
+            async with narrow.transaction(agent) as connection:
+                assert await connection.fetchval("SELECT acting_agent()")
+        async with narrow.transaction(user) as connection:
+            assert await connection.fetchval("SELECT acting_agent()") is None
+            assert not await connection.fetchval("SELECT hides_sensitive()")
+    await pool.close()
 
 
 # --- what is told --------------------------------------------------------------------------

@@ -84,8 +84,8 @@ class AuthServiceStub:
     IssueToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]
     """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
     JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
-    `client_credentials`, with the id of an API key as the client's id and the key as its secret;
-    and token exchange (RFC 8693), with an API key as the subject token.
+    `client_credentials`, with the id of an API key or of an agent as the client's id and its key
+    as the secret; and token exchange (RFC 8693), with such a key as the subject token.
     """
     GetOpenIdConfiguration: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetOpenIdConfigurationRequest, _auth_pb2.GetOpenIdConfigurationResponse]
     """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
@@ -148,8 +148,8 @@ class AuthServiceAsyncStub(AuthServiceStub):
     IssueToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]  # type: ignore[assignment]
     """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
     JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
-    `client_credentials`, with the id of an API key as the client's id and the key as its secret;
-    and token exchange (RFC 8693), with an API key as the subject token.
+    `client_credentials`, with the id of an API key or of an agent as the client's id and its key
+    as the secret; and token exchange (RFC 8693), with such a key as the subject token.
     """
     GetOpenIdConfiguration: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetOpenIdConfigurationRequest, _auth_pb2.GetOpenIdConfigurationResponse]  # type: ignore[assignment]
     """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
@@ -317,8 +317,8 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_auth_pb2.IssueTokenResponse, _abc.Awaitable[_auth_pb2.IssueTokenResponse]]:
         """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
         JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
-        `client_credentials`, with the id of an API key as the client's id and the key as its secret;
-        and token exchange (RFC 8693), with an API key as the subject token.
+        `client_credentials`, with the id of an API key or of an agent as the client's id and its key
+        as the secret; and token exchange (RFC 8693), with such a key as the subject token.
         """
 
     @_abc_1.abstractmethod
