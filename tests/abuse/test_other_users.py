@@ -452,7 +452,8 @@ READING: Final = sorted(
     # Whoever may look at the tenant sees who is in it.
     and access.METHODS[path_of(method)] is not access.Access.AUDITOR
     and not any(
-        means in (*IDS, *NAMED, Means.END) for means in FIELDS.get(method.name, {}).values()
+        means in (*IDS, *NAMED, Means.TASK, Means.END)
+        for means in FIELDS.get(method.name, {}).values()
     )
 )
 

@@ -29,6 +29,7 @@ from tests.acting import EVERYTHING, READ_WRITE, let_agents, new_agent
 from tests.conftest import as_worker, bearer, data_keys_of, new_caller
 from tests.refusals import refusal_of
 from tests.workers.conftest import Mesh, until
+from workers.digest import Digest
 from workers.stream import Handler
 from workers.summarizing import SUMMARIZE, Summarizing
 
@@ -38,6 +39,10 @@ SAID = (
     "My cat likes tuna.",
     "The movers to Lisbon cost 900 euros, and they come in May.",
 )
+LATER = (
+    "The movers to Lisbon come in June, and the flat near the river in Lisbon is free from June."
+)
+"""Of all that is said this is chosen first."""
 SECRET = "The doctor in Lisbon has my diagnosis, and the flat in Lisbon is near."
 
 
@@ -289,7 +294,8 @@ async def test_a_worker_that_is_killed_half_way_leaves_one_summary(
     (first,) = await summaries(owner, agent)
     # Meanwhile the conversation goes on: the second attempt would choose otherwise.
     user = Caller(agent.tenant_id, agent.user_id)
-    await memories.create(user, turn(9, "Lisbon, Lisbon, the flat in Lisbon."), "", utc_now())
+    await memories.create(user, turn(9, LATER), "", utc_now())
+    assert LATER in chosen(*SAID, LATER)
     async with mesh.working(summarizing):
         task = await ended(agents, agent, task)
     assert task.state == jobs.JOB_STATE_SUCCEEDED, task
@@ -297,6 +303,13 @@ async def test_a_worker_that_is_killed_half_way_leaves_one_summary(
     assert len(await summaries(owner, agent)) == 1
     attempts = await owner.fetchval("SELECT attempt FROM jobs")
     assert attempts == 2
+
+
+def chosen(*said: str) -> list[str]:
+    digest = Digest()
+    for content in said:
+        digest.add(content)
+    return [sentence.text for sentence in digest.choose(2)]
 
 
 async def test_a_task_that_runs_can_be_cancelled(
