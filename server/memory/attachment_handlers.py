@@ -68,6 +68,7 @@ class AttachmentHandlers:
         identity = ("ListAttachments", caller, memory_id)
         before = paging.decode(request.page_token, *identity)
         page = await self._attachments.page(caller, memory_id, before=before, limit=size + 1)
+        await self._reads.note(caller, [memory_id])
         more = len(page) > size
         return pb.ListAttachmentsResponse(
             attachments=map(messages.attachment_to, page[:size]),

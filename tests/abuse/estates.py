@@ -238,7 +238,8 @@ async def look_at(estate: Estate) -> list[object]:
         seen.append((await user.grpc(pb.GetTranscriptRequest(session_id=name))).transcript)
     sessions = (await user.grpc(auth.ListSessionsRequest())).sessions
     seen.append(estate.names[Means.LOG_IN]["going on"] in {each.id for each in sessions})
-    seen.append([each.id for each in (await user.grpc(auth.ListApiKeysRequest())).api_keys])
+    keys = (await user.grpc(auth.ListApiKeysRequest())).api_keys
+    seen += [each for each in keys if each.id == estate.names[Means.API_KEY]["living"]]
     for name in estate.names[Means.AGENT].values():
         seen.append((await user.grpc(agents.GetAgentRequest(id=name))).agent)
     for name in estate.names[Means.IMPORT].values():

@@ -220,6 +220,21 @@ async def test_whatever_an_agent_reads_has_its_name_in_the_log(
     assert (row["tenant_id"], row["user_id"]) == (user.tenant_id, user.user_id)
 
 
+async def test_files_that_an_agent_finds_are_told(
+    memories: Any, user: Caller, agent: Caller, owner: asyncpg.Connection
+) -> None:
+    kept = await create(memories, user, "a scan")
+    attachment = await attach(memories, user, kept)
+    listing = pb.ListAttachmentsRequest(memory_id=kept.id)
+    (listed,) = (await memories.ListAttachments(listing, metadata=by(agent))).attachments
+    assert listed.id == attachment
+    await memories.GetAttachment(pb.GetAttachmentRequest(id=attachment), metadata=by(agent))
+    assert await events_of(owner, agent) == [
+        ("memory.read", kept.id),
+        ("attachment.read", attachment),
+    ]
+
+
 async def test_a_watching_agent_is_told_and_heard(
     memories: Stub, user: Caller, agent: Caller, owner: asyncpg.Connection, database: Database
 ) -> None:
