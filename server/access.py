@@ -51,6 +51,8 @@ class Scope(enum.StrEnum):
 
     MEMORY_READ = "memory.read"
     MEMORY_WRITE = "memory.write"
+    MEMORY_SENSITIVE = "memory.sensitive"
+    """Opens no method: to an agent without it, sensitive memories are not there."""
     JOBS_READ = "jobs.read"
     PROFILE_READ = "profile.read"
     AUDIT_READ = "audit.read"
@@ -165,6 +167,19 @@ METHODS: Mapping[str, Access] = {
     "/kimberly.jobs.v1.JobService/ResumeSchedule": Access.USER,
     "/kimberly.jobs.v1.JobService/DeleteSchedule": Access.USER,
     "/kimberly.jobs.v1.WorkerService/Work": Access.WORKER,
+    "/kimberly.agents.v1.AgentService/RegisterAgent": Access.USER,
+    "/kimberly.agents.v1.AgentService/GetAgent": Access.USER,
+    "/kimberly.agents.v1.AgentService/ListAgents": Access.USER,
+    "/kimberly.agents.v1.AgentService/DisableAgent": Access.USER,
+    "/kimberly.agents.v1.AgentService/EnableAgent": Access.USER,
+    "/kimberly.agents.v1.AgentService/DeleteAgent": Access.USER,
+    "/kimberly.agents.v1.AgentService/RotateAgentKey": Access.USER,
+    "/kimberly.agents.v1.AgentService/RunAgentTask": Access.USER,
+    "/kimberly.agents.v1.AgentService/GetAgentTask": Access.USER,
+    "/kimberly.agents.v1.AgentService/ListAgentTasks": Access.USER,
+    "/kimberly.agents.v1.AgentService/CancelAgentTask": Access.USER,
+    "/kimberly.agents.v1.AgentWorkService/ReadSession": Access.WORKER,
+    "/kimberly.agents.v1.AgentWorkService/KeepSummary": Access.WORKER,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Access.USER,
     "/grpc.health.v1.Health/Check": Access.WORKLOAD,
 }
@@ -270,8 +285,13 @@ PROCESSES: Mapping[str, tuple[str, ...]] = {
         "kimberly.embedding.v1.EmbeddingService",
         "kimberly.maintenance.v1.MaintenanceService",
         "kimberly.privacy.v1.PrivacyWorkService",
+        "kimberly.agents.v1.AgentWorkService",
     ),
-    "jobs": ("kimberly.jobs.v1.JobService", "kimberly.jobs.v1.WorkerService"),
+    "jobs": (
+        "kimberly.jobs.v1.JobService",
+        "kimberly.jobs.v1.WorkerService",
+        "kimberly.agents.v1.AgentService",
+    ),
 }
 """Which process serves which services. The auth process answers reflection for all of them."""
 

@@ -86,6 +86,7 @@ def _server(process: str, settings: Settings, application: Application) -> Serve
         stream_seconds=settings.stream_seconds,
         edge_id=access.spiffe_id(settings.trust_domain, settings.namespace, access.EDGE),
         erased=application.erased,
+        ended=application.ended,
         gate=application.toll,
         turnstile=application.turnstile,
     )

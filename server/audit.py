@@ -17,7 +17,7 @@ async def record(connection: Connection, caller: Caller, action: str, resource: 
 
     Args:
         connection: The transaction of the change.
-        caller: Whose data is touched; also who acts.
+        caller: Whose data is touched; also who acts, or has an agent act.
         action: What is done, such as "memory.create".
         resource: Id of what it is done to, never its text.
     """
@@ -52,7 +52,7 @@ async def record_all(
         resources,
         caller.tenant_id,
         caller.user_id,
-        actor or ids.show(ids.USER, caller.user_id),
+        actor or caller.actor,
         action,
     )
     count_changes(action, len(resources))

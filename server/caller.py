@@ -1,10 +1,19 @@
 """Who is calling, and what they were given to call with."""
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import UUID
 
+from server import ids
 from server.errors import Unauthenticated
+
+
+@dataclass(frozen=True, slots=True)
+class ActingAgent:
+    """An agent that acts for a user, as it is known from a token or a task."""
+
+    id: UUID
+    sees_sensitive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +22,15 @@ class Caller:
 
     tenant_id: UUID
     user_id: UUID
+    agent: ActingAgent | None = field(default=None, compare=False, repr=False)
+    """Who acts for the user; None: the user. Whose data it is does not depend on it."""
+
+    @property
+    def actor(self) -> str:
+        """Who acts, as the audit log names them."""
+        if self.agent is None:
+            return ids.show(ids.USER, self.user_id)
+        return ids.show(ids.AGENT, self.agent.id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from server.errors import ConsentMissing
 MEMORY_STORE: Final = "memory.store"
 MEMORY_EMBED: Final = "memory.embed"
 MEMORY_SENSITIVE: Final = "memory.sensitive"
+MEMORY_AGENT_ACCESS: Final = "memory.agent_access"
+"""Asked by the database itself, at the beginning of every transaction of an agent."""
 
 
 async def require(connection: Connection, purpose: str) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     asynccontextmanager,
@@ -16,8 +16,8 @@ import structlog
 from asyncpg.pool import PoolConnectionProxy as Connection
 
 from server import tracing
-from server.caller import Caller
-from server.errors import AccountErased, StoreUnavailable
+from server.caller import ActingAgent, Caller
+from server.errors import AccountErased, AgentDisabled, ConsentMissing, Problem, StoreUnavailable
 
 type_codecs = pgvector.asyncpg.register_vector
 
@@ -34,8 +34,12 @@ _OUT_OF_REACH = (
     asyncpg.InternalClientError,
 )
 _SHOWN_OF_A_STATEMENT = 200
-_ERASED = "KM002"
-"""What the function refuse_erased raises."""
+_REFUSALS: Mapping[str, Callable[[], Problem]] = {
+    "KM002": AccountErased,
+    "KM003": functools.partial(ConsentMissing, "memory.agent_access"),
+    "KM004": AgentDisabled,
+}
+"""What the functions refuse_erased and act_as raise."""
 _SETTINGS = {
     "jit": "off",
     "plan_cache_mode": "force_generic_plan",
@@ -46,7 +50,7 @@ _SETTINGS = {
 
 log = structlog.get_logger()
 
-__all__ = ["Connection", "Database", "SystemDatabase", "open_pool"]
+__all__ = ["Connection", "Database", "SystemDatabase", "enter", "open_pool"]
 
 
 @contextmanager
@@ -111,6 +115,8 @@ class Database:
     ) -> AbstractAsyncContextManager[Connection]:
         """Open a transaction that sees and changes only the rows of one user.
 
+        Of an agent it is only as long as the user lets agents act for them, and begins with that.
+
         Args:
             caller: The user.
             in_index_order: Whether rows are read in the order of an index rather than sorted. Of
@@ -118,6 +124,8 @@ class Database:
                 rows as the average one, and would read and sort all that they have.
 
         Raises:
+            ConsentMissing: An agent acts, and the user does not consent to memory.agent_access.
+            AgentDisabled: An agent acts that is disabled or gone.
             StoreUnavailable: PostgreSQL does not answer. After a commit was sent the outcome
                 is not known.
         """
@@ -127,7 +135,8 @@ class Database:
             self._pool,
             f"BEGIN; SET LOCAL kimberly.tenant_id = '{caller.tenant_id!s}'; "
             f"SET LOCAL kimberly.user_id = '{caller.user_id!s}'"
-            + ("; SET LOCAL enable_sort = off" if in_index_order else ""),
+            + ("; SET LOCAL enable_sort = off" if in_index_order else "")
+            + (f"; {_acting(caller.agent)}" if caller.agent else ""),
         )
 
     async def fetch(self, caller: Caller, query: str, *arguments: object) -> list[asyncpg.Record]:
@@ -137,15 +146,23 @@ class Database:
         start at $3. It runs under the same row-level security as in `transaction`: should it
         ever be planned ahead of `enter`, it sees no rows.
 
+        An agent's query takes the trips of a transaction.
+
         Raises:
+            ConsentMissing: As in `transaction`.
+            AgentDisabled: As in `transaction`.
             StoreUnavailable: PostgreSQL does not answer.
         """
+        given = (_entered(query), caller.tenant_id, caller.user_id, *arguments)
+        rows: list[asyncpg.Record]
+        if caller.agent:
+            async with self.transaction(caller) as connection:
+                rows = await connection.fetch(*given)
+            return rows
         with _translated():
             async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
                 with _traced(connection):
-                    rows: list[asyncpg.Record] = await connection.fetch(
-                        _entered(query), caller.tenant_id, caller.user_id, *arguments
-                    )
+                    rows = await connection.fetch(*given)
         return rows
 
     async def fetch_alone(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
@@ -162,6 +179,23 @@ class Database:
                 with _traced(connection):
                     rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
         return rows
+
+
+async def enter(connection: Connection, caller: Caller) -> None:
+    """Have a transaction of the system role act as a user, or as an agent of theirs.
+
+    Raises:
+        ConsentMissing: As in `Database.transaction`.
+        AgentDisabled: As in `Database.transaction`.
+    """
+    await connection.execute("SELECT enter($1, $2)", caller.tenant_id, caller.user_id)
+    if caller.agent:
+        await connection.execute(_acting(caller.agent))
+
+
+def _acting(agent: ActingAgent) -> str:
+    # As above: an id is nothing but hexadecimal digits.
+    return f"SELECT act_as('{agent.id!s}', {agent.sees_sensitive})"
 
 
 @functools.cache
@@ -202,8 +236,8 @@ async def _transaction(pool: asyncpg.Pool, opening: str) -> AsyncIterator[Connec
     with _translated():
         async with pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
             with _traced(connection):
-                await connection.execute(opening)
                 try:
+                    await connection.execute(opening)
                     yield connection
                 except BaseException:
                     await _roll_back(connection)
@@ -224,9 +258,11 @@ def _translated() -> Iterator[None]:
         log.warning("database out of reach", error=repr(error))
         raise StoreUnavailable("the database") from error
     except asyncpg.PostgresError as error:
-        if error.sqlstate != _ERASED:
+        refusal = _REFUSALS.get(error.sqlstate)
+        if refusal is None:
             raise
-        raise AccountErased from error
+        problem = refusal()
+        raise problem from error
 
 
 def _is_cancelling() -> bool:

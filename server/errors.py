@@ -107,6 +107,13 @@ class AccountErased(Unauthenticated):
         )
 
 
+class AgentDisabled(Unauthenticated):
+    """The agent that acts was disabled or deleted; its tokens are refused a little later."""
+
+    def __init__(self) -> None:
+        super().__init__("the agent is disabled or gone")
+
+
 class PermissionDenied(Problem):
     """The caller is known and may not."""
 

@@ -89,6 +89,22 @@ async def claim(
     return UUID(int=earlier["resource_id"].int)
 
 
+async def made(connection: Connection, caller: Caller, method: str, request_id: str) -> UUID | None:
+    """Return what an earlier request made, whatever its contents; None if there was none."""
+    found = await connection.fetchval(
+        """
+        SELECT resource_id
+          FROM requests
+         WHERE tenant_id = $1 AND user_id = $2 AND method = $3 AND request_id = $4
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        method,
+        request_id,
+    )
+    return None if found is None else UUID(int=found.int)
+
+
 async def redirect(
     connection: Connection, caller: Caller, method: str, request_id: str, resource_id: UUID
 ) -> None:

@@ -16,7 +16,8 @@ from joserfc.jwk import ECKey
 from kimberly.auth.v1 import auth_pb2, auth_pb2_grpc
 
 from server import ids
-from server.caller import Caller, Credentials
+from server.access import Scope
+from server.caller import ActingAgent, Caller, Credentials
 from server.clock import Clock, utc_now
 from server.errors import InvalidArgument, StoreUnavailable, Unauthenticated
 
@@ -157,16 +158,29 @@ def _credentials(claims: Mapping[str, object]) -> Credentials:
     Raises:
         InvalidArgument: One of them is not what it must be.
     """
-    caller = Caller(
-        tenant_id=ids.parse(ids.TENANT, str(claims["tid"]), "tid"),
-        user_id=ids.parse(ids.USER, str(claims["sub"]), "sub"),
-    )
     grant, scope, role = str(claims["sid"]), claims["scope"], claims["role"]
     kind = ids.API_KEY if grant.startswith(ids.API_KEY) else ids.SESSION
     if not isinstance(scope, str) or not isinstance(role, str):
         raise InvalidArgument("scope", "must be a string, as must be the role")
-    grant_id = ids.parse(kind, grant, "sid")
-    return Credentials(caller, kind, grant_id, frozenset(scope.split()), role)
+    scopes = frozenset(scope.split())
+    caller = Caller(
+        tenant_id=ids.parse(ids.TENANT, str(claims["tid"]), "tid"),
+        user_id=ids.parse(ids.USER, str(claims["sub"]), "sub"),
+        agent=_agent(claims["act"], scopes) if "act" in claims else None,
+    )
+    return Credentials(caller, kind, ids.parse(kind, grant, "sid"), scopes, role)
+
+
+def _agent(act: object, scopes: frozenset[str]) -> ActingAgent:
+    """Read who acts (RFC 8693, section 4.1). Whoever it is that we do not understand is refused.
+
+    Raises:
+        InvalidArgument: It is nothing that we say, or an agent that may do everything.
+    """
+    if not isinstance(act, dict) or act.keys() != {"sub"} or Scope.USER in scopes:
+        raise InvalidArgument("act", "must be an agent, of some scopes")
+    agent_id = ids.parse(ids.AGENT, str(act["sub"]), "act.sub")
+    return ActingAgent(agent_id, sees_sensitive=Scope.MEMORY_SENSITIVE in scopes)
 
 
 class RemoteKeys:

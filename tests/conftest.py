@@ -21,7 +21,7 @@ from server import ids
 from server.access import EDGE, WORKER, Role, Scope, spiffe_id
 from server.blobs import Blobs
 from server.cache import Redis, open_cache
-from server.caller import Caller, Credentials
+from server.caller import ActingAgent, Caller, Credentials
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.errors import Unauthenticated
@@ -212,9 +212,11 @@ class PlainTokens:
     async def verify(self, token: str) -> Credentials:
         """Return what the token says."""
         try:
-            tenant, user, grant, role, scopes = token.split("/")
-            caller = Caller(tenant_id=UUID(tenant), user_id=UUID(user))
-            return Credentials(caller, ids.SESSION, UUID(grant), frozenset(scopes.split()), role)
+            tenant, user, grant, role, scope, acting = token.split("/")
+            scopes = frozenset(scope.split())
+            agent = ActingAgent(UUID(acting), Scope.MEMORY_SENSITIVE in scopes) if acting else None
+            caller = Caller(tenant_id=UUID(tenant), user_id=UUID(user), agent=agent)
+            return Credentials(caller, ids.SESSION, UUID(grant), scopes, role)
         except ValueError as error:
             raise Unauthenticated("the access token is not valid") from error
 
@@ -226,9 +228,10 @@ def bearer(
     role: str = Role.OWNER,
     grant_id: UUID | None = None,
 ) -> tuple[tuple[str, str], ...]:
-    """Return the metadata of a call by this user."""
+    """Return the metadata of a call by this user, or by the agent that acts for them."""
     grant = grant_id or caller.user_id
-    token = f"{caller.tenant_id}/{caller.user_id}/{grant}/{role}/{scope}"
+    acting = caller.agent.id if caller.agent else ""
+    token = f"{caller.tenant_id}/{caller.user_id}/{grant}/{role}/{scope}/{acting}"
     return (("authorization", f"Bearer {token}"),)
 
 

@@ -9,14 +9,15 @@ import secrets
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import grpc
 import httpx
 import pytest
 import pytest_asyncio
+from kimberly.agents.v1 import agents_pb2 as agents
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.users.v1 import users_pb2 as users
 
@@ -129,6 +130,27 @@ async def join(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, h
     return await _signed_up(
         http, channel, auth.SignUpRequest(email=email, password=PASSWORD, invitation=invitation)
     )
+
+
+async def acting(
+    http: httpx.AsyncClient,
+    channel: grpc.aio.Channel,
+    user: User,
+    scopes: Sequence[str],
+    kind: agents.AgentKind.ValueType = agents.AGENT_KIND_EXTERNAL,
+) -> tuple[User, agents.RegisterAgentResponse]:
+    """Return a user for whom a new agent calls, with a token of its key; and the agent."""
+    request = agents.RegisterAgentRequest(name="a helper", kind=kind, scopes=scopes)
+    made = await user.grpc(request)
+    exchanged = await user.grpc(auth.ExchangeTokenRequest(api_key=made.key))
+    token = exchanged.access_token
+    agent = replace(
+        user,
+        tokens=auth.Tokens(access_token=token),
+        rest=Rest(http, token),
+        grpc=Grpc(channel, bearer(token)),
+    )
+    return agent, made
 
 
 async def mailed_token(mesh: Mesh, email: str) -> str:

@@ -17,6 +17,7 @@ from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from kimberly.agents.v1 import agents_pb2
 from kimberly.auth.v1 import auth_pb2
 from kimberly.billing.v1 import billing_pb2
 from kimberly.jobs.v1 import jobs_pb2
@@ -26,7 +27,7 @@ from kimberly.users.v1 import users_pb2
 
 from tests.refusals import Refusal, read
 
-MODULES = (auth_pb2, billing_pb2, users_pb2, privacy_pb2, memory_pb2, jobs_pb2)
+MODULES = (auth_pb2, billing_pb2, users_pb2, privacy_pb2, memory_pb2, jobs_pb2, agents_pb2)
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 _VARIABLE = re.compile(r"\{([^}=]+)}")
 _KIND = {False: "unary", True: "stream"}

@@ -25,6 +25,7 @@ from workers.promotion import PROMOTE, Promoting
 from workers.reindexing import REINDEX, Reindexing
 from workers.rewrapping import REWRAP, Rewrapping
 from workers.stream import Handler, Worker
+from workers.summarizing import SUMMARIZE, Summarizing
 
 log = structlog.get_logger()
 
@@ -111,6 +112,7 @@ async def _work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
                 ERASE: Erasing(channel).erase,
                 EXPORT: exporting.export,
                 EXPIRE: exporting.expire,
+                SUMMARIZE: Summarizing(channel).summarize,
                 **_embedding(channel, embedders),
             },
             concurrency=settings.concurrency,

@@ -10,6 +10,7 @@ from typing import cast
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from kimberly.agents.v1 import agents_pb2_grpc
 from kimberly.auth.v1 import auth_pb2, auth_pb2_grpc
 from kimberly.jobs.v1 import jobs_pb2_grpc
 from kimberly.memory.v1 import memory_pb2_grpc
@@ -53,6 +54,17 @@ _SAFE_TO_REPEAT += [
         "ResumeSchedule",
     )
 ]
+_SAFE_TO_REPEAT += [
+    {"service": "kimberly.agents.v1.AgentService", "method": method}
+    for method in (
+        "GetAgent",
+        "ListAgents",
+        "DisableAgent",
+        "EnableAgent",
+        "GetAgentTask",
+        "ListAgentTasks",
+    )
+]
 _SAFE_TO_REPEAT += [{"service": "kimberly.users.v1.UserService"}]
 _SERVICE_CONFIG = json.dumps(
     {
@@ -88,6 +100,9 @@ class Client:
         self.auth: auth_pb2_grpc.AuthServiceAsyncStub = auth_pb2_grpc.AuthServiceStub(channel)
         self.users: users_pb2_grpc.UserServiceAsyncStub = users_pb2_grpc.UserServiceStub(channel)
         self.memory: memory_pb2_grpc.MemoryServiceAsyncStub = memory_pb2_grpc.MemoryServiceStub(
+            channel
+        )
+        self.agents: agents_pb2_grpc.AgentServiceAsyncStub = agents_pb2_grpc.AgentServiceStub(
             channel
         )
         self.jobs: jobs_pb2_grpc.JobServiceAsyncStub = jobs_pb2_grpc.JobServiceStub(channel)

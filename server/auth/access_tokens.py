@@ -28,9 +28,12 @@ class Mint:
     ) -> str:
         """Return a token that says what the credentials are, signed with a private key."""
         caller = credentials.caller
+        # RFC 8693, section 4.1: the subject is whose data it is, the actor who acts for them.
+        acting = {"act": {"sub": caller.actor}} if caller.agent else {}
         return jwt.encode(
             {"alg": ALGORITHM, "kid": key.kid, "typ": TYP},
             {
+                **acting,
                 "iss": self.issuer,
                 "aud": self.audience,
                 "sub": ids.show(ids.USER, caller.user_id),

@@ -10,12 +10,13 @@ from kimberly.auth.v1 import auth_pb2 as pb
 
 from server import ids
 from server.auth.api_key_store import ApiKeyStore
-from server.auth.api_keys import LONGEST_OVERLAP, ApiKey, Secret, check_expiry, check_scopes
+from server.auth.api_keys import ApiKey, Secret, check_expiry, check_overlap, check_scopes
 from server.auth.issuing import Issuer, seconds
 from server.auth.metrics import TOKENS
 from server.caller import current_caller
 from server.clock import Clock
 from server.errors import ApiKeyInvalid, InvalidArgument
+from server.requests import check_request_id
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -32,6 +33,7 @@ class ApiKeyHandlers:
     async def CreateApiKey(
         self, request: pb.CreateApiKeyRequest, context: Context
     ) -> pb.CreateApiKeyResponse:
+        check_request_id(request.request_id)
         now, secret = self._clock(), Secret.new()
         asked = _instant(request.expire_time) if request.HasField("expire_time") else None
         key = ApiKey(
@@ -43,8 +45,9 @@ class ApiKeyHandlers:
             created_at=now,
             expires_at=check_expiry(asked, "expire_time", now),
         )
-        await self._api_keys.create(key, secret)
-        return pb.CreateApiKeyResponse(api_key=_key_to(key), secret=secret.text)
+        contents = request.SerializeToString(deterministic=True)
+        kept, is_new = await self._api_keys.create(key, secret, request.request_id, contents)
+        return pb.CreateApiKeyResponse(api_key=_key_to(kept), secret=secret.text if is_new else "")
 
     async def ListApiKeys(
         self, request: pb.ListApiKeysRequest, context: Context
@@ -93,10 +96,10 @@ def _name(asked: str) -> str:
 
 
 def _overlap(request: pb.RotateApiKeyRequest) -> timedelta:
-    overlap = timedelta(seconds=request.overlap.seconds)
-    if not timedelta(0) <= overlap <= LONGEST_OVERLAP:
-        raise InvalidArgument("overlap", f"must be at most {LONGEST_OVERLAP.days} days")
-    return overlap
+    try:
+        return check_overlap(request.overlap.ToTimedelta(), "overlap")
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgument("overlap", "is no duration that exists") from error
 
 
 def _instant(timestamp: timestamp_pb2.Timestamp) -> datetime:

@@ -7,10 +7,10 @@ from uuid import UUID
 
 import asyncpg
 
-from server import audit, ids
+from server import audit, ids, requests
 from server.auth.api_keys import MOST_KEYS, ApiKey, Opened, Secret
 from server.auth.refresh_tokens import hash_of
-from server.caller import Caller
+from server.caller import ActingAgent, Caller
 from server.database import Connection, SystemDatabase
 from server.errors import NotFound, QuotaExceeded
 from server.grants import end_grants
@@ -19,7 +19,7 @@ _KEPT: Final = timedelta(days=30)
 _USE_NOTED_EVERY: Final = timedelta(minutes=1)
 _KEY: Final = """
     key.id, key.tenant_id, key.user_id, key.name, key.prefix, key.scopes, key.created_at,
-    key.expires_at, key.last_used_at
+    key.expires_at, key.last_used_at, key.agent_id
 """
 
 
@@ -29,41 +29,42 @@ class ApiKeyStore:
     def __init__(self, database: SystemDatabase) -> None:
         self._database = database
 
-    async def create(self, key: ApiKey, secret: Secret) -> None:
+    async def create(
+        self, key: ApiKey, secret: Secret, request_id: str, contents: bytes
+    ) -> tuple[ApiKey, bool]:
         """Store a key with its first secret.
 
+        Returns:
+            The key, or the one that an earlier request of the same id made; and whether it is new.
+
         Raises:
+            NotFound: What an earlier request made is revoked.
             QuotaExceeded: The user has as many keys as one may have.
+            RequestIdReused: The request id stands for other contents.
         """
         async with self._database.transaction() as connection:
+            if request_id:
+                first_id = await requests.claim(
+                    connection, key.caller, "CreateApiKey", request_id, contents, key.id
+                )
+                if first_id != key.id:
+                    return await _lock(connection, key.caller, first_id), False
             await _take_turns(connection, key.caller)
             await _check_room(connection, key.caller, key.created_at)
-            await connection.execute(
-                """
-                INSERT INTO api_keys (tenant_id, user_id, id, name, prefix, scopes, created_at,
-                                      expires_at)
-                VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
-                """,
-                key.caller.tenant_id,
-                key.caller.user_id,
-                key.id,
-                key.name,
-                key.prefix,
-                list(key.scopes),
-                key.created_at,
-                key.expires_at,
-            )
-            await _insert_secret(connection, key, secret)
+            await insert_key(connection, key)
+            await insert_secret(connection, key, secret)
             await _record(connection, key, "api_key.create")
+        return key, True
 
     async def list_keys(self, caller: Caller) -> Sequence[ApiKey]:
-        """Return the keys of a user that are not revoked, the newest first."""
+        """Return the keys of a user's scripts that are not revoked, the newest first."""
         async with self._database.transaction() as connection:
             rows = await connection.fetch(
                 f"""
                 SELECT {_KEY}
                   FROM api_keys AS key
                  WHERE key.tenant_id = $1 AND key.user_id = $2 AND key.revoked_at IS NULL
+                   AND key.agent_id IS NULL
                  ORDER BY key.id DESC
                 """,  # noqa: S608 - a constant of ours
                 caller.tenant_id,
@@ -81,25 +82,10 @@ class ApiKeyStore:
         """
         async with self._database.transaction() as connection:
             key = await _lock(connection, caller, key_id, now)
-            if overlap:
-                await _let_expire(connection, key, now + overlap)
-            else:
-                await _end_secrets(connection, key)
-            await _insert_secret(connection, key, secret)
-            row = await connection.fetchrow(
-                f"""
-                UPDATE api_keys AS key
-                   SET prefix = $4
-                 WHERE key.tenant_id = $1 AND key.user_id = $2 AND key.id = $3
-                RETURNING {_KEY}
-                """,  # noqa: S608 - a constant of ours
-                caller.tenant_id,
-                caller.user_id,
-                key_id,
-                secret.prefix,
-            )
+            await retire_secrets(connection, key, now, overlap)
+            await insert_secret(connection, key, secret)
             await _record(connection, key, "api_key.rotate")
-        return _key(row)
+            return await renew(connection, key, secret.prefix, key.expires_at)
 
     async def revoke(self, caller: Caller, key_id: UUID, now: datetime) -> None:
         """End a key and everything that was made with it.
@@ -109,18 +95,7 @@ class ApiKeyStore:
         """
         async with self._database.transaction() as connection:
             key = await _lock(connection, caller, key_id)
-            await _end_secrets(connection, key)
-            await connection.execute(
-                """
-                UPDATE api_keys
-                   SET revoked_at = $4
-                 WHERE tenant_id = $1 AND user_id = $2 AND id = $3
-                """,
-                caller.tenant_id,
-                caller.user_id,
-                key_id,
-                now,
-            )
+            await end_key(connection, key, now)
             await _record(connection, key, "api_key.revoke")
 
     async def open(self, secret: str, now: datetime) -> Opened | None:
@@ -133,8 +108,9 @@ class ApiKeyStore:
                   FROM api_key_secrets AS secret
                   JOIN api_keys AS key ON key.id = secret.key_id
                   JOIN users ON users.id = key.user_id AND users.disabled_at IS NULL
+                  LEFT JOIN agents AS agent ON agent.id = key.agent_id
                  WHERE secret.hash = $1 AND secret.expires_at > $2 AND key.expires_at > $2
-                   AND key.revoked_at IS NULL
+                   AND key.revoked_at IS NULL AND agent.disabled_at IS NULL
                 """,  # noqa: S608 - a constant of ours
                 hash_of(secret),
                 now,
@@ -147,18 +123,128 @@ class ApiKeyStore:
         return Opened(key, row["grant_id"], row["until"], row["role"])
 
     async def forget(self, now: datetime) -> None:
-        """Delete secrets that have expired, and keys that ended a while ago."""
+        """Delete secrets that have expired, and keys that ended a while ago.
+
+        The key of an agent may be renewed as long as the agent is not deleted.
+        """
         async with self._database.transaction() as connection:
             await connection.execute("DELETE FROM api_key_secrets WHERE expires_at <= $1", now)
             await connection.execute(
-                "DELETE FROM api_keys WHERE revoked_at <= $1 OR expires_at <= $1", now - _KEPT
+                """
+                DELETE FROM api_keys
+                 WHERE revoked_at <= $1 OR (expires_at <= $1 AND agent_id IS NULL)
+                """,
+                now - _KEPT,
             )
 
 
+async def insert_key(connection: Connection, key: ApiKey) -> None:
+    """Store a key, which nothing opens yet. It is the agent's if one acts for the user."""
+    await connection.execute(
+        """
+        INSERT INTO api_keys (tenant_id, user_id, id, name, prefix, scopes, created_at,
+                              expires_at, agent_id)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+        """,
+        key.caller.tenant_id,
+        key.caller.user_id,
+        key.id,
+        key.name,
+        key.prefix,
+        list(key.scopes),
+        key.created_at,
+        key.expires_at,
+        key.caller.agent and key.caller.agent.id,
+    )
+
+
+async def lock_key_of(connection: Connection, caller: Caller, agent: ActingAgent) -> ApiKey:
+    """Return the key of an agent, locked against others who change it.
+
+    Raises:
+        NotFound: The user has no such agent that is not deleted.
+    """
+    row = await connection.fetchrow(
+        f"""
+        SELECT {_KEY}
+          FROM api_keys AS key
+         WHERE key.tenant_id = $1 AND key.user_id = $2 AND key.agent_id = $3
+           AND key.revoked_at IS NULL
+           FOR UPDATE
+        """,  # noqa: S608 - a constant of ours
+        caller.tenant_id,
+        caller.user_id,
+        agent.id,
+    )
+    if row is None:
+        raise NotFound("agent")
+    return _key(row)
+
+
+async def renew(connection: Connection, key: ApiKey, prefix: str, expires_at: datetime) -> ApiKey:
+    """Note how the newest secret of a key begins, and when the key ends."""
+    row = await connection.fetchrow(
+        f"""
+        UPDATE api_keys AS key
+           SET prefix = $4, expires_at = $5
+         WHERE key.tenant_id = $1 AND key.user_id = $2 AND key.id = $3
+        RETURNING {_KEY}
+        """,  # noqa: S608 - a constant of ours
+        key.caller.tenant_id,
+        key.caller.user_id,
+        key.id,
+        prefix,
+        expires_at,
+    )
+    return _key(row)
+
+
+async def end_key(connection: Connection, key: ApiKey, now: datetime) -> None:
+    """End a key and everything that was made with it."""
+    await _end_secrets(connection, key)
+    await connection.execute(
+        """
+        UPDATE api_keys
+           SET revoked_at = $4
+         WHERE tenant_id = $1 AND user_id = $2 AND id = $3
+        """,
+        key.caller.tenant_id,
+        key.caller.user_id,
+        key.id,
+        now,
+    )
+
+
+async def replace_grants(
+    connection: Connection, caller: Caller, key_id: UUID | None = None
+) -> None:
+    """Have the access tokens of a user's keys refused, or of one of them; the keys wait.
+
+    The grants that ended are replaced: keys that may be used again make good tokens.
+    """
+    rows = await connection.fetch(
+        """
+        UPDATE api_key_secrets AS secret
+           SET grant_id = fresh.id
+          FROM (SELECT hash, grant_id, uuidv7() AS id
+                  FROM api_key_secrets
+                 WHERE tenant_id = $1 AND user_id = $2
+                   AND ($3::uuid IS NULL OR key_id = $3)) AS fresh
+         WHERE secret.hash = fresh.hash
+        RETURNING fresh.grant_id
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        key_id,
+    )
+    await end_grants(connection, caller, [row["grant_id"] for row in rows])
+
+
 def _key(row: asyncpg.Record) -> ApiKey:
+    agent = ActingAgent(row["agent_id"]) if row["agent_id"] else None
     return ApiKey(
         id=row["id"],
-        caller=Caller(row["tenant_id"], row["user_id"]),
+        caller=Caller(row["tenant_id"], row["user_id"], agent),
         name=row["name"],
         prefix=row["prefix"],
         scopes=row["scopes"],
@@ -183,6 +269,7 @@ async def _check_room(connection: Connection, caller: Caller, now: datetime) -> 
         SELECT count(*)
           FROM api_keys
          WHERE tenant_id = $1 AND user_id = $2 AND revoked_at IS NULL AND expires_at > $3
+           AND agent_id IS NULL
         """,
         caller.tenant_id,
         caller.user_id,
@@ -200,7 +287,7 @@ async def _lock(
         SELECT {_KEY}
           FROM api_keys AS key
          WHERE key.tenant_id = $1 AND key.user_id = $2 AND key.id = $3 AND key.revoked_at IS NULL
-           AND key.expires_at > coalesce($4::timestamptz, '-infinity')
+           AND key.agent_id IS NULL AND key.expires_at > coalesce($4::timestamptz, '-infinity')
            FOR UPDATE
         """,  # noqa: S608 - a constant of ours
         caller.tenant_id,
@@ -213,7 +300,8 @@ async def _lock(
     return _key(row)
 
 
-async def _insert_secret(connection: Connection, key: ApiKey, secret: Secret) -> None:
+async def insert_secret(connection: Connection, key: ApiKey, secret: Secret) -> None:
+    """Let a secret open a key until the key ends."""
     await connection.execute(
         """
         INSERT INTO api_key_secrets (tenant_id, user_id, hash, key_id, grant_id, expires_at)
@@ -226,6 +314,16 @@ async def _insert_secret(connection: Connection, key: ApiKey, secret: Secret) ->
         secret.grant_id,
         key.expires_at,
     )
+
+
+async def retire_secrets(
+    connection: Connection, key: ApiKey, now: datetime, overlap: timedelta
+) -> None:
+    """Let the secrets of a key stay good for a while, or end them at once."""
+    if overlap:
+        await _let_expire(connection, key, now + overlap)
+    else:
+        await _end_secrets(connection, key)
 
 
 async def _let_expire(connection: Connection, key: ApiKey, then: datetime) -> None:

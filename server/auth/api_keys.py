@@ -14,10 +14,11 @@ from server.caller import Caller, Credentials
 from server.errors import InvalidArgument
 
 MOST_KEYS: Final = 50
-LONGEST_OVERLAP: Final = timedelta(days=7)
-GRANTABLE: Final = frozenset(scope.value for scope in Scope) - {Scope.USER.value}
-"""No key is good for everything: it could make itself others, and change the password."""
+GRANTABLE: Final = frozenset(scope.value for scope in Scope) - {Scope.USER, Scope.MEMORY_SENSITIVE}
+"""No key is good for everything: it could make itself others, and change the password. What is
+sensitive only agents are told apart by: a script sees what its user sees."""
 
+_LONGEST_OVERLAP: Final = timedelta(days=7)
 _USUAL_LIFETIME: Final = timedelta(days=90)
 _LONGEST_LIFETIME: Final = timedelta(days=366)
 _MARK: Final = "kim"
@@ -69,6 +70,12 @@ class Opened:
     role: str
     """What the key's user may do in the tenant."""
 
+    @property
+    def client_id(self) -> str:
+        """What the key is called as a client of OAuth 2.0: by its id, or that of its agent."""
+        caller = self.key.caller
+        return caller.actor if caller.agent else ids.show(ids.API_KEY, self.key.id)
+
     def credentials(self, asked: Iterable[str], field: str) -> Credentials:
         """Return what a token made with the secret says.
 
@@ -92,6 +99,17 @@ def check_scopes(scopes: Sequence[str], field: str) -> list[str]:
     if not GRANTABLE.issuperset(scopes):
         raise InvalidArgument(field, f"must be among {', '.join(sorted(GRANTABLE))}")
     return sorted(set(scopes))
+
+
+def check_overlap(overlap: timedelta, field: str) -> timedelta:
+    """Return for how long an old secret stays good beside a new one.
+
+    Raises:
+        InvalidArgument: That is negative, or over a week.
+    """
+    if not timedelta(0) <= overlap <= _LONGEST_OVERLAP:
+        raise InvalidArgument(field, f"must be at most {_LONGEST_OVERLAP.days} days")
+    return overlap
 
 
 def check_expiry(expires_at: datetime | None, field: str, now: datetime) -> datetime:

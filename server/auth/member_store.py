@@ -14,7 +14,7 @@ import asyncpg
 
 from server import audit, ids
 from server.access import ROLES, Access, Role
-from server.auth import mail_store, session_store
+from server.auth import api_key_store, mail_store, session_store
 from server.auth.mail import Kind
 from server.auth.members import Invitation, Member, may_change
 from server.caller import Caller
@@ -26,7 +26,6 @@ from server.errors import (
     QuotaExceeded,
     StateConflict,
 )
-from server.grants import end_grants
 
 _MOST_OPEN: Final = 100
 _MEMBER: Final = """
@@ -101,7 +100,7 @@ class MemberStore:
             await _check_owner_left(connection, caller)
             target = Caller(caller.tenant_id, user_id)
             await session_store.end_all(connection, target, "disabled", now)
-            await _end_key_tokens(connection, target)
+            await api_key_store.replace_grants(connection, target)
             await _record(connection, caller, user_id, "member.disable")
         return changed
 
@@ -281,27 +280,6 @@ async def _check_owner_left(connection: Connection, caller: Caller) -> None:
     )
     if not left:
         raise StateConflict("the tenant would have no owner; make somebody else an owner first")
-
-
-async def _end_key_tokens(connection: Connection, member: Caller) -> None:
-    """Have the access tokens of a member's keys refused; the keys wait with their user.
-
-    The grants that ended are replaced: once the member is enabled, the keys make good tokens.
-    """
-    rows = await connection.fetch(
-        """
-        UPDATE api_key_secrets AS secret
-           SET grant_id = fresh.id
-          FROM (SELECT hash, grant_id, uuidv7() AS id
-                  FROM api_key_secrets
-                 WHERE tenant_id = $1 AND user_id = $2) AS fresh
-         WHERE secret.hash = fresh.hash
-        RETURNING fresh.grant_id
-        """,
-        member.tenant_id,
-        member.user_id,
-    )
-    await end_grants(connection, member, [row["grant_id"] for row in rows])
 
 
 async def _forget_expired(connection: Connection, caller: Caller, now: datetime) -> None:

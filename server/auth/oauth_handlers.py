@@ -10,7 +10,6 @@ import grpc
 from google.api import httpbody_pb2
 from kimberly.auth.v1 import auth_pb2 as pb
 
-from server import ids
 from server.access import Scope
 from server.auth import oauth
 from server.auth.api_key_store import ApiKeyStore
@@ -78,7 +77,7 @@ class OAuthHandlers(SessionHandlers):
                 return await self._by_refresh_token(oauth.need(form, "refresh_token"))
             case oauth.CLIENT_CREDENTIALS:
                 opened = await self._open(client.secret)
-                if opened is None or client.id != ids.show(ids.API_KEY, opened.key.id):
+                if opened is None or client.id != opened.client_id:
                     raise OAuthError("invalid_client", "the API key or its id is not valid", 401)
                 return await self._by_api_key(opened, form.get("scope", ""))
             case oauth.TOKEN_EXCHANGE:

@@ -87,6 +87,7 @@ METERS: Final[Mapping[str, str]] = {
     "/kimberly.memory.v1.MemoryService/QueryMemories": "queries",
     "/kimberly.memory.v1.MemoryService/Meditate": "jobs",
     "/kimberly.privacy.v1.PrivacyService/CreateExport": "jobs",
+    "/kimberly.agents.v1.AgentService/RunAgentTask": "jobs",
 }
 """What a call counts as, by method. What is not here counts as nothing."""
 

@@ -9,6 +9,8 @@ from server import ids, paging
 from server.caller import current_caller
 from server.clock import Clock
 from server.memory import attachment_messages as messages
+from server.memory import transcripts
+from server.memory.agent_reads import ATTACHMENT, TRANSCRIPT, AgentReads
 from server.memory.attachments import Attachments
 from server.memory.messages import timestamp
 from server.memory.transcripts import Transcripts
@@ -22,6 +24,7 @@ class AttachmentHandlers:
 
     _attachments: Attachments
     _transcripts: Transcripts
+    _reads: AgentReads
     _clock: Clock
 
     async def CreateAttachment(
@@ -46,9 +49,9 @@ class AttachmentHandlers:
     async def GetAttachment(
         self, request: pb.GetAttachmentRequest, context: Context
     ) -> pb.GetAttachmentResponse:
-        attachment, url = await self._attachments.get(
-            current_caller(), ids.parse(ids.ATTACHMENT, request.id, "id")
-        )
+        caller, attachment_id = current_caller(), ids.parse(ids.ATTACHMENT, request.id, "id")
+        attachment, url = await self._attachments.get(caller, attachment_id)
+        await self._reads.note_names(caller, ATTACHMENT, [request.id])
         expire_at = self._clock() + self._attachments.url_lifetime
         return pb.GetAttachmentResponse(
             attachment=messages.attachment_to(attachment),
@@ -65,6 +68,7 @@ class AttachmentHandlers:
         identity = ("ListAttachments", caller, memory_id)
         before = paging.decode(request.page_token, *identity)
         page = await self._attachments.page(caller, memory_id, before=before, limit=size + 1)
+        await self._reads.note(caller, [memory_id])
         more = len(page) > size
         return pb.ListAttachmentsResponse(
             attachments=map(messages.attachment_to, page[:size]),
@@ -82,9 +86,9 @@ class AttachmentHandlers:
     async def GetTranscript(
         self, request: pb.GetTranscriptRequest, context: Context
     ) -> pb.GetTranscriptResponse:
-        transcript, url = await self._transcripts.get(
-            current_caller(), messages.session_from(request.session_id)
-        )
+        caller, session_id = current_caller(), messages.session_from(request.session_id)
+        transcript, url = await self._transcripts.get(caller, session_id)
+        await self._reads.note_names(caller, TRANSCRIPT, [transcripts.shown(transcript)])
         return pb.GetTranscriptResponse(
             transcript=messages.transcript_to(transcript),
             download_url=url,

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from server import ids
 from server.caller import Caller
-from server.consent import MEMORY_STORE
+from server.consent import MEMORY_AGENT_ACCESS, MEMORY_STORE
 from server.database import SystemDatabase
 
 _NO_EVENT: Final = UUID(int=0)
@@ -77,8 +77,8 @@ class Asked:
 class News:
     """What there is for one who asked."""
 
-    is_allowed: bool
-    """Whether the user consents to memory.store."""
+    lacks: str | None
+    """A purpose that the user does not consent to, without which nothing is told."""
     events: Sequence[MemoryEvent]
     """In order; there may be more if they are as many as were asked for."""
     horizon: Cursor
@@ -102,13 +102,18 @@ class ChangeStore:
         async with self._database.transaction() as connection:
             rows = await connection.fetch(
                 """
-                SELECT watch.number, horizon.xid AS horizon, consent.granted,
-                       (watch.xid, watch.event_id) > (transactions_lost_from(), $8)
+                SELECT watch.number, horizon.xid AS horizon,
+                       CASE WHEN consent.granted IS NOT TRUE THEN $6
+                            WHEN watch.is_agents AND access.granted IS NOT TRUE THEN $8
+                       END AS lacks,
+                       (watch.xid, watch.event_id) > (transactions_lost_from(), $10)
                        AND watch.xid < renumbered('0') AS is_lost,
                        event.id, event.xid, event.action, event.resource, event.event_time
                   FROM (SELECT transactions_ended() AS xid) AS horizon
-                 CROSS JOIN unnest($1::uuid[], $2::uuid[], $3::xid8[], $4::uuid[], $5::integer[])
-                       WITH ORDINALITY AS watch (tenant_id, user_id, xid, event_id, room, number)
+                 CROSS JOIN unnest($1::uuid[], $2::uuid[], $3::xid8[], $4::uuid[], $5::integer[],
+                                   $9::boolean[])
+                       WITH ORDINALITY
+                         AS watch (tenant_id, user_id, xid, event_id, room, is_agents, number)
                   LEFT JOIN LATERAL (
                        SELECT granted
                          FROM consents
@@ -117,6 +122,14 @@ class ChangeStore:
                         ORDER BY version DESC
                         LIMIT 1
                        ) AS consent ON true
+                  LEFT JOIN LATERAL (
+                       SELECT granted
+                         FROM consents
+                        WHERE tenant_id = watch.tenant_id AND user_id = watch.user_id
+                          AND purpose = $8
+                        ORDER BY version DESC
+                        LIMIT 1
+                       ) AS access ON watch.is_agents
                   LEFT JOIN LATERAL (
                        SELECT id, xid, action, resource, event_time
                          FROM audit_events
@@ -136,6 +149,8 @@ class ChangeStore:
                 [one.limit for one in asked],
                 MEMORY_STORE,
                 list(KINDS),
+                MEMORY_AGENT_ACCESS,
+                [one.caller.agent is not None for one in asked],
                 _NO_EVENT,
             )
         return [_news(list(group)) for _, group in groupby(rows, itemgetter("number"))]
@@ -145,7 +160,7 @@ def _news(rows: Sequence[Mapping[str, Any]]) -> News:
     first = rows[0]
     told: Iterable[Mapping[str, Any]] = rows if first["id"] else ()
     return News(
-        is_allowed=bool(first["granted"]),
+        lacks=first["lacks"],
         events=[_event(row) for row in told],
         horizon=Cursor(first["horizon"]),
         is_lost=bool(first["is_lost"]),

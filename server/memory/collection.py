@@ -5,6 +5,7 @@ from typing import Final
 from uuid import UUID
 
 from server.caller import Caller
+from server.memory.agent_reads import AgentReads
 from server.memory.bulk_store import BulkStore
 from server.memory.model import Filter, Memory, Tier
 from server.memory.sensitive import Opener
@@ -17,12 +18,18 @@ _LOWEST: Final = UUID(int=0)
 
 
 class Collection:
-    """Reads from Postgres and Redis as if they were one store, and opens what is sealed."""
+    """Reads from Postgres and Redis as if they were one store, and opens what is sealed.
 
-    def __init__(self, durable: BulkStore, short_term: ShortTermStore, opener: Opener) -> None:
+    What an agent reads is told to the audit log before the agent is given it.
+    """
+
+    def __init__(
+        self, durable: BulkStore, short_term: ShortTermStore, opener: Opener, reads: AgentReads
+    ) -> None:
         self._durable = durable
         self._short_term = short_term
         self._opener = opener
+        self._reads = reads
 
     async def some(self, caller: Caller, memory_ids: Sequence[UUID]) -> Mapping[UUID, Memory]:
         """Return those of the memories that are there.
@@ -38,6 +45,7 @@ class Collection:
             which = Filter(tiers=frozenset({Tier.SHORT_TERM}))
             short = await self._short_term.find(caller, which, before=None)
             found |= {memory.id: memory for memory in short if memory.id in missing}
+        await self._reads.note(caller, found)
         return found
 
     async def note_export(self, caller: Caller) -> None:
@@ -70,5 +78,7 @@ class Collection:
             due = {
                 memory_id: short.pop(memory_id) for memory_id in sorted(short) if memory_id <= after
             }
-            for _, memory in sorted((due | {memory.id: memory for memory in page}).items()):
+            shown = due | {memory.id: memory for memory in page}
+            await self._reads.note(caller, shown)
+            for _, memory in sorted(shown.items()):
                 yield memory

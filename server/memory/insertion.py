@@ -19,7 +19,7 @@ from server import ids
 from server.caller import Caller
 from server.database import Connection, Database
 from server.memory.conversation import Surroundings
-from server.memory.model import Draft, Memory
+from server.memory.model import Author, Draft, Memory
 from server.memory.writing import within_quota
 from server.metrics import count_changes
 from server.preferences import Language
@@ -140,13 +140,14 @@ class AtOnce:
 
         That is so for turns of conversations and for sensitive memories, for text that is there
         already, for a request id that was used before, without consent, for users who want
-        vectors made, and when the user's language is not the one that was taken for granted.
+        vectors made, for agents, and when the user's language is not the one that was taken for
+        granted.
 
         Raises:
             QuotaExceeded: It does not fit into its tier.
             StoreUnavailable: Postgres does not answer; what became of it is not known.
         """
-        if draft.is_sensitive or draft.session_position is not None:
+        if draft.is_sensitive or draft.session_position is not None or caller.agent:
             return None
         language = self._languages.get(caller, Language.ENGLISH)
         memory_id = ids.new_id()
@@ -161,7 +162,7 @@ class AtOnce:
                     request_id,
                     fingerprint_of(repr(draft).encode()),
                     ids.new_id(),
-                    ids.show(ids.USER, caller.user_id),
+                    caller.actor,
                     ids.show(ids.MEMORY, memory_id),
                 )
         except asyncpg.UniqueViolationError:  # the request id was used before
@@ -169,7 +170,7 @@ class AtOnce:
         if not rows:
             return None
         count_changes("memory.create", 1)
-        return new_memory(memory_id, draft, rows[0]["consent_version"], now)
+        return new_memory(caller, memory_id, draft, rows[0]["consent_version"], now)
 
     def learn(self, caller: Caller, language: Language) -> None:
         """Take a language for granted from now on: it is the one that a transaction found."""
@@ -179,8 +180,10 @@ class AtOnce:
                 self._languages.popitem(last=False)
 
 
-def new_memory(memory_id: UUID, draft: Draft, consent_version: int, now: datetime) -> Memory:
-    """Return the memory that a draft becomes."""
+def new_memory(
+    caller: Caller, memory_id: UUID, draft: Draft, consent_version: int, now: datetime
+) -> Memory:
+    """Return the memory that a draft of a user's, or of their agent's, becomes."""
     return Memory(
         id=memory_id,
         tier=draft.tier,
@@ -201,6 +204,7 @@ def new_memory(memory_id: UUID, draft: Draft, consent_version: int, now: datetim
         channels=draft.channels,
         scope=draft.scope,
         is_protected=draft.is_protected,
+        created_by=Author.AGENT if caller.agent else Author.USER,
         consent_version=consent_version,
         is_sensitive=draft.is_sensitive,
     )

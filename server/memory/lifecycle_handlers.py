@@ -10,6 +10,7 @@ from server import ids, paging
 from server.caller import Caller, current_caller
 from server.clock import Clock
 from server.memory import messages
+from server.memory.agent_reads import AgentReads
 from server.memory.attachments import Attachments
 from server.memory.lifecycle_store import LifecycleStore
 from server.memory.model import Memory
@@ -33,6 +34,7 @@ class LifecycleHandlers:
     _queries: Queries
     _attachments: Attachments
     _opener: Opener
+    _reads: AgentReads
     _clock: Clock
 
     async def DeleteMemory(
@@ -120,6 +122,7 @@ class LifecycleHandlers:
             lambda: self._short_term.versions(caller, memory_id, before=below, limit=size + 1),
         )
         page, more = found[:size], len(found) > size
+        await self._reads.note(caller, [memory_id])
         return pb.ListMemoryVersionsResponse(
             versions=map(messages.memory_to, await self._opener.opened(caller, page)),
             next_page_token=(paging.encode(UUID(int=page[-1].version), *identity) if more else ""),

@@ -11,6 +11,7 @@ from kimberly.memory.v1 import memory_pb2 as pb
 from server.caller import Caller, current_caller
 from server.clock import Clock
 from server.memory import messages
+from server.memory.agent_reads import MEMORY, AgentReads
 from server.memory.answers import Answers, Look
 from server.memory.metrics import CACHE
 from server.memory.questions import Question
@@ -33,6 +34,7 @@ class QueryHandlers:
     """A part of MemoryService."""
 
     _queries: Queries
+    _reads: AgentReads
     _clock: Clock
 
     async def QueryMemories(
@@ -44,6 +46,8 @@ class QueryHandlers:
         response = await self._known(caller, question, look, now)
         if response is None:
             response = await self._found(caller, question, look, now, context.time_remaining())
+        names = (match.memory.id for match in response.matches)
+        await self._reads.note_names(caller, MEMORY, names)
         # What others share is theirs to count.
         found = (match.memory for match in response.matches)
         self._queries.counts.note(caller.user_id, [one.id for one in found if not one.user_id])
@@ -51,6 +55,8 @@ class QueryHandlers:
 
     async def _look(self, caller: Caller, request: pb.QueryMemoriesRequest) -> Look | None:
         if request.include_shared:  # what others write leaves no trace in the caller's versions
+            return None
+        if caller.agent:  # it may see less than its user, who would be given its answer
             return None
         answers = self._queries.answers
         question = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()

@@ -12,10 +12,11 @@ from uuid import UUID
 from pgvector import SparseVector
 
 from server import consent, ids
+from server.access import Scope
 from server.caller import Caller
 from server.data_keys import DataKeys
 from server.database import Connection
-from server.errors import ContentUnreadable
+from server.errors import ContentUnreadable, ScopeMissing
 from server.memory.conversation import NO_TERMS, Surroundings
 from server.memory.model import Draft, Memory
 from server.memory.sealing import binding, keyed_hash, seal, unseal
@@ -76,9 +77,12 @@ async def begin_sealing(
 
     Raises:
         ConsentMissing: The user has not consented to memory.sensitive.
+        ScopeMissing: It is the transaction of an agent without the scope memory.sensitive.
         ContentUnreadable: The user's key cannot be unwrapped.
         StoreUnavailable: The key manager does not answer.
     """
+    if caller.agent and not caller.agent.sees_sensitive:
+        raise ScopeMissing(Scope.MEMORY_SENSITIVE)
     if needs_consent:
         await consent.require(connection, consent.MEMORY_SENSITIVE)
     is_indexed = await connection.fetchval(

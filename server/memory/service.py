@@ -11,6 +11,7 @@ from server import ids, paging
 from server.caller import current_caller
 from server.clock import Clock
 from server.memory import messages
+from server.memory.agent_reads import AgentReads
 from server.memory.attachment_handlers import AttachmentHandlers
 from server.memory.attachments import Attachments
 from server.memory.batch_handlers import BatchHandlers
@@ -76,6 +77,7 @@ class MemoryService(
         goals: GoalStore,
         streams: Streams,
         opener: Opener,
+        reads: AgentReads,
         clock: Clock,
     ) -> None:
         self._store = store
@@ -97,6 +99,7 @@ class MemoryService(
         self._goals = goals
         self._streams = streams
         self._opener = opener
+        self._reads = reads
         self._clock = clock
 
     async def CreateMemory(
@@ -122,6 +125,7 @@ class MemoryService(
             # It may have been promoted between the first two looks.
             lambda: self._store.get(caller, memory_id),
         )
+        await self._reads.note(caller, [memory.id])
         memory = await self._opener.opened_one(caller, memory)
         return pb.GetMemoryResponse(memory=messages.memory_to(memory))
 
@@ -143,6 +147,7 @@ class MemoryService(
             found = {memory.id: memory for memory in (*short, *durable)}
             page = [found[memory_id] for memory_id in sorted(found, reverse=True)]
         shown, more = page[:size], len(page) > size
+        await self._reads.note(caller, [memory.id for memory in shown])
         return pb.ListMemoriesResponse(
             memories=map(messages.memory_to, await self._opener.opened(caller, shown)),
             next_page_token=paging.encode(shown[-1].id, *identity) if more else "",

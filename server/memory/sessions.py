@@ -102,7 +102,7 @@ class Sessions:
                     connection,
                     caller,
                     [
-                        new_memory(turn_id, draft, writing.consent_version, now)
+                        new_memory(caller, turn_id, draft, writing.consent_version, now)
                         for turn_id, draft in zip(
                             successors(first_id, len(drafts)), drafts, strict=True
                         )

@@ -21,7 +21,10 @@ _COLUMNS: Final = f"""
     {MEMORY_COLUMNS}, user_id, updated_at AS last_seen_at, 0 AS use_count, NULL AS feedback,
     NULL AS scored_at
 """
-_SHOWN: Final = "FROM shown_memories WHERE user_id <> $1"
+_SHOWN: Final = """
+    FROM shown_memories WHERE user_id <> $1 AND (scope = 'public' OR acting_agent() IS NULL)
+"""
+"""What is shared is for the people of the tenant, what is public for their agents too."""
 
 
 class SharedStore:

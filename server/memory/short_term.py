@@ -133,7 +133,7 @@ class ShortTermStore:
         """
         refuse_sensitive(draft.is_sensitive)
         async with self.writing(caller) as (connection, writing, room):
-            memory = new_memory(ids.new_id(), draft, writing.consent_version, now)
+            memory = new_memory(caller, ids.new_id(), draft, writing.consent_version, now)
             contents = repr(draft).encode()
             if request_id:
                 first_id = await requests.claim(

@@ -113,6 +113,18 @@ class MemoryStore:
                 await ask_for_embedding(connection, caller)
             return memory, created
 
+    async def made(self, caller: Caller, request_id: str) -> Memory:
+        """Return the memory that an earlier `create` under a request id made.
+
+        Raises:
+            NotFound: There is none, or it is gone since.
+        """
+        async with self._database.transaction(caller) as connection:
+            memory_id = await requests.made(connection, caller, "CreateMemory", request_id)
+            if memory_id is None:
+                raise NotFound("memory")
+            return await fetch_memory(connection, caller, memory_id)
+
     async def get(self, caller: Caller, memory_id: UUID) -> Memory:
         """Return a memory, archived or not.
 
@@ -283,7 +295,7 @@ async def _insert(
     insertion = Insertion(memory_id, draft, terms, now, writing.consent_version, sealed)
     if not await insert(connection, caller, insertion):
         return None
-    return new_memory(memory_id, draft, writing.consent_version, now)
+    return new_memory(caller, memory_id, draft, writing.consent_version, now)
 
 
 def first_of(memory_id: UUID) -> UUID:

@@ -159,8 +159,13 @@ class Transcripts:
             )
             replaced = [_object_name(caller, there.id)] if there else []
             await doom(connection, replaced)
-            await audit.record(connection, caller, "transcript.create", ids.show(_ID, written.id))
+            await audit.record(connection, caller, "transcript.create", shown(written))
         return replaced
+
+
+def shown(transcript: Transcript) -> str:
+    """Return the id of a transcript as the audit log shows it."""
+    return ids.show(_ID, transcript.id)
 
 
 async def _find(

@@ -10,7 +10,7 @@ import asyncpg
 
 from server import audit, consent, ids
 from server.caller import Caller
-from server.database import Connection, SystemDatabase
+from server.database import Connection, SystemDatabase, enter
 from server.embedding_requests import ask_for_embedding
 from server.errors import AlreadyExists, StateConflict
 from server.memory.conversation import Place, Surroundings, Turn, store_terms
@@ -51,6 +51,7 @@ class Undoing:
             AlreadyExists: The same text was stored again at this moment.
         """
         async with self._database.transaction() as connection:
+            await enter(connection, caller)
             run = await meditation_of(connection, caller, meditation_id)
         if run.state is MeditationState.RUNNING:
             raise StateConflict("the meditation is still running")
@@ -68,7 +69,7 @@ class Undoing:
     ) -> tuple[int, UUID] | None:
         """Restore the next memories; return how many, and the last that was looked at."""
         async with self._database.transaction() as connection:
-            await connection.execute("SELECT enter($1, $2)", caller.tenant_id, caller.user_id)
+            await enter(connection, caller)
             writing = await begin_writing(connection)
             rows = await _archived(connection, caller, meditation_id, after)
             if not rows:

@@ -14,7 +14,6 @@ from kimberly.memory.v1 import memory_pb2 as pb
 
 from server import ids, paging
 from server.caller import Caller
-from server.consent import MEMORY_STORE
 from server.errors import (
     ConsentMissing,
     InvalidArgument,
@@ -191,8 +190,8 @@ class Feed:
         return any(watch.room and not watch.is_caught_up for watch in self._watches)
 
     def _tell(self, watch: Watch, asked: Asked, news: News) -> None:
-        if not news.is_allowed:
-            self._give_up(watch, ConsentMissing(MEMORY_STORE))
+        if news.lacks:
+            self._give_up(watch, ConsentMissing(news.lacks))
         elif asked.after and asked.after.xid > news.horizon.xid:
             self._give_up(watch, InvalidArgument("cursor", "lies behind the end of the log"))
         elif news.is_lost:
@@ -239,7 +238,8 @@ class Watcher:
         Raises:
             InvalidArgument: The cursor is none of this user.
             QuotaExceeded: The user watches by too many streams already.
-            ConsentMissing: The user does not, or no longer, consent to memory.store.
+            ConsentMissing: The user does not, or no longer, consent to memory.store, or an agent
+                watches and they do not consent to memory.agent_access.
             ReaderTooSlow: The reader took nothing while changes waited.
             StoreUnavailable: The log does not answer.
         """
@@ -249,11 +249,13 @@ class Watcher:
             while not watch.ending:
                 is_due |= not await self._is_called(watch)
                 events = watch.take()
-                memories = await self._memories(caller, events) if request.include_memories else {}
-                for event in events:
+                is_read = request.include_memories or caller.agent is not None
+                memories = await self._memories(caller, events) if is_read else {}
+                for event in _visible(caller, events, memories):
                     watch.check()
                     place = event.cursor
-                    yield _response(caller, place, change=_change(event, memories))
+                    shown = memories if request.include_memories else {}
+                    yield _response(caller, place, change=_change(event, shown))
                 if is_due and (reached := watch.caught_up()):
                     place, is_due = reached, False
                     yield _response(caller, place, caught_up=pb.CaughtUp())
@@ -287,6 +289,17 @@ class Watcher:
     ) -> Mapping[UUID, Memory]:
         changed = {event.memory_id for event in events if event.kind is not ChangeKind.DELETED}
         return await self._read(caller, sorted(changed)) if changed else {}
+
+
+def _visible(
+    caller: Caller, events: Sequence[MemoryEvent], memories: Mapping[UUID, Memory]
+) -> Sequence[MemoryEvent]:
+    """Return the events without those of memories that an agent does not see."""
+    if caller.agent is None:
+        return events
+    return [
+        event for event in events if event.kind is ChangeKind.DELETED or event.memory_id in memories
+    ]
 
 
 def _response(caller: Caller, place: Cursor | None, **message: Any) -> pb.WatchMemoriesResponse:

@@ -36,7 +36,8 @@ DUMPS: Final[Mapping[str, Dump]] = {
     "consents": Dump({"purpose": "text", "version": "bigint"}),
     "subscriptions": Dump({"plan": "text"}),
     "sessions": Dump(_BY_ID, ids={"id": ids.SESSION}, is_behind_wall=True),
-    "api_keys": Dump(_BY_ID, ids={"id": ids.API_KEY}, is_behind_wall=True),
+    "api_keys": Dump(_BY_ID, ids={"id": ids.API_KEY, "agent_id": ids.AGENT}, is_behind_wall=True),
+    "agents": Dump(_BY_ID, ids={"id": ids.AGENT}),
     "invitations": Dump(
         _BY_ID, without=("token_hash",), ids={"id": ids.INVITATION}, is_behind_wall=True
     ),

@@ -60,6 +60,7 @@ from server.users.checkpointer import Checkpointer
 from server.users.metrics import AuditReadings
 from server.users.service import UserService
 from server.users.store import UserStore
+from server.users.tenant_audits import TenantAudits
 
 log = structlog.get_logger()
 
@@ -108,7 +109,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         every_seconds=settings.audit_checkpoint_seconds,
     )
     audit_log = AuditLog(AuditStore(system), archive, seal_seconds=settings.audit_seal_seconds)
-    users = UserService(UserStore(database), audit_log)
+    users = UserService(UserStore(database), TenantAudits(system), audit_log)
     billing_store = BillingStore(system)
     billing = BillingService(billing_store, ManualPayments(billing_store))
     erased = ErasedUsers(system)

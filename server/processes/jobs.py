@@ -1,11 +1,16 @@
-"""The jobs process: the queue, schedules and the workers' streams."""
+"""The jobs process: the queue, schedules, agents and the workers' streams."""
 
 from contextlib import AsyncExitStack
 from datetime import timedelta
 
 import grpc
+from kimberly.agents.v1 import agents_pb2_grpc
 from kimberly.jobs.v1 import jobs_pb2_grpc
 
+from server.agents.service import AgentService
+from server.agents.store import AgentStore
+from server.agents.task_store import TaskStore
+from server.auth.agent_keys import AgentKeys
 from server.erased import ErasedUsers
 from server.jobs.doorbell import Doorbell
 from server.jobs.forgetting import Forgetting
@@ -59,6 +64,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     store = JobStore(database, system)
     feed = JobFeed(store, session_seconds=watch_seconds(settings))
     jobs = JobService(store, feed, schedules)
+    agents = AgentService(AgentStore(system, AgentKeys()), TaskStore(database), store.cancel)
     forgetting = Forgetting(
         queue, timedelta(days=settings.done_job_days), timedelta(days=settings.dead_job_days)
     )
@@ -72,6 +78,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     def register(server: grpc.aio.Server) -> None:
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
         jobs_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
+        agents_pb2_grpc.add_AgentServiceServicer_to_server(agents, server)
 
     return Application(
         register,

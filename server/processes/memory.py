@@ -4,6 +4,7 @@ from contextlib import AsyncExitStack
 from datetime import timedelta
 
 import grpc
+from kimberly.agents.v1 import agents_pb2_grpc
 from kimberly.embedding.v1 import embedding_pb2_grpc
 from kimberly.maintenance.v1 import maintenance_pb2_grpc
 from kimberly.memory.v1 import memory_pb2_grpc
@@ -13,6 +14,9 @@ from kimberly.scoring.v1 import scoring_pb2_grpc
 from server.clock import utc_now
 from server.data_keys import DataKeys
 from server.erased import ErasedUsers
+from server.memory.agent_jobs import AgentJobs
+from server.memory.agent_reads import AgentReads
+from server.memory.agent_work_service import AgentWorkService
 from server.memory.answers import Answers
 from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
@@ -99,12 +103,14 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     embeddings = EmbeddingStore(database)
     changes = ChangeStore(system)
     feed = Feed(changes)
-    collection = Collection(BulkStore(database), short_term, opener)
+    reads = AgentReads(database)
+    collection = Collection(BulkStore(database), short_term, opener, reads)
     promotion = Promotion(database, short_term)
     transcripts = Transcripts(database, blobs, doomed, url_lifetime)
     exporter = Exporter(collection, changes)
+    store = MemoryStore(database, data_keys)
     memories = MemoryService(
-        MemoryStore(database, data_keys),
+        store,
         BatchStore(database, data_keys),
         LifecycleStore(database),
         UsageStore(database),
@@ -130,6 +136,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             Watcher(feed, collection.some, session_seconds=watch_seconds(settings)),
         ),
         opener,
+        reads,
         utc_now,
     )
     retention = RetentionStore(system)
@@ -144,6 +151,9 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             utc_now,
             most_a_day=settings.archived_a_day,
         ),
+    )
+    agent_work = AgentWorkService(
+        AgentJobs(database, system), store, short_term, opener, reads, utc_now
     )
     embedding = EmbeddingService(EmbeddingJobs(database, system), embeddings)
     maintenance = MaintenanceService(
@@ -186,6 +196,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(scoring, server)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(embedding, server)
         maintenance_pb2_grpc.add_MaintenanceServiceServicer_to_server(maintenance, server)
+        agents_pb2_grpc.add_AgentWorkServiceServicer_to_server(agent_work, server)
         privacy_pb2_grpc.add_PrivacyWorkServiceServicer_to_server(privacy_work, server)
 
     return Application(

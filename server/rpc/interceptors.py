@@ -1,21 +1,22 @@
 """The chain around every call: log, errors, deadline, place, caller, access. Its order has reasons.
 
-1. trace      outermost: whatever is logged or asked of a store has its place in it
-2. log        and metrics, so that refused and failed calls are counted with their final status
-3. errors     turns everything below into a status; nothing raised further in escapes it
-4. deadline   bounds all the work below, the look-up of keys included
-5. place      where the call comes from, before anything is refused by that
-6. caller     who is calling, before anyone asks whether they may
-7. access     a method without a row is denied to everybody
-8. erased     whoever asked to be erased may do nothing that they might have done before
-9. limits     last: what is refused for another reason counts against none
+1.  trace     outermost: whatever is logged or asked of a store has its place in it
+2.  log       and metrics, so that refused and failed calls are counted with their final status
+3.  errors    turns everything below into a status; nothing raised further in escapes it
+4.  deadline  bounds all the work below, the look-up of keys included
+5.  place     where the call comes from, before anything is refused by that
+6.  caller    who is calling, before anyone asks whether they may
+7.  access    a method without a row is denied to everybody
+8.  erased    whoever asked to be erased may do nothing that they might have done before
+9.  kept      a stream lasts no longer than the session or key that its token descends from
+10. limits    last: what is refused for another reason counts against none
 """
 
 import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Container, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Protocol, assert_never
 from uuid import UUID
 
@@ -47,6 +48,10 @@ from server.rpc.status import Internal, code_of, metadata_of
 log = structlog.get_logger()
 
 _BEARER = "Bearer "
+_AS_IT_IS: AbstractAsyncContextManager[None] = nullcontext()
+"""Costs a call next to nothing, and may be entered by many."""
+_LOOK_SECONDS = 1.0
+"""How often a stream is asked whether it may go on."""
 _URI_IN_XFCC = re.compile(r'(?:^|;)URI="?([^;,"]+)"?')
 
 
@@ -82,6 +87,7 @@ def chain(
     stream_seconds: float,
     edge_id: str = "",
     erased: Container[UUID] = (),
+    ended: Container[UUID] = (),
     gate: Gate | None = None,
     turnstile: Turnstile | None = None,
 ) -> Sequence[Layer]:
@@ -94,6 +100,7 @@ def chain(
         stream_seconds: Longest time of a call that streams.
         edge_id: SPIFFE id of the edge, whose word on where a call comes from is believed.
         erased: Users whose tokens open nothing any more.
+        ended: Sessions and API keys that have ended, with the streams that they opened.
         gate: Admits calls of users and counts them; None admits all.
         turnstile: Admits calls that carry no token; None admits all.
     """
@@ -109,6 +116,7 @@ def chain(
         _Caller(verifier).identified,
         _Access(worker_id).allowed,
         _Erased(erased).refused,
+        _Kept(ended).kept,
         *strangers,
         *users,
     )
@@ -275,6 +283,53 @@ class _Strangers:
     async def admitted(self, call: Call) -> None:
         if METHODS.get(call.method) is Access.ANYONE and (place := current_place()):
             await self._turnstile.admit(place, call.method)
+
+
+class _Kept:
+    """Ends streams whose session or key has ended: tokens are verified when a call begins."""
+
+    def __init__(self, ended: Container[UUID]) -> None:
+        self._ended = ended
+
+    def kept(self, call: Call) -> AbstractAsyncContextManager[None]:
+        is_users = call.streams and METHODS.get(call.method) in ROLES
+        return self._kept() if is_users else _AS_IT_IS
+
+    @asynccontextmanager
+    async def _kept(self) -> AsyncIterator[None]:
+        async with asyncio.timeout(None) as limit:
+            look = _Look(self._ended, current_credentials().grant_id, limit)
+            try:
+                yield
+            except asyncio.CancelledError:
+                if look.has_ended:
+                    raise Unauthenticated("what the stream was opened with has ended") from None
+                raise
+            finally:
+                look.stop()
+
+
+class _Look:
+    """Looks again and again whether a grant has ended, and then stops the task that it is for."""
+
+    def __init__(self, ended: Container[UUID], grant_id: UUID, limit: asyncio.Timeout) -> None:
+        self._ended = ended
+        self._grant_id = grant_id
+        self._limit = limit
+        self._loop = asyncio.get_running_loop()
+        self.has_ended = False
+        self._next = self._loop.call_later(_LOOK_SECONDS, self._look)
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._next.cancel()
+
+    def _look(self) -> None:
+        if self._grant_id in self._ended:
+            self.has_ended = True
+            self._limit.reschedule(self._loop.time())
+        else:
+            self._next = self._loop.call_later(_LOOK_SECONDS, self._look)
 
 
 class _Toll:

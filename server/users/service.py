@@ -19,6 +19,7 @@ from server.users.checkpoint_archive import Comparison, Testimony
 from server.users.checkpoints import Checkpoint
 from server.users.settings_messages import change_from, settings_to
 from server.users.store import AuditEvent, Consent, User, UserStore
+from server.users.tenant_audits import TenantAudits
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -26,9 +27,11 @@ _PURPOSES: Final = {
     pb.CONSENT_PURPOSE_MEMORY_STORE: consent.MEMORY_STORE,
     pb.CONSENT_PURPOSE_MEMORY_EMBED: consent.MEMORY_EMBED,
     pb.CONSENT_PURPOSE_MEMORY_SENSITIVE: consent.MEMORY_SENSITIVE,
+    pb.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS: consent.MEMORY_AGENT_ACCESS,
 }
 _ENUM_VALUES: Final = {purpose: value for value, purpose in _PURPOSES.items()}
 _EVENT_LIST: Final = "audit events"
+_EVERYBODY: Final = "-"
 _LINK_LIST: Final = "audit links"
 _COMPARISONS: Final = {
     Comparison.NONE: pb.CHECKPOINT_COMPARISON_NONE,
@@ -40,8 +43,9 @@ _COMPARISONS: Final = {
 class UserService(rpc.UserServiceServicer):
     """Serves the signed-in user's own account."""
 
-    def __init__(self, store: UserStore, audit_log: AuditLog) -> None:
+    def __init__(self, store: UserStore, audits: TenantAudits, audit_log: AuditLog) -> None:
         self._store = store
+        self._audits = audits
         self._audit_log = audit_log
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> pb.GetUserResponse:
@@ -87,18 +91,21 @@ class UserService(rpc.UserServiceServicer):
     async def ListAuditEvents(
         self, request: pb.ListAuditEventsRequest, context: Context
     ) -> pb.ListAuditEventsResponse:
-        """Return a page of the user's audit events, newest first."""
+        """Return a page of audit events, newest first: the user's, or others' to auditors."""
         caller = current_caller()
         size = paging.page_size(request.page_size)
-        before = paging.decode(request.page_token, _EVENT_LIST, caller.user_id)
-        events = await self._store.list_audit_events(caller, before=before, limit=size + 1)
+        identity = (_EVENT_LIST, caller.user_id, request.user_id)
+        before = paging.decode(request.page_token, *identity)
+        if request.user_id:
+            whose = _whose(request.user_id)
+            events = await self._audits.events(caller, whose, before=before, limit=size + 1)
+        else:
+            events = await self._store.list_audit_events(caller, before=before, limit=size + 1)
         page = events[:size]
         has_more = len(events) > size
         return pb.ListAuditEventsResponse(
             events=map(_audit_event, page),
-            next_page_token=(
-                paging.encode(page[-1].id, _EVENT_LIST, caller.user_id) if has_more else ""
-            ),
+            next_page_token=(paging.encode(page[-1].id, *identity) if has_more else ""),
         )
 
     async def ListAuditLinks(
@@ -124,6 +131,11 @@ class UserService(rpc.UserServiceServicer):
     ) -> pb.VerifyAuditLogResponse:
         """Compute the hash chain of the caller's tenant anew."""
         return _verification(await self._audit_log.verify(current_caller().tenant_id))
+
+
+def _whose(asked: str) -> UUID | None:
+    """Return whose events are asked for; None: everybody's of the tenant."""
+    return None if asked == _EVERYBODY else ids.parse(ids.USER, asked, "user_id")
 
 
 def _user(user: User) -> pb.User:
@@ -153,6 +165,7 @@ def _audit_event(event: AuditEvent) -> pb.AuditEvent:
         action=event.action,
         resource=event.resource,
         chain_position=event.chain_position,
+        user_id=ids.show(ids.USER, event.user_id),
     )
 
 
@@ -173,6 +186,7 @@ def _audit_link(link: StoredLink, reader: Caller) -> pb.AuditLink:
                 actor=event.actor,
                 action=event.action,
                 resource=event.resource,
+                user_id=event.user_id,
                 chain_position=link.position,
             )
         )

@@ -99,6 +99,8 @@ class AuditEvent:
     actor: str
     action: str
     resource: str
+    user_id: UUID
+    """Whose data was touched."""
     chain_position: int | None
 
 
@@ -209,7 +211,7 @@ class UserStore:
             rows = await connection.fetch(
                 """
                 SELECT event.id, event.event_time, event.actor, event.action, event.resource,
-                       link.position AS chain_position
+                       event.user_id, link.position AS chain_position
                   FROM audit_events AS event
                   LEFT JOIN audit_links AS link ON link.event_id = event.id
                  WHERE event.tenant_id = $1 AND event.user_id = $2

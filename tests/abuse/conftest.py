@@ -14,18 +14,21 @@ import pytest
 import pytest_asyncio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from kimberly.users.v1 import users_pb2 as users
 
 from local.fleet import MASTER_KEY
 from local.mesh import Mesh
 from local.postgres import SYSTEM
+from server.access import Scope
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.database import SystemDatabase, open_pool
 from server.kms.local import LocalKms
 from tests.abuse.doors import Doors
+from tests.abuse.estates import agree
 from tests.abuse.forgery import Forger
 from tests.abuse.wire import Wire
-from tests.mesh import User, channel, http, join, mesh, sign_up, trust
+from tests.mesh import User, acting, channel, http, join, mesh, sign_up, trust
 
 __all__ = ["channel", "http", "mesh", "trust"]
 
@@ -46,6 +49,20 @@ async def bob(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
 async def cy(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
     """Wants it too, and is of Ann's tenant."""
     return await join(mesh, http, channel, ann)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
+    """An agent of Ann's with every scope that agents can have. She lets agents act."""
+    await agree(ann, users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS)
+    return (await acting(http, channel, ann, sorted({*Scope} - {Scope.USER})))[0]
+
+
+@pytest_asyncio.fixture(scope="session")
+async def narrow_agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
+    """An agent of Ann's with a scope that opens nothing by itself."""
+    await agree(ann, users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS)
+    return (await acting(http, channel, ann, [Scope.MEMORY_SENSITIVE]))[0]
 
 
 @pytest.fixture(scope="session")

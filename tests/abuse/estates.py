@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import httpx
+from kimberly.agents.v1 import agents_pb2 as agents
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.memory.v1 import memory_pb2 as pb
@@ -138,6 +139,22 @@ async def make_key(user: User) -> str:
     return key
 
 
+async def employ(user: User) -> str:
+    """Register an agent and return its id."""
+    request = agents.RegisterAgentRequest(
+        name="a helper", kind=agents.AGENT_KIND_EXTERNAL, scopes=["memory.read"]
+    )
+    agent_id: str = (await user.grpc(request)).agent.id
+    return agent_id
+
+
+async def idle(user: User) -> str:
+    """Register an agent and disable it."""
+    agent_id = await employ(user)
+    await user.grpc(agents.DisableAgentRequest(id=agent_id))
+    return agent_id
+
+
 STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.MEMORY: {
         "long-term": keep,
@@ -158,6 +175,7 @@ STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.JOB: {"done": work},
     Means.SCHEDULE: {"made": schedule},
     Means.API_KEY: {"living": make_key},
+    Means.AGENT: {"enabled": employ, "disabled": idle},
     Means.LOG_IN: {"going on": log_in},
     Means.EXPORT: {"asked for": export},
     Means.SESSION: {"begun": talk, "ended": write_down},
@@ -220,7 +238,10 @@ async def look_at(estate: Estate) -> list[object]:
         seen.append((await user.grpc(pb.GetTranscriptRequest(session_id=name))).transcript)
     sessions = (await user.grpc(auth.ListSessionsRequest())).sessions
     seen.append(estate.names[Means.LOG_IN]["going on"] in {each.id for each in sessions})
-    seen.append([each.id for each in (await user.grpc(auth.ListApiKeysRequest())).api_keys])
+    keys = (await user.grpc(auth.ListApiKeysRequest())).api_keys
+    seen += [each for each in keys if each.id == estate.names[Means.API_KEY]["living"]]
+    for name in estate.names[Means.AGENT].values():
+        seen.append((await user.grpc(agents.GetAgentRequest(id=name))).agent)
     for name in estate.names[Means.IMPORT].values():
         seen.append((await user.grpc(pb.GetImportRequest(request_id=name))).progress)
     turns = pb.ListMemoriesRequest(session_id=estate.names[Means.SESSION]["begun"])

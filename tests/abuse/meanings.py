@@ -12,6 +12,8 @@ from google.protobuf.descriptor import Descriptor, MethodDescriptor
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from kimberly.agents.v1 import agents_pb2 as agents
+from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.memory.v1 import memory_pb2 as pb
 
@@ -29,6 +31,7 @@ class Means(enum.Enum):
     SCHEDULE = "sch"
     LOG_IN = "ses"
     API_KEY = "key"
+    AGENT = "agt"
     EXPORT = "exp"
     SESSION = "a conversation that was begun"
     TRANSCRIPT = "a conversation that was written down"
@@ -39,6 +42,7 @@ class Means(enum.Enum):
     FREE = "a name that each user gives away anew"
     NOTHING = "is the server's to say; counts for nothing in a request"
     MEMBER = "somebody of the tenant, or asked to join: tests/auth/test_members"
+    TASK = "what an agent is given to do, three at once: tests/agents/test_tasks"
     END = "the end of whoever asks, whom the other tests still need: tests/privacy"
     SECRET = "speaks for whoever shows it: tests/abuse/test_tokens, tests/privacy"
 
@@ -52,6 +56,7 @@ IDS: Final = (
     Means.GOAL,
     Means.LOG_IN,
     Means.API_KEY,
+    Means.AGENT,
     Means.EXPORT,
 )
 """What the server names, by ids that say the kind."""
@@ -106,6 +111,7 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "LogOutMember": {"user_id": Means.MEMBER},
     "RevokeInvitation": {"id": Means.MEMBER},
     "RevokeSession": {"id": Means.LOG_IN},
+    "CreateApiKey": {"request_id": Means.FREE},
     "RotateApiKey": {"id": Means.API_KEY},
     "RevokeApiKey": {"id": Means.API_KEY},
     "ExchangeToken": {"api_key": Means.SECRET},
@@ -115,7 +121,7 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "GetExport": {"id": Means.EXPORT},
     "GetErasure": {"id": Means.END},
     "GetErasureReceipt": {"receipt_id": Means.SECRET},
-    "ListAuditEvents": {"page_token": Means.PLACE},
+    "ListAuditEvents": {"page_token": Means.PLACE, "user_id": Means.MEMBER},
     "ListAuditLinks": {"page_token": Means.PLACE},
     "CreateMemory": {**_kept("memory"), "request_id": Means.FREE},
     "GetMemory": {"id": Means.MEMORY},
@@ -170,6 +176,20 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "PauseSchedule": {"id": Means.SCHEDULE},
     "ResumeSchedule": {"id": Means.SCHEDULE},
     "DeleteSchedule": {"id": Means.SCHEDULE},
+    "RegisterAgent": {"request_id": Means.FREE},
+    "GetAgent": {"id": Means.AGENT},
+    "DisableAgent": {"id": Means.AGENT},
+    "EnableAgent": {"id": Means.AGENT},
+    "DeleteAgent": {"id": Means.AGENT},
+    "RotateAgentKey": {"id": Means.AGENT},
+    "RunAgentTask": {
+        "agent_id": Means.TASK,
+        "summarize_session.session_id": Means.TASK,
+        "request_id": Means.TASK,
+    },
+    "GetAgentTask": {"id": Means.TASK},
+    "ListAgentTasks": {"agent_id": Means.AGENT, "page_token": Means.TASK},
+    "CancelAgentTask": {"id": Means.TASK},
 }
 """By method, and by the path of the field in its request."""
 
@@ -200,6 +220,10 @@ FILLED: Final[Mapping[str, Message]] = {
         content_type="text/plain",
         size_bytes=1,
         sha256=hashlib.sha256(b"x").hexdigest(),
+    ),
+    "CreateApiKey": auth.CreateApiKeyRequest(name="a script", scopes=["memory.read"]),
+    "RegisterAgent": agents.RegisterAgentRequest(
+        name="a helper", kind=agents.AGENT_KIND_EXTERNAL, scopes=["memory.read"]
     ),
     "CreateJob": jobs.CreateJobRequest(kind="memories.embed"),
     "CreateSchedule": jobs.CreateScheduleRequest(kind="memories.embed", cron="0 0 1 1 *"),

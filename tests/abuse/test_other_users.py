@@ -53,7 +53,7 @@ OWN_REFUSALS: Final = {
 }
 """What an owner is told because of the state of the thing."""
 
-_ANY_ID: Final = re.compile(rb"(?:mem|att|med|job|sch|usr|aud|goa|exp)_[0-9a-f]{32}")
+_ANY_ID: Final = re.compile(rb"(?:mem|att|med|job|sch|usr|aud|goa|exp|agt|key)_[0-9a-f]{32}")
 _LAST: Final = {"end", "caught_up"}
 
 
@@ -452,7 +452,8 @@ READING: Final = sorted(
     # Whoever may look at the tenant sees who is in it.
     and access.METHODS[path_of(method)] is not access.Access.AUDITOR
     and not any(
-        means in (*IDS, *NAMED, Means.END) for means in FIELDS.get(method.name, {}).values()
+        means in (*IDS, *NAMED, Means.TASK, Means.END)
+        for means in FIELDS.get(method.name, {}).values()
     )
 )
 

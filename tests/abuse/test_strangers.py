@@ -185,6 +185,19 @@ async def test_a_key_opens_what_its_scopes_name_at_every_door(
         assert await open_methods(await doors.service(process), token) == inside
 
 
+async def test_an_agent_opens_what_its_scopes_name_at_every_door(
+    channel: grpc.aio.Channel, doors: Doors, agent: User, narrow_agent: User
+) -> None:
+    scopes = {*Scope} - {Scope.USER}
+    opened = {method for scope in scopes for method in open_to_scope(scope)}
+    for user, own in ((agent, opened), (narrow_agent, set[str]())):
+        token = bearer(user.token)
+        assert await open_methods(channel, token) == rows(Access.ANYONE) | own
+        for process in PROCESSES:
+            inside = methods_of(process).keys() & (rows(*NO_TOKEN) | own)
+            assert await open_methods(await doors.service(process), token) == inside
+
+
 def test_no_key_makes_keys_or_runs_the_tenant() -> None:
     narrow = {method for method in METHODS if scope_of(method) is not Scope.USER}
     assert not {method for method in narrow if method.startswith("/kimberly.auth.")}

@@ -241,3 +241,19 @@ async def test_keys_that_ended_are_forgotten_after_a_month(
     await ApiKeyStore(system_database).forget(clock.now)
     (left,) = await owner.fetch("SELECT id FROM api_keys")
     assert ids.show(ids.API_KEY, left["id"]) == kept.api_key.id
+
+
+async def test_a_retry_makes_no_second_key_and_shows_no_secret(auth: Auth, ada: As) -> None:
+    request = pb.CreateApiKeyRequest(name="a script", scopes=[READ], request_id="once")
+    answers = await asyncio.gather(
+        *(auth.CreateApiKey(request, metadata=ada) for _ in range(5)),
+    )
+    assert len({answer.api_key.id for answer in answers}) == 1
+    (secret,) = (answer.secret for answer in answers if answer.secret)
+    assert (await exchange(auth, secret)).access_token
+    (listed,) = (await auth.ListApiKeys(pb.ListApiKeysRequest(), metadata=ada)).api_keys
+    request.name = "another"
+    assert await reason_of(auth.CreateApiKey(request, metadata=ada)) == "REQUEST_ID_REUSED"
+    await auth.RevokeApiKey(pb.RevokeApiKeyRequest(id=listed.id), metadata=ada)
+    request.name = "a script"
+    assert await reason_of(auth.CreateApiKey(request, metadata=ada)) == "RESOURCE_NOT_FOUND"

@@ -29,6 +29,7 @@ TENANT_TABLES: Final = sorted(
 
 FIXED: Final[Mapping[str, Mapping[str, object]]] = {
     "accounts": {"password_hash": "$argon2id$"},
+    "agents": {"kind": "external", "scopes": "{memory.read}"},
     "api_keys": {"scopes": "{memory.read}", "expires_at": "infinity"},
     "consents": {"purpose": "memory.store", "granted": True},
     "embedding_models": {"dimension": 2},

@@ -97,6 +97,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "users.checkpoint_store.record": CHAIN,
     "users.checkpoint_store.recorded": CHAIN,
     "users.metrics.lag": ALL,
+    "users.tenant_audits._check_may_look": "the user's id is the column id",
     "users.store.get": "the user's id is the column id",
 }
 """Functions whose statements do not name both, and why they need not."""

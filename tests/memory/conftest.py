@@ -15,6 +15,7 @@ from kimberly.scoring.v1 import scoring_pb2_grpc as scoring_rpc
 from server.blobs import Blobs
 from server.cache import Redis
 from server.database import Database, SystemDatabase
+from server.memory.agent_reads import AgentReads
 from server.memory.answers import Answers
 from server.memory.attachment_store import AttachmentStore
 from server.memory.attachments import Attachments
@@ -149,7 +150,8 @@ async def memories(
     """A stub of the memory service."""
     doomed = DoomedObjects(database, blobs)
     opener = Opener(data_keys_of(database))
-    collection = Collection(BulkStore(database), short_term, opener)
+    reads = AgentReads(database)
+    collection = Collection(BulkStore(database), short_term, opener, reads)
     promotion = Promotion(database, short_term)
     transcripts = Transcripts(database, blobs, doomed, URL_LIFETIME)
     service = MemoryService(
@@ -180,6 +182,7 @@ async def memories(
             ),
         ),
         opener,
+        reads,
         clock,
     )
     channel = await serve(lambda server: rpc.add_MemoryServiceServicer_to_server(service, server))

@@ -926,7 +926,11 @@ def test_drafts_have_no_terms_of_a_sensitive_one_unless_asked_for_by_name() -> N
 
 def test_sealed_memory_is_not_shown() -> None:
     memory = insertion.new_memory(
-        ids.new_id(), replace(draft(), keyed_hash=b""), 1, datetime(2026, 5, 4, tzinfo=UTC)
+        Caller(ids.new_id(), ids.new_id()),
+        ids.new_id(),
+        replace(draft(), keyed_hash=b""),
+        1,
+        datetime(2026, 5, 4, tzinfo=UTC),
     )
     assert messages.memory_to(memory).content == SECRET
     with pytest.raises(RuntimeError):

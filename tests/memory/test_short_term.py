@@ -606,7 +606,9 @@ async def test_what_expired_since_it_was_read_is_not_found(
 
 def test_snapshots_take_a_bounded_part_of_the_process(clock: FakeClock) -> None:
     draft = Draft(Tier.SHORT_TERM, "x" * 1024 * 1024, (), Source.CHAT, "", None, "", None)
-    body = body_of(new_memory(UUID(int=0), draft, 1, clock())).encode()
+    body = body_of(
+        new_memory(Caller(UUID(int=0), UUID(int=0)), UUID(int=0), draft, 1, clock())
+    ).encode()
     large = [(f"{n:032x}".encode(), body, b"1", b"0", b"0", None, None, b"1") for n in range(4)]
     snapshots = Snapshots()
     callers = [Caller(UUID(int=number), UUID(int=number)) for number in range(40)]

@@ -28,7 +28,7 @@ from tests.refusals import refusal_of
 
 Stream: TypeAlias = "grpc.aio.UnaryStreamCall[pb.WatchMemoriesRequest, pb.WatchMemoriesResponse]"
 
-NO_CHANGES = {"memory.embed", "memory.export", "memory.store"}
+NO_CHANGES = {"memory.agent_access", "memory.embed", "memory.export", "memory.store"}
 """Words about memories that the watchers need not hear: consents, vectors, and who reads."""
 
 

@@ -21,6 +21,7 @@ from server.cache import Redis, prefix_of
 from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.kms.local import LocalKms
+from server.memory.agent_reads import AgentReads
 from server.memory.bulk_store import BulkStore
 from server.memory.change_store import ChangeStore
 from server.memory.collection import Collection
@@ -186,7 +187,8 @@ def exporter(
     opener = Opener(data_keys_of(database))
     short_term = ShortTermStore(redis, database, timedelta(days=1))
     memories = Exporter(
-        Collection(BulkStore(database), short_term, opener), ChangeStore(system_database)
+        Collection(BulkStore(database), short_term, opener, AgentReads(database)),
+        ChangeStore(system_database),
     )
     histories = Histories(memories, LifecycleStore(database), short_term, opener)
     return UserExporter(exports, Dumper(database, system_database), histories, blobs)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 import grpc
 import pytest
@@ -24,6 +25,7 @@ from tests.refusals import refusal_of
 
 CALLER = Caller(tenant_id=ids.new_id(), user_id=ids.new_id())
 GET = "/kimberly.memory.v1.MemoryService/GetMemory"
+WATCH = "/kimberly.memory.v1.MemoryService/WatchMemories"
 IMPORT = "/kimberly.memory.v1.MemoryService/ImportMemories"
 SCORE = "/kimberly.scoring.v1.ScoringService/Score"
 MALFORMED = b"\xff\xff\xff"
@@ -47,6 +49,12 @@ class Memories(memory_pb2_grpc.MemoryServiceServicer):
         return memory_pb2.GetMemoryResponse(
             memory=memory_pb2.Memory(id=ids.show(ids.USER, current_caller().user_id))
         )
+
+    async def WatchMemories(
+        self, request: memory_pb2.WatchMemoriesRequest, context: Any
+    ) -> AsyncIterator[memory_pb2.WatchMemoriesResponse]:
+        yield memory_pb2.WatchMemoriesResponse(cursor="begun")
+        await asyncio.Event().wait()
 
     async def ImportMemories(
         self, request_iterator: AsyncIterator[memory_pb2.ImportMemoriesRequest], context: Any
@@ -285,3 +293,53 @@ async def test_whoever_was_erased_opens_nothing_with_a_token_that_is_still_good(
         other = Caller(CALLER.tenant_id, ids.new_id())
         assert (await stub.GetMemory(request, metadata=bearer(other))).memory.id
     await server.grpc.stop(None)
+
+
+@pytest.fixture
+async def ended(private: Path) -> AsyncIterator[tuple[grpc.aio.Channel, set[UUID]]]:
+    """A server, and the sessions and keys that it knows to have ended."""
+    ended: set[UUID] = set()
+    layers = chain(
+        PlainTokens(), worker_id=WORKER_ID, unary_seconds=10, stream_seconds=60, ended=ended
+    )
+    server = Server(private / "socket", layers, services=())
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(memories(), server.grpc)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"unix:{private / 'socket'}") as channel:
+        yield channel, ended
+    await server.grpc.stop(None)
+
+
+@pytest.mark.parametrize("method", [WATCH, IMPORT])
+async def test_stream_ends_with_the_session_or_key_that_opened_it(
+    ended: tuple[grpc.aio.Channel, set[UUID]], method: str
+) -> None:
+    channel, grants = ended
+    stub: Any = memory_pb2_grpc.MemoryServiceStub(channel)
+    begun = asyncio.Event()
+
+    async def requests() -> AsyncIterator[memory_pb2.ImportMemoriesRequest]:
+        yield memory_pb2.ImportMemoriesRequest()
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def watch(grant_id: UUID) -> None:
+        metadata = bearer(CALLER, grant_id=grant_id)
+        if method == IMPORT:
+            await stub.ImportMemories(requests(), metadata=metadata, timeout=30)
+        request = memory_pb2.WatchMemoriesRequest()
+        async for _ in stub.WatchMemories(request, metadata=metadata, timeout=30):
+            begun.set()
+
+    one, other = ids.new_id(), ids.new_id()
+    async with asyncio.timeout(20):
+        going_on = asyncio.create_task(watch(other))
+        ending = asyncio.create_task(refusal_of(watch(one)))
+        await begun.wait()
+        grants.add(one)
+        refusal = await ending
+    assert refusal.code is grpc.StatusCode.UNAUTHENTICATED
+    assert refusal.reason == "TOKEN_INVALID"
+    assert not going_on.done()
+    going_on.cancel()
+    await asyncio.wait([going_on])

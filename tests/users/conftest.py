@@ -19,6 +19,7 @@ from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
 from server.users.service import UserService
 from server.users.store import UserStore
+from server.users.tenant_audits import TenantAudits
 from tests.conftest import FakeClock, Serve
 
 Users: TypeAlias = "rpc.UserServiceAsyncStub"
@@ -63,8 +64,10 @@ def audit_log(system_database: SystemDatabase, archive: CheckpointArchive) -> Au
 
 
 @pytest_asyncio.fixture
-async def users(serve: Serve, database: Database, audit_log: AuditLog) -> AsyncIterator[Users]:
+async def users(
+    serve: Serve, database: Database, system_database: SystemDatabase, audit_log: AuditLog
+) -> AsyncIterator[Users]:
     """A stub of the user service."""
-    service = UserService(UserStore(database), audit_log)
+    service = UserService(UserStore(database), TenantAudits(system_database), audit_log)
     channel = await serve(lambda server: rpc.add_UserServiceServicer_to_server(service, server))
     yield rpc.UserServiceStub(channel)

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -13,24 +14,36 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from kimberly.agents.v1 import agents_pb2_grpc
 from kimberly.embedding.v1 import embedding_pb2_grpc
 from kimberly.jobs.v1 import jobs_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 
+from server.agents.service import AgentService
+from server.agents.store import AgentStore
+from server.agents.task_store import TaskStore
+from server.auth.agent_keys import AgentKeys
 from server.cache import Redis
 from server.clock import utc_now
 from server.database import Database, SystemDatabase
 from server.jobs.doorbell import Doorbell
 from server.jobs.queue import Queue
+from server.jobs.store import JobStore
 from server.jobs.worker_service import WorkerService
+from server.memory.agent_jobs import AgentJobs
+from server.memory.agent_reads import AgentReads
+from server.memory.agent_work_service import AgentWorkService
 from server.memory.embedding_jobs import EmbeddingJobs
 from server.memory.embedding_service import EmbeddingService
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.scoring_service import ScoringService
 from server.memory.scoring_store import ScoringStore
+from server.memory.sensitive import Opener
+from server.memory.short_term import ShortTermStore
+from server.memory.store import MemoryStore
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
-from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker
+from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker, data_keys_of
 from tests.maintenance import tidying_of
 from tests.workers import shipped_models as shipped
 from workers.meditation import Meditation
@@ -64,6 +77,19 @@ class Mesh:
             ScoringStore(database, shards=3), tidying_of(users, database, redis, utc_now)
         )
         self.embedding = EmbeddingService(EmbeddingJobs(users, database), EmbeddingStore(users))
+        self.agents = AgentService(
+            AgentStore(database, AgentKeys()),
+            TaskStore(users),
+            JobStore(users, database).cancel,
+        )
+        self.agent_work = AgentWorkService(
+            AgentJobs(users, database),
+            MemoryStore(users, data_keys_of(users)),
+            ShortTermStore(redis, users, timedelta(days=1)),
+            Opener(data_keys_of(users)),
+            AgentReads(users),
+            utc_now,
+        )
         self._socket = socket
         self._server: Server | None = None
 
@@ -74,6 +100,8 @@ class Mesh:
         self._server = Server(self._socket, layers, services=())
         jobs_pb2_grpc.add_WorkerServiceServicer_to_server(self.service, self._server.grpc)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self.scoring, self._server.grpc)
+        agents_pb2_grpc.add_AgentServiceServicer_to_server(self.agents, self._server.grpc)
+        agents_pb2_grpc.add_AgentWorkServiceServicer_to_server(self.agent_work, self._server.grpc)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(self.embedding, self._server.grpc)
         await self._server.start()
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from kimberly.cli import audit, jobs, meditations
+from kimberly.cli import agents, audit, jobs, meditations
 
 app = typer.Typer(
     help=(
@@ -14,6 +14,7 @@ app = typer.Typer(
     # Tracebacks show values, and values are tokens.
     pretty_exceptions_enable=False,
 )
+app.add_typer(agents.app, name="agents")
 app.add_typer(audit.app, name="audit")
 app.add_typer(jobs.app, name="jobs")
 app.command()(meditations.meditate)

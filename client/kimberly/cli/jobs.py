@@ -24,7 +24,7 @@ _STATES: Final = {
     "dead": pb.JOB_STATE_DEAD,
     "cancelled": pb.JOB_STATE_CANCELLED,
 }
-_NAMES: Final = {state: name for name, state in _STATES.items()}
+NAMES: Final = {state: name for name, state in _STATES.items()}
 
 app = typer.Typer(
     help="What is done for you in the background: look at it, watch it, retry it, cancel it.",
@@ -78,12 +78,9 @@ def watch(
     job_id: JobId, address: Address = LOCAL_EDGE, ca: Ca = None, token_file: TokenFile = None
 ) -> None:
     """Watch a job until it has ended: 0 it succeeded, 1 it did not."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    bars = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
 
     async def work(client: Client) -> pb.Job:
-        with bars:
-            return await _ended(client, job_id, bars)
+        return await until_ended(client, job_id)
 
     job = call(work, address, ca, token_file)
     _tell(job, as_json=False)
@@ -128,6 +125,14 @@ async def _newest(client: Client, state: pb.JobState.ValueType, limit: int) -> l
     return found
 
 
+async def until_ended(client: Client, job_id: str) -> pb.Job:
+    """Show how a job goes on, and return it when it has ended."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    bars = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+    with bars:
+        return await _ended(client, job_id, bars)
+
+
 async def _ended(client: Client, job_id: str, bars: Progress) -> pb.Job:
     """Show how a job goes on, stream after stream, and return it when it has ended."""
     job, bar = pb.Job(), bars.add_task(job_id, total=1.0)
@@ -137,7 +142,7 @@ async def _ended(client: Client, job_id: str, bars: Progress) -> pb.Job:
                 return job
             if seen.HasField("job"):
                 job = seen.job
-                told = f"{job.kind} {_NAMES[job.state]}"
+                told = f"{job.kind} {NAMES[job.state]}"
                 bars.update(bar, description=told, completed=job.progress)
 
 
@@ -149,7 +154,7 @@ def _show(jobs: Sequence[pb.Job], *, as_json: bool) -> None:
     table = Table("job", "kind", "state", "progress", "attempts", "made (UTC)", "error")
     for job in jobs:
         table.add_row(
-            *(job.id, job.kind, _NAMES[job.state], f"{job.progress:.0%}"),
+            *(job.id, job.kind, NAMES[job.state], f"{job.progress:.0%}"),
             *(f"{job.attempts} of {job.max_attempts}", _time(job.create_time), job.error),
         )
     Console(soft_wrap=True).print(table)
@@ -179,7 +184,7 @@ def _tell(job: pb.Job, *, as_json: bool) -> None:
 
 def _state(job: pb.Job) -> str:
     is_ending = job.state == pb.JOB_STATE_RUNNING and job.HasField("cancel_time")
-    return _NAMES[job.state] + (", being cancelled" if is_ending else "")
+    return NAMES[job.state] + (", being cancelled" if is_ending else "")
 
 
 def _time(instant: Timestamp) -> str:

@@ -232,7 +232,8 @@ class AuthServiceServicer:
 
     def CreateApiKey(self, request, context):
         """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
-        the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+        the only one that shows it: a retry under the same request_id returns the key without its
+        secret, RotateApiKey gives it another one. Agents have keys of their own; see AgentService.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -270,8 +271,8 @@ class AuthServiceServicer:
     def IssueToken(self, request, context):
         """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
         JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
-        `client_credentials`, with the id of an API key as the client's id and the key as its secret;
-        and token exchange (RFC 8693), with an API key as the subject token.
+        `client_credentials`, with the id of an API key or of an agent as the client's id and its key
+        as the secret; and token exchange (RFC 8693), with such a key as the subject token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -68,7 +68,8 @@ class AuthServiceStub:
     """Marks the email of an account as verified, by a mailed token."""
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]
     """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
-    the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+    the only one that shows it: a retry under the same request_id returns the key without its
+    secret, RotateApiKey gives it another one. Agents have keys of their own; see AgentService.
     """
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListApiKeysRequest, _auth_pb2.ListApiKeysResponse]
     """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
@@ -83,8 +84,8 @@ class AuthServiceStub:
     IssueToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]
     """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
     JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
-    `client_credentials`, with the id of an API key as the client's id and the key as its secret;
-    and token exchange (RFC 8693), with an API key as the subject token.
+    `client_credentials`, with the id of an API key or of an agent as the client's id and its key
+    as the secret; and token exchange (RFC 8693), with such a key as the subject token.
     """
     GetOpenIdConfiguration: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetOpenIdConfigurationRequest, _auth_pb2.GetOpenIdConfigurationResponse]
     """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
@@ -131,7 +132,8 @@ class AuthServiceAsyncStub(AuthServiceStub):
     """Marks the email of an account as verified, by a mailed token."""
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
-    the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+    the only one that shows it: a retry under the same request_id returns the key without its
+    secret, RotateApiKey gives it another one. Agents have keys of their own; see AgentService.
     """
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListApiKeysRequest, _auth_pb2.ListApiKeysResponse]  # type: ignore[assignment]
     """Lists the API keys of the signed-in user that are not revoked, the newest first: 50 at most."""
@@ -146,8 +148,8 @@ class AuthServiceAsyncStub(AuthServiceStub):
     IssueToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]  # type: ignore[assignment]
     """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
     JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
-    `client_credentials`, with the id of an API key as the client's id and the key as its secret;
-    and token exchange (RFC 8693), with an API key as the subject token.
+    `client_credentials`, with the id of an API key or of an agent as the client's id and its key
+    as the secret; and token exchange (RFC 8693), with such a key as the subject token.
     """
     GetOpenIdConfiguration: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetOpenIdConfigurationRequest, _auth_pb2.GetOpenIdConfigurationResponse]  # type: ignore[assignment]
     """Describes this issuer to standard clients (OpenID Connect Discovery 1.0, RFC 8414)."""
@@ -269,7 +271,8 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.CreateApiKeyResponse, _abc.Awaitable[_auth_pb2.CreateApiKeyResponse]]:
         """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
-        the only one that shows it; of a call whose answer was lost, revoke what ListApiKeys shows.
+        the only one that shows it: a retry under the same request_id returns the key without its
+        secret, RotateApiKey gives it another one. Agents have keys of their own; see AgentService.
         """
 
     @_abc_1.abstractmethod
@@ -314,8 +317,8 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_auth_pb2.IssueTokenResponse, _abc.Awaitable[_auth_pb2.IssueTokenResponse]]:
         """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
         JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
-        `client_credentials`, with the id of an API key as the client's id and the key as its secret;
-        and token exchange (RFC 8693), with an API key as the subject token.
+        `client_credentials`, with the id of an API key or of an agent as the client's id and its key
+        as the secret; and token exchange (RFC 8693), with such a key as the subject token.
         """
 
     @_abc_1.abstractmethod

@@ -35,6 +35,8 @@ class _ConsentPurposeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Consen
     """Keeping vectors of memories and comparing them with questions."""
     CONSENT_PURPOSE_MEMORY_SENSITIVE: _ConsentPurpose.ValueType  # 3
     """Keeping sensitive memories, encrypted with a key of the user's own."""
+    CONSENT_PURPOSE_MEMORY_AGENT_ACCESS: _ConsentPurpose.ValueType  # 4
+    """Having agents act for the user: reading and writing memories by their own keys."""
 
 class ConsentPurpose(_ConsentPurpose, metaclass=_ConsentPurposeEnumTypeWrapper):
     """What a user can consent to."""
@@ -47,6 +49,8 @@ CONSENT_PURPOSE_MEMORY_EMBED: ConsentPurpose.ValueType  # 2
 """Keeping vectors of memories and comparing them with questions."""
 CONSENT_PURPOSE_MEMORY_SENSITIVE: ConsentPurpose.ValueType  # 3
 """Keeping sensitive memories, encrypted with a key of the user's own."""
+CONSENT_PURPOSE_MEMORY_AGENT_ACCESS: ConsentPurpose.ValueType  # 4
+"""Having agents act for the user: reading and writing memories by their own keys."""
 Global___ConsentPurpose: _TypeAlias = ConsentPurpose  # noqa: Y015
 
 class _Language:
@@ -736,10 +740,11 @@ class AuditEvent(_message.Message):
     ACTION_FIELD_NUMBER: _builtins.int
     RESOURCE_FIELD_NUMBER: _builtins.int
     CHAIN_POSITION_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id of the event, `aud_…`."""
     actor: _builtins.str
-    """Who acted: `usr_…`, or the name of a service."""
+    """Who acted: `usr_…`, an agent of the user's `agt_…`, or the name of a service."""
     action: _builtins.str
     """What was done, such as "memory.create"."""
     resource: _builtins.str
@@ -748,6 +753,8 @@ class AuditEvent(_message.Message):
     """Place in the tenant's hash chain, from 1; absent until the event is chained, which takes
     about a second.
     """
+    user_id: _builtins.str
+    """Whose data was touched, `usr_…`."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
         """When the change was committed."""
@@ -761,10 +768,11 @@ class AuditEvent(_message.Message):
         action: _builtins.str = ...,
         resource: _builtins.str = ...,
         chain_position: _builtins.int | None = ...,
+        user_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_chain_position", b"_chain_position", "chain_position", b"chain_position", "event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chain_position", b"_chain_position", "action", b"action", "actor", b"actor", "chain_position", b"chain_position", "event_time", b"event_time", "id", b"id", "resource", b"resource"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chain_position", b"_chain_position", "action", b"action", "actor", b"actor", "chain_position", b"chain_position", "event_time", b"event_time", "id", b"id", "resource", b"resource", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chain_position: _TypeAlias = _typing.Literal["chain_position"]  # noqa: Y015
     _WhichOneofArgType__chain_position: _TypeAlias = _typing.Literal["_chain_position", b"_chain_position"]  # noqa: Y015
@@ -780,19 +788,25 @@ class ListAuditEventsRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most: 1 to 1000; 0 means 100."""
     page_token: _builtins.str
     """`next_page_token` of the page before; empty for the first page."""
+    user_id: _builtins.str
+    """Whose data was touched: `usr_…` for a member of the tenant, `-` for all of them. Only auditors,
+    admins and owners may ask for others, which the audit log is told of. Empty: the signed-in user.
+    """
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        user_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

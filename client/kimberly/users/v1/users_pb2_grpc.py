@@ -121,7 +121,8 @@ class UserServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAuditEvents(self, request, context):
-        """Lists the audit events of the user, newest first.
+        """Lists the audit events of the user, newest first; for auditors, admins and owners also those of
+        other members of the tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,7 +49,9 @@ class UserServiceStub:
     ListConsents: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListConsentsRequest, _users_pb2.ListConsentsResponse]
     """Lists where the user's consent stands, one entry a purpose; or every decision ever made."""
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListAuditEventsRequest, _users_pb2.ListAuditEventsResponse]
-    """Lists the audit events of the user, newest first."""
+    """Lists the audit events of the user, newest first; for auditors, admins and owners also those of
+    other members of the tenant.
+    """
     ListAuditLinks: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListAuditLinksRequest, _users_pb2.ListAuditLinksResponse]
     """Lists the links of the tenant's hash chain in order, with the events that are the user's: what
     somebody needs who computes the chain for themselves.
@@ -80,7 +82,9 @@ class UserServiceAsyncStub(UserServiceStub):
     ListConsents: _aio.UnaryUnaryMultiCallable[_users_pb2.ListConsentsRequest, _users_pb2.ListConsentsResponse]  # type: ignore[assignment]
     """Lists where the user's consent stands, one entry a purpose; or every decision ever made."""
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_users_pb2.ListAuditEventsRequest, _users_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
-    """Lists the audit events of the user, newest first."""
+    """Lists the audit events of the user, newest first; for auditors, admins and owners also those of
+    other members of the tenant.
+    """
     ListAuditLinks: _aio.UnaryUnaryMultiCallable[_users_pb2.ListAuditLinksRequest, _users_pb2.ListAuditLinksResponse]  # type: ignore[assignment]
     """Lists the links of the tenant's hash chain in order, with the events that are the user's: what
     somebody needs who computes the chain for themselves.
@@ -144,7 +148,9 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _users_pb2.ListAuditEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_users_pb2.ListAuditEventsResponse, _abc.Awaitable[_users_pb2.ListAuditEventsResponse]]:
-        """Lists the audit events of the user, newest first."""
+        """Lists the audit events of the user, newest first; for auditors, admins and owners also those of
+        other members of the tenant.
+        """
 
     @_abc_1.abstractmethod
     def ListAuditLinks(

@@ -1,0 +1,1 @@
+"""Agents: who acts for users, and the tasks that they are given."""
