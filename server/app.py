@@ -1,7 +1,6 @@
 """One process: what it is made of is served until a signal stops it."""
 
 import asyncio
-import gc
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -9,6 +8,7 @@ from contextlib import AsyncExitStack
 import structlog
 
 from server import access, telemetry
+from server.garbage import collect_rarely
 from server.processes import auth, jobs, memory
 from server.processes.parts import Application, Loop
 from server.rpc.interceptors import chain
@@ -17,9 +17,6 @@ from server.settings import Settings
 from server.tokens import TokenVerifier
 
 log = structlog.get_logger()
-
-_COLLECTIONS = (50_000, 20, 20)
-"""New objects before the young are looked at, and how much rarer the old ones are."""
 
 COMPOSERS: dict[str, Callable[[Settings, AsyncExitStack], Awaitable[Application]]] = {
     "auth": auth.compose,
@@ -37,7 +34,7 @@ async def serve(process: str, settings: Settings) -> None:
         application.register(server.grpc)
         async with asyncio.TaskGroup() as tasks:
             loops = [tasks.create_task(_forever(loop)) for loop in application.every_loop()]
-            _collect_rarely()
+            collect_rarely()
             await server.start()
             await stopped.wait()
             log.info("draining")
@@ -49,17 +46,6 @@ async def serve(process: str, settings: Settings) -> None:
             for task in loops:
                 task.cancel()
     log.info("stopped")
-
-
-def _collect_rarely() -> None:
-    """Keep the garbage collector from looking at everything again after every few hundred objects.
-
-    A call makes few cycles and many objects: looking for the former took a fifth of the time of
-    bulk calls. What is there at the start stays for good.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_COLLECTIONS)
 
 
 def _server(process: str, settings: Settings, application: Application) -> Server:

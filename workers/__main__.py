@@ -9,9 +9,11 @@ from typing import Annotated
 
 import grpc
 import structlog
+import uvloop
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server.garbage import collect_rarely
 from server.telemetry import configure
 from workers.embedding import EMBED, Embedding
 from workers.embedding_models import Embedder, ModelUnusable, load_embedders
@@ -62,7 +64,8 @@ def main() -> int:
     except ModelUnusable as error:
         sys.stderr.write(f"{PREFIX}EMBEDDING_MODELS_DIRECTORY: {error}\n")
         return EXIT_SETTINGS
-    asyncio.run(work(settings, embedders))
+    collect_rarely()
+    uvloop.run(work(settings, embedders))
     return 0
 
 

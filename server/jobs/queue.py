@@ -84,9 +84,9 @@ class Queue:
 
     def _move_on(self, rows: Sequence[asyncpg.Record]) -> None:
         """Note, for each kind, how far round the ring of lanes this has come."""
-        turns: dict[str, Counter[UUID]] = {}
-        for _, _, kind, _, _, lane in rows:
-            turns.setdefault(kind, Counter())[lane] += 1
+        turns: dict[str, dict[UUID, int]] = {}
+        for (kind, lane), jobs in Counter((row[2], row[5]) for row in rows).items():
+            turns.setdefault(kind, {})[lane] = jobs
         for kind, lanes in turns.items():
             begin, rounds = self._places.get(kind, _ANYWHERE), max(lanes.values())
             last_round = (lane for lane, jobs in lanes.items() if jobs == rounds)
