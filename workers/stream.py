@@ -173,7 +173,7 @@ class Worker:
                 welcome.lease_duration.ToTimedelta().total_seconds(),
                 welcome.heartbeat_interval.ToTimedelta().total_seconds(),
             )
-            log.info("stream open", lease_seconds=session.lease_seconds)
+            log.info("stream open", worker=self._id, lease_seconds=session.lease_seconds)
             sender = self._tasks.create_task(self._send(session))
             try:
                 await self._receive(session)
