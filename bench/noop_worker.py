@@ -16,6 +16,7 @@ from typing import Any
 import uvloop
 
 from bench.jobs import CLOCK, CONCURRENCY, NOOP
+from server.garbage import collect_rarely
 from workers.__main__ import open_channel
 from workers.stream import Task, Worker
 
@@ -51,5 +52,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
+    # As workers do.
+    collect_rarely()
+    uvloop.run(main())

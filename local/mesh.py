@@ -48,13 +48,24 @@ class Mesh:
         commands: Commands = REAL,
         prometheus: str | None = None,
         sidecar_limits: envoy.SidecarLimits = SIDECAR_LIMITS,
+        longest_pause_seconds: float = 10.0,
     ) -> None:
+        """Describe a mesh; nothing runs yet.
+
+        Args:
+            layout: Where its files are.
+            workers: How many.
+            durable: Whether its data outlives a crash of the machine.
+            commands: What its processes run.
+            longest_pause_seconds: How long what ends again and again may stay down.
+        """
         self.layout = layout
         self.stores = Stores(layout, durable=durable)
         self._workers = [f"{WORKER}-{number}" for number in range(1, workers + 1)]
         self._commands = commands
         self._prometheus = prometheus
         self._sidecar_limits = sidecar_limits
+        self._longest_pause_seconds = longest_pause_seconds
         self._started = asyncio.Event()
         self._failure: Exception | None = None
         self._stack = contextlib.AsyncExitStack()
@@ -70,7 +81,9 @@ class Mesh:
             stack.callback(self.stores.clean)
             stack.callback(self.layout.endpoints.unlink, missing_ok=True)
             record = self.layout.state / PROCESSES_FILE
-            self._supervisor = await stack.enter_async_context(supervise(record))
+            self._supervisor = await stack.enter_async_context(
+                supervise(record, longest_pause_seconds=self._longest_pause_seconds)
+            )
             self._supervisor.listeners.append(lambda _: self._write_endpoints())
             self._supervisor.background(self._start())
             self._stack = stack.pop_all()

@@ -223,8 +223,11 @@ class Backoff:
 class Process:
     """One program that is kept running until it is told to stop."""
 
-    def __init__(self, program: Program, changed: Callable[["Process"], None]) -> None:
+    def __init__(
+        self, program: Program, changed: Callable[["Process"], None], longest_pause_seconds: float
+    ) -> None:
         self.program = program
+        self._longest_pause_seconds = longest_pause_seconds
         self.state = State.STARTING
         self.restarts = 0
         self.failure: ProcessFailedError | None = None
@@ -261,7 +264,7 @@ class Process:
 
     async def run(self) -> None:
         """Keep the program running until `stop`. What the program does never raises here."""
-        backoff = Backoff()
+        backoff = Backoff(limit_seconds=self._longest_pause_seconds)
         try:
             while not self._stopping.is_set():
                 pause = backoff.after(await self._live())
@@ -340,17 +343,20 @@ class Process:
 class Supervisor:
     """Owns processes: starts them, keeps them running, and stops them stage by stage."""
 
-    def __init__(self, group: asyncio.TaskGroup, record: Path) -> None:
+    def __init__(
+        self, group: asyncio.TaskGroup, record: Path, longest_pause_seconds: float
+    ) -> None:
         self.processes: dict[str, Process] = {}
         self.listeners: list[Callable[[Process], None]] = []
         self._group = group
         self._record = record
+        self._longest_pause_seconds = longest_pause_seconds
         self._stages: dict[int, list[Process]] = {}
         self._background: list[asyncio.Task[None]] = []
 
     def start(self, program: Program, *, stage: int) -> Process:
         """Start a program. When all stops, higher stages stop before lower ones."""
-        process = Process(program, self._note)
+        process = Process(program, self._note, self._longest_pause_seconds)
         self.processes[process.name] = process
         self._stages.setdefault(stage, []).append(process)
         self._group.create_task(process.run(), name=process.name)
@@ -380,15 +386,18 @@ class Supervisor:
 
 
 @contextlib.asynccontextmanager
-async def supervise(record: Path) -> AsyncIterator[Supervisor]:
+async def supervise(
+    record: Path, *, longest_pause_seconds: float = 10.0
+) -> AsyncIterator[Supervisor]:
     """Open a supervisor. It stops everything when the context ends, also after an error.
 
     Args:
         record: File that names the living children, for `local.lock.end_leftovers`.
+        longest_pause_seconds: How long what ends again and again may stay down.
     """
     failure: Exception | None = None
     async with asyncio.TaskGroup() as group:
-        supervisor = Supervisor(group, record)
+        supervisor = Supervisor(group, record, longest_pause_seconds)
         try:
             yield supervisor
         except Exception as error:  # noqa: BLE001 - raised again below, outside of the group

@@ -1,7 +1,6 @@
 """One process: what it is made of is served until a signal stops it."""
 
 import asyncio
-import gc
 import signal
 from contextlib import AsyncExitStack
 from functools import partial
@@ -10,6 +9,7 @@ from importlib import import_module
 import structlog
 
 from server import access, telemetry, tracing
+from server.garbage import collect_rarely
 from server.metrics import read_forever
 from server.processes.parts import Application, Loop
 from server.rpc.interceptors import chain
@@ -19,8 +19,6 @@ from server.tokens import TokenVerifier
 
 log = structlog.get_logger()
 
-_COLLECTIONS = (50_000, 20, 20)
-"""New objects before the young are looked at, and how much rarer the old ones are."""
 
 
 async def serve(process: str, settings: Settings) -> None:
@@ -37,7 +35,7 @@ async def serve(process: str, settings: Settings) -> None:
             read = partial(read_forever, application.readings, settings.metrics_seconds)
             every_loop: list[Loop] = [*application.every_loop(), read]
             loops = [tasks.create_task(_forever(loop)) for loop in every_loop]
-            _collect_rarely()
+            collect_rarely()
             await server.start()
             await stopped.wait()
             log.info("draining")
@@ -59,17 +57,6 @@ async def _compose(process: str, settings: Settings, stack: AsyncExitStack) -> A
     module = import_module(f"server.processes.{process}")
     application: Application = await module.compose(settings, stack)
     return application
-
-
-def _collect_rarely() -> None:
-    """Keep the garbage collector from looking at everything again after every few hundred objects.
-
-    A call makes few cycles and many objects: looking for the former took a fifth of the time of
-    bulk calls. What is there at the start stays for good.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_COLLECTIONS)
 
 
 def _server(process: str, settings: Settings, application: Application) -> Server:

@@ -99,7 +99,8 @@ async def _insert(
               FROM unnest($1::uuid[], $2::text[], $3::smallint[], $4::timestamptz[],
                           $5::integer[], $6::jsonb[], $7::text[])
                    AS job (id, kind, priority, run_at, max_attempts, payload, unique_key)
-            ON CONFLICT (unique_key) WHERE state IN ('waiting', 'running') DO NOTHING
+            ON CONFLICT (unique_key)
+                WHERE unique_key IS NOT NULL AND state IN ('waiting', 'running') DO NOTHING
             RETURNING id
         )
         SELECT id, pg_notify('{DOORBELL}', '') FROM inserted

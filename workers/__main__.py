@@ -9,10 +9,12 @@ from typing import Annotated
 
 import grpc
 import structlog
+import uvloop
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server import tracing
+from server.garbage import collect_rarely
 from server.telemetry import configure, exposed
 from workers.carrying import carrying_trace
 from workers.embedding import EMBED, Embedding
@@ -73,7 +75,8 @@ def main() -> int:
     except ModelUnusable as error:
         sys.stderr.write(f"{PREFIX}EMBEDDING_MODELS_DIRECTORY: {error}\n")
         return EXIT_SETTINGS
-    asyncio.run(work(settings, embedders))
+    collect_rarely()
+    uvloop.run(work(settings, embedders))
     return 0
 
 

@@ -11,7 +11,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -179,7 +179,7 @@ class Worker:
                 welcome.lease_duration.ToTimedelta().total_seconds(),
                 welcome.heartbeat_interval.ToTimedelta().total_seconds(),
             )
-            log.info("stream open", lease_seconds=session.lease_seconds)
+            log.info("stream open", worker=self._id, lease_seconds=session.lease_seconds)
             sender = self._tasks.create_task(self._send(session))
             try:
                 await self._receive(session)
@@ -194,9 +194,7 @@ class Worker:
         while isinstance(response := await session.call.read(), pb.WorkResponse):
             match response.WhichOneof("message"):
                 case "leased":
-                    session.credit -= len(response.leased.leases)
-                    for lease in response.leased.leases:
-                        self._start(session, lease)
+                    self._start(session, response.leased.leases)
                 case "settled":
                     self._forget(response.settled.job_ids)
                 case "lease_lost":
@@ -208,14 +206,16 @@ class Worker:
                     session.is_draining = True
             self._called.set()
 
-    def _start(self, session: _Session, lease: pb.Lease) -> None:
+    def _start(self, session: _Session, leases: Collection[pb.Lease]) -> None:
+        session.credit -= len(leases)
         if self._give_up_at is not None:
-            # Not begun: the server gives it to another when we close the stream.
+            # Not begun: the server gives them to another when we close the stream.
             return
-        self._forget([lease.job_id])
-        held = _Held(lease.lease_token, _now() + session.lease_seconds)
-        self._held[lease.job_id] = held
-        held.work = self._tasks.create_task(self._work(held, lease))
+        expires_at = _now() + session.lease_seconds
+        for lease in leases:
+            self._forget([lease.job_id])
+            held = self._held[lease.job_id] = _Held(lease.lease_token, expires_at)
+            held.work = self._tasks.create_task(self._work(held, lease))
 
     async def _work(self, held: _Held, lease: pb.Lease) -> None:
         outcome = pb.Outcome(job_id=lease.job_id, lease_token=lease.lease_token)

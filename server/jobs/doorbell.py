@@ -30,17 +30,17 @@ class Doorbell:
     def __init__(self, system_database_url: str, *, poll_seconds: float = 1.0) -> None:
         self._url = system_database_url
         self._poll_seconds = poll_seconds
-        self._waiting: set[asyncio.Event] = set()
+        self._waiting: set[Callable[[], None]] = set()
         self._working: set[Callable[[Held], None]] = set()
 
     @contextmanager
-    def heard_by(self, event: asyncio.Event) -> Iterator[None]:
-        """Set the event at every ring."""
-        self._waiting.add(event)
+    def heard_by(self, hear: Callable[[], None]) -> Iterator[None]:
+        """Call at every ring."""
+        self._waiting.add(hear)
         try:
             yield
         finally:
-            self._waiting.discard(event)
+            self._waiting.discard(hear)
 
     @contextmanager
     def cancellations_heard_by(self, hear: Callable[[Held], None]) -> Iterator[None]:
@@ -53,8 +53,8 @@ class Doorbell:
 
     def ring(self) -> None:
         """Tell everybody."""
-        for event in self._waiting:
-            event.set()
+        for hear in self._waiting:
+            hear()
 
     async def run(self) -> None:
         """Ring until cancelled. Reconnects whenever the connection is lost."""

@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from server.jobs.ticks import Missed
@@ -60,16 +61,17 @@ class UserSchedule:
     """None until it is kept."""
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """One lease of one job: the right to write about it."""
+class Held(NamedTuple):
+    """One lease of one job: the right to write about it.
+
+    A tuple, as what follows from it is: many thousands a second are made, hashed and compared.
+    """
 
     job_id: UUID
     token: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """The right to do one job until the lease ends."""
 
     held: Held
@@ -88,8 +90,7 @@ class Beat:
     progress: float
 
 
-@dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(NamedTuple):
     """The job is done, with a JSON object or without a result."""
 
     held: Held

@@ -87,9 +87,9 @@ class Queue:
 
     def _move_on(self, rows: Sequence[asyncpg.Record]) -> None:
         """Note, for each kind, how far round the ring of lanes this has come."""
-        turns: dict[str, Counter[UUID]] = {}
-        for row in rows:
-            turns.setdefault(row["kind"], Counter())[row["lane"]] += 1
+        turns: dict[str, dict[UUID, int]] = {}
+        for (kind, lane), jobs in Counter((row["kind"], row["lane"]) for row in rows).items():
+            turns.setdefault(kind, {})[lane] = jobs
         for kind, lanes in turns.items():
             begin, rounds = self._places.get(kind, _ANYWHERE), max(lanes.values())
             last_round = (lane for lane, jobs in lanes.items() if jobs == rounds)

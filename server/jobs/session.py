@@ -1,7 +1,8 @@
 """One worker's stream: what it may still be sent, and what it holds."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable
+from typing import Any
 
 from kimberly.jobs.v1 import jobs_pb2 as pb
 
@@ -19,14 +20,21 @@ _LEASED_AT_ONCE = 500
 class Session:
     """Keeps the state of one stream between its turns.
 
-    A turn deals with everything that has arrived since the last: the slower the database, the
-    more outcomes share one statement.
+    Writing and leasing go on beside the turns and beside each other: neither looks at what the
+    other writes, and each waits for a disk. What arrives meanwhile is written together: the slower
+    the database, the more outcomes share one statement.
     """
 
     def __init__(
-        self, queue: Queue, worker_id: str, kinds: Iterable[str], lease_seconds: float
+        self,
+        queue: Queue,
+        worker_id: str,
+        kinds: Iterable[str],
+        lease_seconds: float,
+        tasks: asyncio.TaskGroup,
     ) -> None:
         self._queue = queue
+        self._tasks = tasks
         self._worker_id = worker_id
         self._kinds = list(kinds)
         self._lease_seconds = lease_seconds
@@ -37,11 +45,17 @@ class Session:
         self._outcomes: list[Outcome] = []
         self._beats: list[Beat] = []
         self._cancelled: set[Held] = set()
-        self._failure: Exception | None = None
+        self._writing: asyncio.Task[None] | None = None
+        self._leasing: asyncio.Task[None] | None = None
+        self._responses: list[pb.WorkResponse] = []
+        self._read_failure: Exception | None = None
+        self._store_failure: Exception | None = None
+        self._may_have_more = False
+        """Whether a lease that begins now may find what the last one did not."""
         self._has_all = False
         self._is_draining = False
         self._is_told = False
-        self.called = asyncio.Event()
+        self._called = asyncio.Event()
         """Set when a turn has something to do."""
 
     @property
@@ -55,11 +69,11 @@ class Session:
             async for request in requests:
                 self._heard_at = asyncio.get_running_loop().time()
                 await self._unread.put(request)
-                self.called.set()
+                self._called.set()
             self._has_all = True
         except Exception as error:  # noqa: BLE001 - raised again by the turn, in the call's own task
-            self._failure = error
-        self.called.set()
+            self._read_failure = error
+        self._called.set()
 
     async def listen(self) -> None:
         """Wait until a turn has something to do.
@@ -69,46 +83,85 @@ class Session:
         """
         try:
             async with asyncio.timeout_at(self._heard_at + self._lease_seconds):
-                await self.called.wait()
+                await self._called.wait()
         except TimeoutError:
             raise LeaseLost from None
+
+    def hear_bell(self) -> None:
+        """Have the next turn look for jobs."""
+        self._may_have_more = True
+        self._called.set()
 
     def hear_cancellation(self, held: Held) -> None:
         """Have the next turn tell the worker, if it is this one, that a job is not wanted."""
         if held in self._leases:
             self._cancelled.add(held)
-            self.called.set()
+            self._called.set()
 
     def drain(self) -> None:
-        """Lease no more; the next turn tells the worker to finish."""
+        """Lease no more; a turn tells the worker to finish."""
         self._is_draining = True
-        self.called.set()
+        self._called.set()
 
     async def turn(self) -> tuple[list[pb.WorkResponse], bool]:
-        """Deal with everything that has arrived.
+        """Deal with everything that has arrived, and collect what came of what did before.
 
         Returns:
             What to send, and whether the worker has closed its side and nothing is left to do.
         """
-        self.called.clear()
+        self._called.clear()
         # Looked at before the messages are: afterwards there may be more of them.
-        has_all, failure = self._has_all, self._failure
+        has_all, failure = self._has_all, self._read_failure
         self._take_in()
-        is_leasing = not (has_all or failure or self._is_draining)
-        # Both at once: neither looks at what the other writes, and each waits for a disk.
-        outcomes = await asyncio.gather(
-            self._write(), self._lease() if is_leasing else _nothing(), return_exceptions=True
-        )
-        responses: list[pb.WorkResponse] = []
-        for outcome in (*outcomes, failure or []):
-            if isinstance(outcome, BaseException):
-                raise outcome
-            responses += outcome
+        if has_all or failure:
+            await self._finish()
+        if failure := failure or self._store_failure:
+            raise failure
         if has_all:
             await self._give_back()
-        elif self._is_draining:
-            responses += self._drain()
-        return responses, has_all
+            return [each for each in self._collect() if not each.HasField("leased")], True
+        self._begin()
+        return self._collect(), False
+
+    def close(self) -> None:
+        """Stop what goes on."""
+        for task in (self._writing, self._leasing):
+            if task:
+                task.cancel()
+
+    def _begin(self) -> None:
+        """Begin to write and to lease, where there is a reason to and it does not go on yet."""
+        if (self._outcomes or self._beats or self._cancelled) and _is_over(self._writing):
+            self._writing = self._tasks.create_task(self._answer_with(self._write()))
+        if not _is_over(self._leasing):
+            return
+        if self._is_draining:
+            # Not before: what is leased now is still to be sent.
+            self._drain()
+        elif self._may_have_more and self._credit:
+            self._may_have_more = False
+            self._leasing = self._tasks.create_task(self._answer_with(self._lease()))
+
+    async def _answer_with(self, work: Coroutine[Any, Any, list[pb.WorkResponse]]) -> None:
+        """Have a turn send what comes of this, or fail as it did."""
+        try:
+            # Apart: `+=` would add to what was there before the wait.
+            responses = await work
+            self._responses += responses
+        except Exception as error:  # noqa: BLE001 - raised again by the turn, in the call's own task
+            self._store_failure = error
+        self._called.set()
+
+    def _collect(self) -> list[pb.WorkResponse]:
+        responses, self._responses = self._responses, []
+        return responses
+
+    async def _finish(self) -> None:
+        """Wait for what goes on, then write the rest."""
+        if under_way := [task for task in (self._writing, self._leasing) if task]:
+            await asyncio.wait(under_way)
+        if not self._store_failure:
+            await self._answer_with(self._write())
 
     async def _write(self) -> list[pb.WorkResponse]:
         return [*await self._settle(), *await self._extend(), *self._cancel()]
@@ -130,6 +183,7 @@ class Session:
         self._credit += jobs
         if self._credit + len(self._leases) > 2 * MOST_JOBS:
             raise InvalidArgument("credit.jobs", f"is room for more than {MOST_JOBS} jobs")
+        self._may_have_more = True
 
     async def _settle(self) -> list[pb.WorkResponse]:
         if not self._outcomes:
@@ -139,9 +193,9 @@ class Session:
         standing = await self._queue.settle(self._worker_id, outcomes)
         self._leases -= held
         self._beats = [beat for beat in self._beats if beat.held not in held]
-        if self._credit and self._queue.is_limited(self._kinds):
+        if self._queue.is_limited(self._kinds):
             # There may be room now, where there was none.
-            self.called.set()
+            self._may_have_more = True
         settled = [pb.WorkResponse(settled=pb.Settled(job_ids=_shown(standing)))]
         return [*(settled if standing else []), *_lost(held - standing)]
 
@@ -160,24 +214,20 @@ class Session:
         held, self._cancelled = self._cancelled & self._leases, set()
         return [pb.WorkResponse(cancel=pb.Cancel(job_ids=_shown(held)))] if held else []
 
-    def _drain(self) -> list[pb.WorkResponse]:
-        if self._is_told:
-            return []
-        self._is_told = True
-        return [pb.WorkResponse(drain=pb.Drain())]
+    def _drain(self) -> None:
+        if not self._is_told:
+            self._is_told = True
+            self._responses.append(pb.WorkResponse(drain=pb.Drain()))
 
     async def _lease(self) -> list[pb.WorkResponse]:
         limit = min(self._credit, _LEASED_AT_ONCE)
-        if not limit:
-            return []
         leases = await self._queue.lease(self._worker_id, self._kinds, limit)
         if not leases:
             return []
         self._credit -= len(leases)
         self._leases |= {lease.held for lease in leases}
-        if self._credit:
-            # There may be more: whoever has many waiting gets only some of them at a time.
-            self.called.set()
+        # Whoever has many waiting gets only some of them at a time.
+        self._may_have_more = True
         return [pb.WorkResponse(leased=pb.Leased(leases=map(lease_to, leases)))]
 
     async def _give_back(self) -> None:
@@ -197,8 +247,8 @@ def lease_to(lease: Lease) -> pb.Lease:
     )
 
 
-async def _nothing() -> list[pb.WorkResponse]:
-    return []
+def _is_over(task: asyncio.Task[None] | None) -> bool:
+    return task is None or task.done()
 
 
 def _shown(held: Iterable[Held]) -> list[str]:

@@ -74,7 +74,9 @@ class WorkerService(rpc.WorkerServiceServicer):
             raise StoreUnavailable("the queue")
         hello = hello_from(await _first(request_iterator))
         metrics.expect(hello.kinds)
-        session = Session(self._queue, hello.worker_id, hello.kinds, self._lease_seconds)
+        session = Session(
+            self._queue, hello.worker_id, hello.kinds, self._lease_seconds, self._tasks
+        )
         with self._open(session, self._tasks, request_iterator):
             yield pb.WorkResponse(welcome=self._welcome())
             is_finished = False
@@ -101,7 +103,7 @@ class WorkerService(rpc.WorkerServiceServicer):
             session.drain()
         try:
             with (
-                self._doorbell.heard_by(session.called),
+                self._doorbell.heard_by(session.hear_bell),
                 self._doorbell.cancellations_heard_by(session.hear_cancellation),
             ):
                 yield
@@ -114,6 +116,7 @@ class WorkerService(rpc.WorkerServiceServicer):
             self._sessions.discard(session)
             end.cancel()
             reader.cancel()
+            session.close()
 
     def _welcome(self) -> pb.Welcome:
         return pb.Welcome(

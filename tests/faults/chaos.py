@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
+from uuid import UUID
 
 import grpc
 import httpx
@@ -19,8 +20,8 @@ from kimberly.client import Client
 from kimberly.jobs.v1 import jobs_pb2
 from kimberly.memory.v1 import memory_pb2 as pb
 
-from local import probes
 from local.mesh import Mesh
+from server import ids
 from tests.faults.driver import Driver, User
 from tests.faults.reach import as_superuser, until
 
@@ -231,14 +232,21 @@ async def passes(call: Callable[[], Awaitable[object]]) -> bool:
     return True
 
 
-async def scoring_worker(mesh: Mesh) -> str | None:
-    """Return the worker that has a scoring stream open, as its sidecar sees it."""
-    for worker in WORKERS:
-        admin = probes.Endpoint(socket=mesh.layout.admin_socket(worker))
-        active = r"/stats?filter=cluster\.memory\.upstream_rq_active$"
-        if b": 1" in (await probes.http(admin, "GET", active)).body:
-            return worker
-    return None
+async def scoring_worker(mesh: Mesh, run: UUID) -> str | None:
+    """Return the worker that has the lease of a run's only shard; None while nobody has."""
+    async with as_superuser(mesh) as superuser:
+        worker_id = await superuser.fetchval(
+            """
+            SELECT worker_id FROM jobs
+             WHERE state = 'running' AND payload ->> 'meditation_id' = $1
+            """,
+            ids.show(ids.MEDITATION, run),
+        )
+    logs = {worker: mesh.layout.logs / f"{worker}.log" for worker in WORKERS}
+    # A worker says who it is when its stream opens; the id is that of one process.
+    return next(
+        (name for name, log in logs.items() if worker_id and worker_id in log.read_text()), None
+    )
 
 
 def family(pid: int) -> list[psutil.Process]:

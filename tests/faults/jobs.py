@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from typing import Final
+from uuid import UUID
 
 import asyncpg
 
@@ -17,6 +18,13 @@ KIND: Final = "test.work"
 CONCURRENCY: Final = 32
 MANY_ATTEMPTS: Final = 100
 """A job may meet many deaths, and is none the worse for it."""
+_OUT_OF_REACH: Final = (
+    OSError,
+    StoreUnavailable,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+)
+"""What a database that was just killed answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +73,40 @@ class Work:
         """Enqueue one job, or more where an answer got lost; return False while that fails."""
         try:
             await self.make(1)
-        except (OSError, StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except _OUT_OF_REACH:
             return False
         return True
 
-    async def ends(self, seconds: float, *, all_of_them: bool = True) -> float:
-        """Return when, by the monotonic clock, all jobs have ended, or the newest one has."""
-        newest = "(SELECT id FROM jobs WHERE kind = $1 ORDER BY id DESC LIMIT 1)"
-        which = "true" if all_of_them else f"id = {newest}"
+    async def newest(self) -> UUID:
+        """Return the id of the job that was made last."""
+        async with as_superuser(self._mesh) as superuser:
+            newest: UUID = await superuser.fetchval(
+                "SELECT id FROM jobs WHERE kind = $1 ORDER BY id DESC LIMIT 1", KIND
+            )
+        return newest
+
+    async def ends(self, newest: UUID, seconds: float) -> float:
+        """Return when, by the monotonic clock, one job has ended."""
+        return await self._none_left("id = $2", newest, seconds, pause=0.02)
+
+    async def all_end(self, newest: UUID, seconds: float) -> float:
+        """Return when a job and all that were made before it have ended."""
+        return await self._none_left("id <= $2", newest, seconds, pause=0.2)
+
+    async def _none_left(self, which: str, newest: UUID, seconds: float, pause: float) -> float:
         left = f"""
             SELECT NOT EXISTS (SELECT FROM jobs
                                 WHERE kind = $1 AND state IN ('waiting', 'running') AND {which})
         """
-        async with as_superuser(self._mesh) as superuser:
-            await until(lambda: superuser.fetchval(left, KIND), seconds)
+
+        async def none_left() -> bool:
+            try:
+                async with as_superuser(self._mesh) as superuser:
+                    return bool(await superuser.fetchval(left, KIND, newest))
+            except _OUT_OF_REACH:
+                return False
+
+        await until(none_left, seconds, pause)
         return time.monotonic()
 
     async def tally(self) -> Tally:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
+from uuid import UUID
 
 import psutil
 import pytest
@@ -19,7 +20,8 @@ import pytest_asyncio
 from local.fleet import Commands
 from local.layout import CHECKOUT, Layout
 from local.mesh import Mesh, in_background
-from tests.faults.chaos import BACKEND, Recovery
+from local.processes import State
+from tests.faults.chaos import BACKEND
 from tests.faults.conftest import COMMANDS, LEASE_SECONDS
 from tests.faults.figures import Figures
 from tests.faults.jobs import Work
@@ -43,7 +45,10 @@ def mesh() -> Iterator[Mesh]:
     commands = Commands(
         service=COMMANDS.service, worker=(sys.executable, "-m", "tests.faults.busy_worker")
     )
-    with in_background(Mesh(Layout(state), workers=4, durable=True, commands=commands)) as running:
+    with in_background(
+        # What is killed on purpose, and often, is to come back at once.
+        Mesh(Layout(state), workers=4, commands=commands, longest_pause_seconds=0.2)
+    ) as running:
         yield running
     shutil.rmtree(state)
 
@@ -71,37 +76,50 @@ async def pid_of(mesh: Mesh, target: str) -> int:
     return found
 
 
-async def kill(mesh: Mesh, work: Work, target: str) -> Recovery:
-    """Kill something and see when a new job is done, and when all that were made before are."""
+async def kill(
+    mesh: Mesh, work: Work, target: str, tasks: asyncio.TaskGroup
+) -> tuple[float, asyncio.Task[float]]:
+    """Kill something; return after how many seconds a new job is done, and all before it are.
+
+    The latter is seen meanwhile: the next kill does not wait until the leases of the dead lapse.
+    """
     process = mesh.process("postgres" if target == BACKEND else target)
-    restarts = process.restarts + (target != BACKEND)
+
+    async def lives() -> bool:
+        return process.state is State.READY and process.pid is not None
+
+    await until(lives, BACK_SECONDS)
     pid, started = await pid_of(mesh, target), time.monotonic()
     os.kill(pid, signal.SIGKILL)
-
-    async def is_ready() -> bool:
-        return process.restarts >= restarts and mesh.is_ready
-
-    await until(is_ready, BACK_SECONDS)
     await until(work.makes_one, BACK_SECONDS)
-    service = await work.ends(BACK_SECONDS, all_of_them=False) - started
-    return Recovery(service, await work.ends(BACK_SECONDS) - started)
+    newest = await work.newest()
+    service_seconds = await work.ends(newest, BACK_SECONDS) - started
+    return service_seconds, tasks.create_task(ended(work, newest, started))
 
 
-@pytest.mark.timeout(300 + 20 * KILLS)
+async def ended(work: Work, newest: UUID, started: float) -> float:
+    """Return how many seconds after a moment a job and all before it had ended."""
+    return await work.all_end(newest, BACK_SECONDS) - started
+
+
+@pytest.mark.timeout(300 + 5 * KILLS)
 async def test_every_job_is_done_and_settled_once_whatever_is_killed(
     mesh: Mesh, work: Work, figures: Figures
 ) -> None:
     chance = random.Random(figures.seed)
     targets = [TARGETS[number % len(TARGETS)] for number in range(KILLS)]
     chance.shuffle(targets)
-    for number, target in enumerate(targets):
-        await work.make(JOBS * (number + 1) // KILLS - JOBS * number // KILLS)
-        await asyncio.sleep(chance.uniform(0, 0.3))
-        recovery = await kill(mesh, work, target)
+    recoveries = []
+    async with asyncio.TaskGroup() as tasks:
+        for number, target in enumerate(targets):
+            await work.make(JOBS * (number + 1) // KILLS - JOBS * number // KILLS)
+            await asyncio.sleep(chance.uniform(0, 0.3))
+            recoveries.append((target, *await kill(mesh, work, target, tasks)))
+    for target, service_seconds, whole in recoveries:
         figures.inject(
             f"SIGKILL {target}, doing jobs",
-            service_seconds=recovery.service_seconds,
-            whole_seconds=recovery.whole_seconds,
+            service_seconds=service_seconds,
+            whole_seconds=whole.result(),
         )
     tally = await work.tally()
     figures.operations += tally.made
@@ -125,7 +143,7 @@ async def test_zombies_settle_nothing_after_their_leases_have_passed_on(
     assert sum(each.result()["settled"] for each in zombies) == 0
     assert refused == ZOMBIES
 
-    await work.ends(BACK_SECONDS)
+    await work.all_end(await work.newest(), BACK_SECONDS)
     tally = await work.tally()
     assert tally.made == tally.done
     assert (tally.settled_twice, tally.by_old_lease) == (0, 0)

@@ -20,9 +20,9 @@ TRIES = 3
 """A run that ended before its kill is run again."""
 
 
-async def victim(mesh: Mesh, kind: str) -> int:
+async def victim(mesh: Mesh, kind: str, run: UUID) -> int:
     """Return the process to kill; of the workers the one that scores."""
-    name = await until(lambda: scoring_worker(mesh), 10) if kind == "worker" else kind
+    name = await until(lambda: scoring_worker(mesh, run), 10) if kind == "worker" else kind
     pid = mesh.process(name).pid
     assert pid is not None, f"{name} does not run"
     return pid
@@ -36,7 +36,7 @@ async def run_under_fire(
     run = await library.meditate()
     for number, kind in enumerate(kinds, start=1):
         before = await library.reaches(run, SIZE * number // (len(kinds) + 2))
-        os.kill(await victim(mesh, kind), signal.SIGKILL)
+        os.kill(await victim(mesh, kind, run), signal.SIGKILL)
         killed_at = time.monotonic()
         after = await library.place(run)
         if not (0 < before.scored <= after.scored < SIZE and not after.done):

@@ -70,7 +70,7 @@ async def test_zombie_writes_nothing_after_another_has_taken_over(
         await library.forget_scores()
         run = await library.meditate()
         await library.reaches(run, SIZE // 5)
-        name = await until(lambda: scoring_worker(mesh), 10)
+        name = await until(partial(scoring_worker, mesh, run), 10)
         logs = [Lines(mesh.layout.logs / f"{log}.log") for log in ("memory", name)]
         async with asleep(mesh, stopped.replace("worker", name)) as seconds:
             first = await library.place(run)

@@ -114,7 +114,7 @@ async def test_doorbell_is_heard_again_after_its_connection_was_cut(
     rung = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(doorbell.run())
-        with doorbell.heard_by(rung):
+        with doorbell.heard_by(rung.set):
             for _ in range(2):
                 # It rings when it has connected: something may have come before.
                 await asyncio.wait_for(rung.wait(), 5)
