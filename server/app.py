@@ -20,7 +20,6 @@ from server.tokens import TokenVerifier
 log = structlog.get_logger()
 
 
-
 async def serve(process: str, settings: Settings) -> None:
     """Run one process until SIGTERM or SIGINT, then drain it."""
     if settings.otlp_endpoint:
