@@ -57,6 +57,8 @@ class Mesh:
             workers: How many.
             durable: Whether its data outlives a crash of the machine.
             commands: What its processes run.
+            prometheus: The program that remembers what is measured; None: nothing does.
+            sidecar_limits: What sidecars refuse.
             longest_pause_seconds: How long what ends again and again may stay down.
         """
         self.layout = layout
