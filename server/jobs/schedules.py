@@ -10,8 +10,8 @@ import structlog
 
 from server.database import Connection, SystemDatabase
 from server.enqueue import enqueue
-from server.errors import StoreUnavailable
-from server.jobs.schedule_store import ScheduleStore
+from server.errors import Problem, StoreUnavailable
+from server.jobs.schedule_store import Due, ScheduleStore
 from server.jobs.ticks import Missed, is_to_run, next_ticks
 
 log = structlog.get_logger()
@@ -112,9 +112,18 @@ class Planner:
         """Do the same for the schedules of users."""
         due, seconds = await self._users.due()
         for each in due:
-            if job_id := await self._users.tick(each):
-                log.info("schedule ticked", schedule=str(each.id), job=str(job_id))
+            await self._tick_for(each)
         return _pause(seconds)
+
+    async def _tick_for(self, due: Due) -> None:
+        try:
+            if job_id := await self._users.tick(due):
+                log.info("schedule ticked", schedule=str(due.id), job=str(job_id))
+        except StoreUnavailable:
+            raise
+        except Problem as problem:
+            # One whose user is being erased holds up nobody else's.
+            log.warning("schedule did not tick", schedule=str(due.id), reason=problem.reason)
 
 
 def _pause(seconds: float | None) -> float:

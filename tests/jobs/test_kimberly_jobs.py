@@ -20,6 +20,7 @@ from server.jobs.schedule_store import ScheduleStore
 from server.jobs.service import JobService
 from server.jobs.store import JobStore
 from server.jobs.watching import JobFeed
+from server.processes.kinds import KINDS
 from tests.commands import Command, Ended, command_of, token_of
 from tests.conftest import Serve, new_caller
 
@@ -29,9 +30,9 @@ async def kimberly(
     serve: Serve, database: Database, system_database: SystemDatabase, tmp_path: Path
 ) -> AsyncIterator[Command]:
     """The command against a service whose watches end soon, so that it must open others."""
-    store = JobStore(database, system_database)
+    store = JobStore(database, system_database, KINDS)
     feed = JobFeed(store, session_seconds=0.5, poll_seconds=0.01)
-    service = JobService(store, feed, ScheduleStore(database, system_database))
+    service = JobService(store, feed, ScheduleStore(database, system_database, KINDS), KINDS)
     running = asyncio.create_task(feed.run())
     yield await command_of(
         serve, tmp_path, lambda server: rpc.add_JobServiceServicer_to_server(service, server)
