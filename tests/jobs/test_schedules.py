@@ -14,7 +14,9 @@ from cronsim import CronSimError
 from server import ids
 from server.caller import Caller
 from server.database import Database, SystemDatabase
+from server.errors import NotFound
 from server.jobs.model import UserSchedule
+from server.jobs.own_schedules import OwnSchedules
 from server.jobs.queue import Queue
 from server.jobs.schedule_store import ScheduleStore
 from server.jobs.schedules import Planner, Schedule
@@ -168,6 +170,51 @@ async def embedded(database: Database, caller: Caller) -> Caller:
     """A user who wants vectors."""
     await want_vectors(database, caller)
     return caller
+
+
+async def test_paused_schedule_of_the_mesh_makes_no_jobs_until_it_is_resumed(
+    planner_of: Plan, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    planner, own = planner_of(NIGHTLY), OwnSchedules(system_database)
+    await planner.store()
+    await own.pause(NIGHTLY.name)
+    await make_due(owner)
+    # A replica that starts meanwhile does not resume it.
+    await planner.store()
+    await planner.tick()
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 0
+    upcoming = await own.resume(NIGHTLY.name)
+    assert upcoming > dt.datetime.now(dt.UTC)
+    assert await own.resume(NIGHTLY.name) == upcoming
+    await planner.tick()
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 0
+    (shown,) = await own.all()
+    assert (shown.name, shown.next_run_at, shown.paused) == (NIGHTLY.name, upcoming, False)
+
+
+async def test_schedule_of_the_mesh_is_run_now_and_ticks_as_ever(
+    planner_of: Plan, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    planner, own = planner_of(NIGHTLY), OwnSchedules(system_database)
+    await planner.store()
+    (before,) = await own.all()
+    made = await own.run(NIGHTLY.name)
+    assert await own.run(NIGHTLY.name) == made
+    await make_due(owner)
+    await planner.tick()
+    # Nobody has done the job yet: it does for the tick as well.
+    job = await owner.fetchrow("SELECT id, kind, user_id FROM jobs")
+    assert tuple(job) == (made, NIGHTLY.kind, None)
+    (after,) = await own.all()
+    assert (before.last_run_at, after.last_run_at is not None) == (None, True)
+
+
+@pytest.mark.parametrize("do", ["pause", "resume", "run"])
+async def test_schedule_that_the_mesh_has_not_is_not_found(
+    system_database: SystemDatabase, do: str
+) -> None:
+    with pytest.raises(NotFound):
+        await getattr(OwnSchedules(system_database), do)("no.such")
 
 
 async def make_users_due(owner: asyncpg.Connection, age: str = "1 s") -> None:
