@@ -26,11 +26,15 @@ from server.kms import KmsUnusable, UnwrapFailed
 from server.migrate import MigrationChanged
 from server.operations import (
     erase_again,
+    list_schedules,
     migrate_database,
+    pause_schedule,
     provision_database,
+    resume_schedule,
     rotate_audit_key,
     rotate_data_keys,
     rotate_signing_key,
+    run_schedule,
     set_plan,
     withdraw_signing_key,
 )
@@ -77,6 +81,7 @@ EX_TEMPFAIL = 75
 EX_CONFIG = 78
 """Exit status of sysexits.h for a wrong configuration: trying again will not help."""
 
+ScheduleName = Annotated[str, typer.Argument(metavar="NAME", help="As `schedules list` has it.")]
 T = TypeVar("T", bound=BaseSettings)
 app = typer.Typer(
     help="Services of the memory mesh. Settings are environment variables named KIMBERLY_….",
@@ -170,6 +175,49 @@ def set_plan_command(
     settings = _settings(Settings)
     telemetry.configure("set-plan", settings.log_level)
     typer.echo(f"{user} has {_run(set_plan(settings, user, plan))}")
+
+
+schedules = typer.Typer(
+    help="What the mesh does of its own accord: see when, pause it, have it done now.",
+    no_args_is_help=True,
+)
+app.add_typer(schedules, name="schedules")
+
+
+@schedules.command("list")
+def list_schedules_command() -> None:
+    """List the mesh's own schedules: when each runs next, and ran last, in UTC."""
+    settings = _settings(Settings)
+    telemetry.configure("schedules", settings.log_level)
+    for each in _run(list_schedules(settings)):
+        upcoming = "paused" if each.paused else f"next {each.next_run_at:%Y-%m-%d %H:%M}"
+        last = f"last {each.last_run_at:%Y-%m-%d %H:%M}" if each.last_run_at else "never ran"
+        typer.echo(f"{each.name:20} {each.cron:14} {each.time_zone:14} {upcoming:21} {last}")
+
+
+@schedules.command("pause")
+def pause_schedule_command(name: ScheduleName) -> None:
+    """Have a schedule make no jobs until it is resumed."""
+    settings = _settings(Settings)
+    telemetry.configure("schedules", settings.log_level)
+    _run(pause_schedule(settings, name))
+    typer.echo(f"{name} is paused")
+
+
+@schedules.command("resume")
+def resume_schedule_command(name: ScheduleName) -> None:
+    """Have a schedule make jobs again; ticks in the pause were not missed."""
+    settings = _settings(Settings)
+    telemetry.configure("schedules", settings.log_level)
+    typer.echo(f"{name} runs next at {_run(resume_schedule(settings, name)):%Y-%m-%d %H:%M} UTC")
+
+
+@schedules.command("run")
+def run_schedule_command(name: ScheduleName) -> None:
+    """Have a schedule make its job now."""
+    settings = _settings(Settings)
+    telemetry.configure("schedules", settings.log_level)
+    typer.echo(f"enqueued {_run(run_schedule(settings, name))}")
 
 
 @app.command("erase-again")

@@ -99,6 +99,8 @@ async def _insert(
               FROM unnest($1::uuid[], $2::text[], $3::smallint[], $4::timestamptz[],
                           $5::integer[], $6::jsonb[], $7::text[])
                    AS job (id, kind, priority, run_at, max_attempts, payload, unique_key)
+            -- The index holds jobs without a key, too. A release from now it may leave them out,
+            -- since this finds either; the code before did not.
             ON CONFLICT (unique_key)
                 WHERE unique_key IS NOT NULL AND state IN ('waiting', 'running') DO NOTHING
             RETURNING id

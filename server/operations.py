@@ -1,6 +1,7 @@
 """What an operator does to the mesh at once: migrations, keys, plans."""
 
 from contextlib import AsyncExitStack
+from datetime import datetime
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -10,6 +11,7 @@ from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.billing.store import BillingStore
 from server.enqueue import enqueue
+from server.jobs.own_schedules import OwnSchedule, OwnSchedules
 from server.migrate import migrate, read_migrations
 from server.privacy.erasure_archive import ErasureArchive
 from server.privacy.erasure_store import ErasureStore
@@ -97,6 +99,46 @@ async def rotate_data_keys(settings: Settings) -> str:
         async with system.transaction() as connection:
             job_id = await enqueue(connection, kind=REWRAP, payload={})
     return ids.show(ids.JOB, job_id)
+
+
+async def list_schedules(settings: Settings) -> list[OwnSchedule]:
+    """Return the mesh's own schedules."""
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(open_databases(settings, "schedules"))
+        return await OwnSchedules(system).all()
+
+
+async def pause_schedule(settings: Settings, name: str) -> None:
+    """Have one of the mesh's own schedules make no jobs.
+
+    Raises:
+        NotFound: There is none of this name.
+    """
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(open_databases(settings, "schedules"))
+        await OwnSchedules(system).pause(name)
+
+
+async def resume_schedule(settings: Settings, name: str) -> datetime:
+    """Have it make jobs again, and return when it does so next.
+
+    Raises:
+        NotFound: There is none of this name.
+    """
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(open_databases(settings, "schedules"))
+        return await OwnSchedules(system).resume(name)
+
+
+async def run_schedule(settings: Settings, name: str) -> str:
+    """Have it make a job now, and return the id of that.
+
+    Raises:
+        NotFound: There is none of this name.
+    """
+    async with AsyncExitStack() as stack:
+        _, system = await stack.enter_async_context(open_databases(settings, "schedules"))
+        return ids.show(ids.JOB, await OwnSchedules(system).run(name))
 
 
 async def set_plan(settings: Settings, user_id: str, plan: str) -> str:

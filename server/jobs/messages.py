@@ -1,5 +1,6 @@
 """Jobs and schedules as the contract has them."""
 
+import json
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Final
@@ -71,6 +72,7 @@ def schedule_to(schedule: UserSchedule) -> pb.Schedule:
         last_run_time=_if_any(schedule.last_run_at),
         last_job_id=ids.show(ids.JOB, schedule.last_job_id) if schedule.last_job_id else "",
         create_time=_if_any(schedule.created_at),
+        payload_json=json.dumps(schedule.payload, ensure_ascii=False) if schedule.payload else "",
     )
 
 

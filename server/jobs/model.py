@@ -1,9 +1,10 @@
 """Jobs and leases as values."""
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from server.jobs.ticks import Missed
@@ -53,6 +54,8 @@ class UserSchedule:
     cron: str
     time_zone: str
     missed: Missed
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    """What the jobs are told."""
     next_run_at: datetime | None = None
     """None while it is paused."""
     last_run_at: datetime | None = None

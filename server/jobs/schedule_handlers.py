@@ -9,7 +9,7 @@ from kimberly.jobs.v1 import jobs_pb2 as pb
 
 from server import ids, paging
 from server.caller import current_caller
-from server.jobs.asking import check_kind
+from server.jobs.asking import Kinds
 from server.jobs.messages import missed_from, schedule_to
 from server.jobs.model import UserSchedule
 from server.jobs.schedule_store import ScheduleStore
@@ -23,16 +23,22 @@ class ScheduleHandlers:
     """A part of JobService."""
 
     _schedules: ScheduleStore
+    _kinds: Kinds
 
     async def CreateSchedule(
         self, request: pb.CreateScheduleRequest, context: Context
     ) -> pb.CreateScheduleResponse:
         check_request_id(request.request_id)
-        check_kind(request.kind)
+        payload = self._kinds.payload(request.kind, request.payload_json)
         time_zone = request.time_zone or "UTC"
         check_schedule(request.cron, time_zone, datetime.now(UTC))
         wanted = UserSchedule(
-            ids.new_id(), request.kind, request.cron, time_zone, missed_from(request.missed_ticks)
+            ids.new_id(),
+            request.kind,
+            request.cron,
+            time_zone,
+            missed_from(request.missed_ticks),
+            payload,
         )
         schedule = await self._schedules.create(
             current_caller(), wanted, request.request_id, request.SerializeToString()

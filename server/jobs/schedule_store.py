@@ -1,17 +1,19 @@
 """Schedules of users in Postgres."""
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 from uuid import UUID
 
 import asyncpg
+import structlog
 
 from server import audit, ids
 from server.caller import Caller
 from server.database import Connection, Database, SystemDatabase
-from server.errors import NotFound, QuotaExceeded
-from server.jobs.asking import ask
+from server.errors import NotFound, Problem, QuotaExceeded
+from server.jobs.asking import Kinds
 from server.jobs.model import UserSchedule
 from server.jobs.ticks import Missed, is_to_run, next_ticks
 from server.requests import claim
@@ -19,8 +21,10 @@ from server.requests import claim
 MOST: Final = 20
 """Schedules of one user."""
 _AT_ONCE: Final = 100
-_COLUMNS: Final = """id, kind, cron, time_zone, missed, next_run_at, last_run_at, last_job_id,
-                   created_at"""
+_COLUMNS: Final = """id, kind, cron, time_zone, missed, payload, next_run_at, last_run_at,
+                   last_job_id, created_at"""
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +38,17 @@ class Due:
 class ScheduleStore:
     """Keeps schedules of users, and makes their jobs as these users."""
 
-    def __init__(self, database: Database, system: SystemDatabase) -> None:
+    def __init__(self, database: Database, system: SystemDatabase, kinds: Kinds) -> None:
         """Serve schedules.
 
         Args:
             database: Where users see and change their own.
             system: Tells whose are due.
+            kinds: What users may ask for.
         """
         self._database = database
         self._system = system
+        self._kinds = kinds
 
     async def create(
         self, caller: Caller, wanted: UserSchedule, request_id: str, contents: bytes
@@ -71,8 +77,8 @@ class ScheduleStore:
             row = await connection.fetchrow(
                 f"""
                 INSERT INTO user_schedules (id, tenant_id, user_id, kind, cron, time_zone, missed,
-                                            next_run_at)
-                VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+                                            next_run_at, payload)
+                VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
                 RETURNING {_COLUMNS}
                 """,  # noqa: S608 - a constant
                 wanted.id,
@@ -83,6 +89,7 @@ class ScheduleStore:
                 wanted.time_zone,
                 wanted.missed.value,
                 next_ticks(wanted.cron, wanted.time_zone, now)[0],
+                json.dumps(wanted.payload),
             )
             await _record(connection, caller, "schedule.create", wanted.id)
         return _schedule(row)
@@ -191,7 +198,7 @@ class ScheduleStore:
         """Make the job of a tick as its user, and return its id.
 
         Returns None, too, if there is nothing to make any more: the schedule was changed, another
-        replica made it, the user does not want it, or the tick was missed and is to be skipped.
+        replica made it, the user may not have it, or the tick was missed and is to be skipped.
         """
         async with self._database.transaction(due.caller) as connection:
             row = await connection.fetchrow(
@@ -210,7 +217,7 @@ class ScheduleStore:
             schedule, now = _schedule(row), row["now"]
             job_id = None
             if schedule.next_run_at and is_to_run(schedule.missed, schedule.next_run_at, now):
-                job_id = await ask(connection, due.caller, schedule.kind)
+                job_id = await self._ask(connection, due.caller, schedule)
             await connection.execute(
                 """
                 UPDATE user_schedules
@@ -224,6 +231,18 @@ class ScheduleStore:
                 job_id,
             )
             return job_id
+
+    async def _ask(
+        self, connection: Connection, caller: Caller, schedule: UserSchedule
+    ) -> UUID | None:
+        """Make a job, unless it is refused: then the schedule goes on with its next tick."""
+        await connection.execute("SAVEPOINT asking")
+        try:
+            return await self._kinds.ask(connection, caller, schedule.kind, schedule.payload)
+        except Problem as problem:
+            await connection.execute("ROLLBACK TO SAVEPOINT asking")
+            log.info("schedule refused", schedule=str(schedule.id), reason=problem.reason)
+            return None
 
 
 async def _check_room(connection: Connection, caller: Caller) -> None:
@@ -289,6 +308,7 @@ def _schedule(row: asyncpg.Record) -> UserSchedule:
         cron=row["cron"],
         time_zone=row["time_zone"],
         missed=Missed(row["missed"]),
+        payload=json.loads(row["payload"]),
         next_run_at=row["next_run_at"],
         last_run_at=row["last_run_at"],
         last_job_id=row["last_job_id"],

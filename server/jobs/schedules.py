@@ -9,9 +9,9 @@ from typing import Final
 import structlog
 
 from server.database import Connection, SystemDatabase
-from server.enqueue import enqueue
-from server.errors import StoreUnavailable
-from server.jobs.schedule_store import ScheduleStore
+from server.errors import Problem, StoreUnavailable
+from server.jobs.own_schedules import enqueue_tick
+from server.jobs.schedule_store import Due, ScheduleStore
 from server.jobs.ticks import Missed, is_to_run, next_ticks
 
 log = structlog.get_logger()
@@ -93,7 +93,7 @@ class Planner:
                 """
                 SELECT name, cron, kind, time_zone, missed, next_run_at, now() AS now
                   FROM schedules
-                 WHERE next_run_at <= now()
+                 WHERE next_run_at <= now() AND NOT paused
                    FOR UPDATE SKIP LOCKED
                 """
             )
@@ -104,7 +104,11 @@ class Planner:
                 )
                 await _run(connection, schedule, row["next_run_at"], row["now"])
             seconds = await connection.fetchval(
-                "SELECT extract(epoch FROM min(next_run_at) - now())::float8 FROM schedules"
+                """
+                SELECT extract(epoch FROM min(next_run_at) - now())::float8
+                  FROM schedules
+                 WHERE NOT paused
+                """
             )
         return _pause(seconds)
 
@@ -112,9 +116,18 @@ class Planner:
         """Do the same for the schedules of users."""
         due, seconds = await self._users.due()
         for each in due:
-            if job_id := await self._users.tick(each):
-                log.info("schedule ticked", schedule=str(each.id), job=str(job_id))
+            await self._tick_for(each)
         return _pause(seconds)
+
+    async def _tick_for(self, due: Due) -> None:
+        try:
+            if job_id := await self._users.tick(due):
+                log.info("schedule ticked", schedule=str(due.id), job=str(job_id))
+        except StoreUnavailable:
+            raise
+        except Problem as problem:
+            # One whose user is being erased holds up nobody else's.
+            log.warning("schedule did not tick", schedule=str(due.id), reason=problem.reason)
 
 
 def _pause(seconds: float | None) -> float:
@@ -130,8 +143,5 @@ async def _run(connection: Connection, schedule: Schedule, due_at: datetime, now
     if not is_to_run(schedule.missed, due_at, now):
         log.info("schedule missed a tick", schedule=schedule.name)
         return
-    # A job of an earlier tick that nobody has done yet does for this tick as well.
-    job_id = await enqueue(
-        connection, kind=schedule.kind, payload={}, unique_key=f"schedule/{schedule.name}"
-    )
+    job_id = await enqueue_tick(connection, schedule.name, schedule.kind)
     log.info("schedule ticked", schedule=schedule.name, job=str(job_id))

@@ -9,6 +9,7 @@ from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
 
 from server import ids, paging
 from server.caller import current_caller
+from server.jobs.asking import Kinds
 from server.jobs.messages import job_to, state_from
 from server.jobs.schedule_handlers import ScheduleHandlers
 from server.jobs.schedule_store import ScheduleStore
@@ -21,15 +22,18 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class JobService(ScheduleHandlers, rpc.JobServiceServicer):
     """Shows the signed-in user their jobs, and does with them as they say."""
 
-    def __init__(self, store: JobStore, feed: JobFeed, schedules: ScheduleStore) -> None:
+    def __init__(
+        self, store: JobStore, feed: JobFeed, schedules: ScheduleStore, kinds: Kinds
+    ) -> None:
         self._store = store
         self._feed = feed
         self._schedules = schedules
+        self._kinds = kinds
 
     async def CreateJob(
         self, request: pb.CreateJobRequest, context: Context
     ) -> pb.CreateJobResponse:
-        job = await self._store.create(current_caller(), request.kind)
+        job = await self._store.create(current_caller(), request.kind, request.payload_json)
         return pb.CreateJobResponse(job=job_to(job))
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:

@@ -15,6 +15,7 @@ from server.jobs.requests import MOST_JOBS, beats_from, credit_from, outcomes_fr
 _UNREAD = 64
 """Messages that wait to be dealt with; more wait in the worker's flow control."""
 _LEASED_AT_ONCE = 500
+_SURELY_CLOSED_SECONDS = 0.1
 
 
 class Session:
@@ -232,6 +233,9 @@ class Session:
 
     async def _give_back(self) -> None:
         if self._leases:
+            # A stream that breaks looks closed at first; then its call, which waits here, is
+            # cancelled. What a worker died of is not handed back: it costs its job an attempt.
+            await asyncio.sleep(_SURELY_CLOSED_SECONDS)
             await self._queue.release(self._worker_id, list(self._leases))
 
 

@@ -11,7 +11,7 @@ from server.caller import Caller
 from server.database import Connection, Database, SystemDatabase
 from server.enqueue import DOORBELL
 from server.errors import NotFound, StateConflict
-from server.jobs.asking import ask, check_kind
+from server.jobs.asking import Kinds
 from server.jobs.doorbell import CANCELLATIONS
 from server.jobs.model import Job, JobState
 
@@ -22,28 +22,29 @@ _COLUMNS: Final = """id, kind, state, attempt, max_attempts, progress, error, re
 class JobStore:
     """Shows the jobs of one user at a time, and changes them as their user asks."""
 
-    def __init__(self, database: Database, system: SystemDatabase) -> None:
+    def __init__(self, database: Database, system: SystemDatabase, kinds: Kinds) -> None:
         """Serve jobs.
 
         Args:
             database: Where users see their own, and ask for more.
             system: Says how jobs go on.
+            kinds: What users may ask for.
         """
         self._database = database
         self._system = system
+        self._kinds = kinds
 
-    async def create(self, caller: Caller, kind: str) -> Job:
+    async def create(self, caller: Caller, kind: str, payload_json: str) -> Job:
         """Ask for a job, or return the unfinished one that does the same.
 
         Raises:
-            InvalidArgument: Users may not ask for this kind.
+            InvalidArgument: Users may not ask for this kind, or not tell it that.
             StateConflict: The user's settings and consents rule it out.
+            Problem: Whatever else the kind refuses for.
         """
-        check_kind(kind)
+        payload = self._kinds.payload(kind, payload_json)
         async with self._database.transaction(caller) as connection:
-            job_id = await ask(connection, caller, kind)
-            if job_id is None:
-                raise StateConflict(f"settings and consents rule {kind} out")
+            job_id = await self._kinds.ask(connection, caller, kind, payload)
             await audit.record(connection, caller, "job.create", ids.show(ids.JOB, job_id))
             return await _get(connection, caller, job_id)
 

@@ -90,11 +90,11 @@ class MeditationStore:
                 meditation_id = await requests.claim(
                     connection, caller, "Meditate", request_id, contents, chosen
                 )
-            if meditation_id == running:
-                # A shard whose job was given up would never end the run.
-                await enqueue_shards(connection, running, caller)
-            elif meditation_id == chosen:
-                await _insert(connection, caller, meditation_id, full_run=full_run, dry_run=dry_run)
+            if meditation_id == chosen:
+                if running is None:
+                    await _insert(connection, caller, chosen, full_run=full_run, dry_run=dry_run)
+                # Of one that is running, too: a shard whose job was given up would never end it.
+                await enqueue_shards(connection, chosen, caller)
             return await meditation_of(connection, caller, meditation_id)
 
     async def get(self, caller: Caller, meditation_id: UUID) -> Meditation:
@@ -133,6 +133,26 @@ class MeditationStore:
             return await _runs(connection, caller, [row["id"] for row in rows])
 
 
+async def ask_for_meditation(
+    connection: Connection, caller: Caller, *, full_run: bool = False, dry_run: bool = False
+) -> UUID | None:
+    """Start a run in the caller's transaction and return the id of the job that scores it.
+
+    That is the one that is under way, if a run is; None if that has been scored just now.
+
+    Raises:
+        ConsentMissing: The user has not consented to memory.store.
+    """
+    await consent.require(connection, consent.MEMORY_STORE)
+    await take_turns(connection, caller.user_id)
+    run = await _running(connection, caller, dry_run=dry_run)
+    if run is None:
+        run = ids.new_id()
+        await _insert(connection, caller, run, full_run=full_run, dry_run=dry_run)
+    job_ids = await enqueue_shards(connection, run, caller)
+    return job_ids[0] if job_ids else None
+
+
 async def take_turns(connection: Connection, whose: UUID | None) -> None:
     """Wait until no other transaction is starting a run of the same user, or of all users."""
     await connection.execute(
@@ -142,8 +162,8 @@ async def take_turns(connection: Connection, whose: UUID | None) -> None:
 
 async def enqueue_shards(
     connection: Connection, meditation_id: UUID, caller: Caller | None
-) -> None:
-    """Enqueue a job for every shard that is not done and has none."""
+) -> list[UUID]:
+    """Enqueue a job for every shard that is not done and has none; return all of theirs."""
     rows = await connection.fetch(
         """
         SELECT shard
@@ -163,7 +183,7 @@ async def enqueue_shards(
         )
         for row in rows
     ]
-    await enqueue_all(connection, jobs, caller=caller)
+    return await enqueue_all(connection, jobs, caller=caller)
 
 
 async def meditation_of(connection: Connection, caller: Caller, meditation_id: UUID) -> Meditation:
@@ -212,7 +232,6 @@ async def _insert(
     await connection.execute(
         "INSERT INTO meditation_shards (meditation_id, shard) VALUES ($1, 0)", meditation_id
     )
-    await enqueue_shards(connection, meditation_id, caller)
     await audit.record(
         connection, caller, "meditation.start", ids.show(ids.MEDITATION, meditation_id)
     )

@@ -47,10 +47,7 @@ class ExportStore:
         """
         export_id = ids.new_id()
         async with self._database.transaction(caller) as connection:
-            await connection.execute(
-                "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))",
-                f"exports/{caller.user_id}",
-            )
+            await _take_turns(connection, caller)
             if request_id:
                 made = await requests.claim(
                     connection, caller, "CreateExport", request_id, b"", export_id
@@ -154,6 +151,28 @@ class ExportStore:
                 [ids.show(ids.EXPORT, export_id)],
                 actor=audit.SYSTEM,
             )
+
+
+async def ask_for_export(connection: Connection, caller: Caller) -> UUID:
+    """Ask for an export in the caller's transaction and return the id of its job.
+
+    That is the one that is under way, if there is one.
+
+    Raises:
+        RateLimited: There were five within a day.
+    """
+    await _take_turns(connection, caller)
+    export = await _pending(connection, caller)
+    if export is None:
+        await _refuse_many(connection, caller)
+        export = await _insert(connection, caller, ids.new_id())
+    return export.job_id
+
+
+async def _take_turns(connection: Connection, caller: Caller) -> None:
+    await connection.execute(
+        "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"exports/{caller.user_id}"
+    )
 
 
 def payload_of(caller: Caller, export_id: UUID) -> dict[str, str]:

@@ -22,6 +22,7 @@ from server.jobs.service import JobService
 from server.jobs.store import JobStore
 from server.jobs.watching import JobFeed
 from server.jobs.worker_service import WorkerService
+from server.processes.kinds import KINDS
 from server.processes.parts import (
     Application,
     known_ended_grants,
@@ -59,11 +60,11 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     sweeping = Schedule("attachments.sweep", settings.sweep_schedule, "attachments.sweep")
     retention = Schedule("memories.sweep", settings.retention_schedule, "memories.sweep")
     promotion = Schedule("short_term.promote", settings.promotion_schedule, "short_term.promote")
-    schedules = ScheduleStore(database, system)
+    schedules = ScheduleStore(database, system, KINDS)
     planner = Planner(system, [nightly, rewrapping, sweeping, retention, promotion], schedules)
-    store = JobStore(database, system)
+    store = JobStore(database, system, KINDS)
     feed = JobFeed(store, session_seconds=watch_seconds(settings))
-    jobs = JobService(store, feed, schedules)
+    jobs = JobService(store, feed, schedules, KINDS)
     agents = AgentService(AgentStore(system, AgentKeys()), TaskStore(database), store.cancel)
     forgetting = Forgetting(
         queue, timedelta(days=settings.done_job_days), timedelta(days=settings.dead_job_days)

@@ -23,6 +23,8 @@ _OUT_OF_REACH: Final = (
     StoreUnavailable,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
+    # What asyncpg says of a connection whose end it has read but not yet understood.
+    asyncpg.InternalClientError,
 )
 """What a database that was just killed answers."""
 

@@ -24,6 +24,7 @@ from server.jobs.schedule_store import MOST, ScheduleStore
 from server.jobs.service import JobService
 from server.jobs.store import JobStore
 from server.jobs.watching import STREAMS, JobFeed
+from server.processes.kinds import KINDS
 from tests.conftest import Serve, bearer, new_caller
 from tests.jobs.conftest import want_vectors
 from tests.refusals import refusal_of
@@ -31,7 +32,9 @@ from tests.refusals import refusal_of
 
 @pytest_asyncio.fixture
 async def feed(database: Database, system_database: SystemDatabase) -> AsyncIterator[JobFeed]:
-    feed = JobFeed(JobStore(database, system_database), session_seconds=60, poll_seconds=0.01)
+    feed = JobFeed(
+        JobStore(database, system_database, KINDS), session_seconds=60, poll_seconds=0.01
+    )
     running = asyncio.create_task(feed.run())
     yield feed
     running.cancel()
@@ -42,8 +45,8 @@ async def feed(database: Database, system_database: SystemDatabase) -> AsyncIter
 async def jobs(
     serve: Serve, database: Database, system_database: SystemDatabase, feed: JobFeed
 ) -> rpc.JobServiceAsyncStub:
-    store = JobStore(database, system_database)
-    service = JobService(store, feed, ScheduleStore(database, system_database))
+    store = JobStore(database, system_database, KINDS)
+    service = JobService(store, feed, ScheduleStore(database, system_database, KINDS), KINDS)
     channel = await serve(lambda server: rpc.add_JobServiceServicer_to_server(service, server))
     return rpc.JobServiceStub(channel)
 
@@ -283,6 +286,85 @@ async def test_user_asks_for_a_job_of_a_kind_that_users_may_ask_for(
             jobs.CreateJob(pb.CreateJobRequest(kind=kind), metadata=bearer(caller))
         )
         assert (refusal.code, refusal.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ("kind",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload_json", "does"),
+    [
+        ("memories.embed", "", "memories.embed"),
+        ("user.export", "{}", "user.export"),
+        ("meditation.run", '{"dry_run": true, "full_run": false}', "meditation.shard"),
+    ],
+)
+async def test_every_kind_that_users_may_ask_for_makes_one_job_until_that_is_done(
+    jobs: rpc.JobServiceAsyncStub,
+    database: Database,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    kind: str,
+    payload_json: str,
+    does: str,
+) -> None:
+    await want_vectors(database, caller)
+    request = pb.CreateJobRequest(kind=kind, payload_json=payload_json)
+    made = (await jobs.CreateJob(request, metadata=bearer(caller))).job
+    assert (made.kind, made.state) == (does, pb.JOB_STATE_WAITING)
+    assert (await jobs.CreateJob(request, metadata=bearer(caller))).job == made
+    job_id = ids.parse(ids.JOB, made.id, "id")
+    assert await owner.fetchval("SELECT user_id FROM jobs WHERE id = $1", job_id) == caller.user_id
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 1
+
+
+async def test_run_that_is_asked_for_is_as_the_payload_says(
+    jobs: rpc.JobServiceAsyncStub, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    for payload in ('{"dry_run": true}', '{"full_run": true}'):
+        request = pb.CreateJobRequest(kind="meditation.run", payload_json=payload)
+        await jobs.CreateJob(request, metadata=bearer(caller))
+    runs = await owner.fetch("SELECT dry_run, full_run FROM meditations ORDER BY id")
+    assert [tuple(run) for run in runs] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload_json", "field"),
+    [
+        ("meditation.run", "dry_run", "payload_json"),
+        ("meditation.run", "[]", "payload_json"),
+        ("meditation.run", '{"a": "' + "a" * 1000 + '"}', "payload_json"),
+        ("meditation.run", "[" * 999, "payload_json"),
+        ("meditation.run", '{"dry_run": 1}', "payload_json.dry_run"),
+        ("meditation.run", '{"dry_run": null}', "payload_json.dry_run"),
+        ("meditation.run", '{"user_id": "usr_1"}', "payload_json.user_id"),
+        ("user.export", '{"dry_run": true}', "payload_json.dry_run"),
+        ("memories.embed", '{"model": "small"}', "payload_json.model"),
+    ],
+)
+async def test_what_a_kind_cannot_be_told_is_refused_by_its_field(
+    jobs: rpc.JobServiceAsyncStub, caller: Caller, kind: str, payload_json: str, field: str
+) -> None:
+    for refused in (
+        jobs.CreateJob(
+            pb.CreateJobRequest(kind=kind, payload_json=payload_json), metadata=bearer(caller)
+        ),
+        jobs.CreateSchedule(
+            pb.CreateScheduleRequest(kind=kind, payload_json=payload_json, cron="0 2 * * *"),
+            metadata=bearer(caller),
+        ),
+    ):
+        refusal = await refusal_of(refused)
+        assert (refusal.code, refusal.fields) == (grpc.StatusCode.INVALID_ARGUMENT, (field,))
+
+
+async def test_schedule_shows_what_its_jobs_are_told(
+    jobs: rpc.JobServiceAsyncStub, caller: Caller
+) -> None:
+    request = pb.CreateScheduleRequest(
+        kind="meditation.run", payload_json='{"dry_run": true}', cron="0 2 * * *"
+    )
+    made = (await jobs.CreateSchedule(request, metadata=bearer(caller))).schedule
+    assert made.payload_json == '{"dry_run": true}'
+    shown = await jobs.GetSchedule(pb.GetScheduleRequest(id=made.id), metadata=bearer(caller))
+    assert shown.schedule == made
 
 
 # --- watching -----------------------------------------------------------------------------------

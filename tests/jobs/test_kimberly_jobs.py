@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest_asyncio
 from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
 
@@ -20,6 +21,7 @@ from server.jobs.schedule_store import ScheduleStore
 from server.jobs.service import JobService
 from server.jobs.store import JobStore
 from server.jobs.watching import JobFeed
+from server.processes.kinds import KINDS
 from tests.commands import Command, Ended, command_of, token_of
 from tests.conftest import Serve, new_caller
 
@@ -29,9 +31,9 @@ async def kimberly(
     serve: Serve, database: Database, system_database: SystemDatabase, tmp_path: Path
 ) -> AsyncIterator[Command]:
     """The command against a service whose watches end soon, so that it must open others."""
-    store = JobStore(database, system_database)
+    store = JobStore(database, system_database, KINDS)
     feed = JobFeed(store, session_seconds=0.5, poll_seconds=0.01)
-    service = JobService(store, feed, ScheduleStore(database, system_database))
+    service = JobService(store, feed, ScheduleStore(database, system_database, KINDS), KINDS)
     running = asyncio.create_task(feed.run())
     yield await command_of(
         serve, tmp_path, lambda server: rpc.add_JobServiceServicer_to_server(service, server)
@@ -83,6 +85,19 @@ async def test_dead_job_is_retried_and_a_waiting_one_cancelled(
     cancelled = await kimberly("jobs", "cancel", job_id, token=me)
     assert cancelled.status == 0
     assert "cancelled" in cancelled.output
+
+
+async def test_job_is_asked_for_and_told_what_it_is_to_know(
+    kimberly: Command, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    me = token_of(caller)
+    told = ("--payload", '{"dry_run": true}')
+    asked = await kimberly("jobs", "ask", "meditation.run", *told, token=me)
+    assert asked.status == 0, asked.error
+    assert "waiting" in asked.output
+    assert await owner.fetchval("SELECT dry_run FROM meditations") is True
+    refused = await kimberly("jobs", "ask", "user.export", *told, token=me)
+    assert (refused.status, "payload_json.dry_run" in refused.error) == (2, True)
 
 
 async def test_watch_ends_as_the_job_does_however_many_streams_that_takes(

@@ -14,11 +14,15 @@ from cronsim import CronSimError
 from server import ids
 from server.caller import Caller
 from server.database import Database, SystemDatabase
+from server.errors import NotFound
 from server.jobs.model import UserSchedule
+from server.jobs.own_schedules import OwnSchedules
 from server.jobs.queue import Queue
 from server.jobs.schedule_store import ScheduleStore
 from server.jobs.schedules import Planner, Schedule
 from server.jobs.ticks import Missed, next_ticks
+from server.processes.kinds import KINDS
+from tests.conftest import new_caller
 from tests.jobs.conftest import want_vectors
 
 NIGHTLY = Schedule("test.nightly", "0 2 * * *", "test")
@@ -29,7 +33,7 @@ Plan = Callable[..., Planner]
 
 @pytest.fixture
 def schedules(database: Database, system_database: SystemDatabase) -> ScheduleStore:
-    return ScheduleStore(database, system_database)
+    return ScheduleStore(database, system_database, KINDS)
 
 
 @pytest.fixture
@@ -168,6 +172,51 @@ async def embedded(database: Database, caller: Caller) -> Caller:
     return caller
 
 
+async def test_paused_schedule_of_the_mesh_makes_no_jobs_until_it_is_resumed(
+    planner_of: Plan, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    planner, own = planner_of(NIGHTLY), OwnSchedules(system_database)
+    await planner.store()
+    await own.pause(NIGHTLY.name)
+    await make_due(owner)
+    # A replica that starts meanwhile does not resume it.
+    await planner.store()
+    await planner.tick()
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 0
+    upcoming = await own.resume(NIGHTLY.name)
+    assert upcoming > dt.datetime.now(dt.UTC)
+    assert await own.resume(NIGHTLY.name) == upcoming
+    await planner.tick()
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 0
+    (shown,) = await own.all()
+    assert (shown.name, shown.next_run_at, shown.paused) == (NIGHTLY.name, upcoming, False)
+
+
+async def test_schedule_of_the_mesh_is_run_now_and_ticks_as_ever(
+    planner_of: Plan, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    planner, own = planner_of(NIGHTLY), OwnSchedules(system_database)
+    await planner.store()
+    (before,) = await own.all()
+    made = await own.run(NIGHTLY.name)
+    assert await own.run(NIGHTLY.name) == made
+    await make_due(owner)
+    await planner.tick()
+    # Nobody has done the job yet: it does for the tick as well.
+    job = await owner.fetchrow("SELECT id, kind, user_id FROM jobs")
+    assert tuple(job) == (made, NIGHTLY.kind, None)
+    (after,) = await own.all()
+    assert (before.last_run_at, after.last_run_at is not None) == (None, True)
+
+
+@pytest.mark.parametrize("do", ["pause", "resume", "run"])
+async def test_schedule_that_the_mesh_has_not_is_not_found(
+    system_database: SystemDatabase, do: str
+) -> None:
+    with pytest.raises(NotFound):
+        await getattr(OwnSchedules(system_database), do)("no.such")
+
+
 async def make_users_due(owner: asyncpg.Connection, age: str = "1 s") -> None:
     await owner.execute(
         "UPDATE user_schedules SET next_run_at = now() - $1::text::interval "
@@ -177,8 +226,8 @@ async def make_users_due(owner: asyncpg.Connection, age: str = "1 s") -> None:
 
 
 async def schedule(schedules: ScheduleStore, caller: Caller, **fields: object) -> UserSchedule:
-    usual = {"cron": "0 2 * * *", "time_zone": "UTC", "missed": Missed.RUN_ONCE}
-    wanted = UserSchedule(ids.new_id(), KIND, **{**usual, **fields})  # type: ignore[arg-type]
+    usual = {"kind": KIND, "cron": "0 2 * * *", "time_zone": "UTC", "missed": Missed.RUN_ONCE}
+    wanted = UserSchedule(ids.new_id(), **{**usual, **fields})  # type: ignore[arg-type]
     return await schedules.create(caller, wanted, "", b"")
 
 
@@ -211,6 +260,53 @@ async def test_tick_of_a_user_who_withdrew_makes_no_job(
     await planner_of().tick_for_users()
     assert await owner.fetchval("SELECT count(*) FROM jobs") == 0
     assert (await schedules.get(caller, made.id)).last_job_id is None
+
+
+async def test_kind_that_is_refused_holds_up_no_other(
+    planner_of: Plan, schedules: ScheduleStore, embedded: Caller, owner: asyncpg.Connection
+) -> None:
+    refused = await schedule(schedules, embedded, kind="meditation.run")
+    other = await schedule(schedules, embedded, kind="user.export")
+    await owner.execute("UPDATE consents SET granted = false WHERE purpose = 'memory.store'")
+    await make_users_due(owner)
+    await planner_of().tick_for_users()
+    assert await owner.fetchval("SELECT array_agg(kind) FROM jobs") == ["user.export"]
+    assert (await schedules.get(embedded, other.id)).last_job_id
+    now = await schedules.get(embedded, refused.id)
+    assert (now.last_job_id, now.next_run_at and now.next_run_at > dt.datetime.now(dt.UTC)) == (
+        None,
+        True,
+    )
+
+
+async def test_schedule_of_a_user_who_is_erased_holds_up_no_other(
+    planner_of: Plan,
+    schedules: ScheduleStore,
+    embedded: Caller,
+    database: Database,
+    owner: asyncpg.Connection,
+) -> None:
+    gone = await new_caller(database)
+    await schedule(schedules, gone, kind="meditation.run")
+    made = await schedule(schedules, embedded)
+    await owner.execute(
+        "INSERT INTO erasures (id, receipt_id, tenant_id, user_id) VALUES ($1, $1, $2, $3)",
+        ids.new_id(),
+        gone.tenant_id,
+        gone.user_id,
+    )
+    await make_users_due(owner)
+    await planner_of().tick_for_users()
+    assert (await schedules.get(embedded, made.id)).last_job_id
+
+
+async def test_scheduled_run_is_as_its_payload_says(
+    planner_of: Plan, schedules: ScheduleStore, caller: Caller, owner: asyncpg.Connection
+) -> None:
+    await schedule(schedules, caller, kind="meditation.run", payload={"dry_run": True})
+    await make_users_due(owner)
+    await planner_of().tick_for_users()
+    assert await owner.fetchval("SELECT dry_run FROM meditations") is True
 
 
 async def test_paused_schedule_does_not_tick_and_a_resumed_one_missed_nothing(

@@ -129,6 +129,22 @@ async def test_doorbell_is_heard_again_after_its_connection_was_cut(
         running.cancel()
 
 
+async def test_worker_that_vanishes_hands_nothing_back(
+    workers: rpc.WorkerServiceAsyncStub,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    """What it died of would otherwise never come to its last attempt."""
+    for _ in range(20):
+        await enqueue_some(system_database)
+        async with working(workers) as stream:
+            await stream.lease()
+    # Longer than a stream that was closed in good order waits.
+    await asyncio.sleep(0.5)
+    rows = await owner.fetch("SELECT state, attempt FROM jobs")
+    assert [tuple(row) for row in rows] == [("running", 1)] * 20
+
+
 async def test_no_more_jobs_come_than_there_is_credit(
     workers: rpc.WorkerServiceAsyncStub, system_database: SystemDatabase
 ) -> None:

@@ -74,6 +74,27 @@ def show(
 
 
 @app.command()
+def ask(
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="memories.embed, meditation.run or user.export.")
+    ],
+    payload: Annotated[
+        str, typer.Option(help="""What it is told: a JSON object, such as '{"dry_run": true}'.""")
+    ] = "",
+    address: Address = LOCAL_EDGE,
+    ca: Ca = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Ask for a job, or show the one of the same purpose that is not done yet."""
+
+    async def work(client: Client) -> pb.Job:
+        request = pb.CreateJobRequest(kind=kind, payload_json=payload)
+        return (await client.jobs.CreateJob(request)).job
+
+    _tell(call(work, address, ca, token_file), as_json=False)
+
+
+@app.command()
 def watch(
     job_id: JobId, address: Address = LOCAL_EDGE, ca: Ca = None, token_file: TokenFile = None
 ) -> None:

@@ -186,16 +186,26 @@ class CreateJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KIND_FIELD_NUMBER: _builtins.int
+    PAYLOAD_JSON_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """What is to be done: "memories.embed" makes the vectors that memories lack."""
+    """What is to be done:
+    - "memories.embed" makes the vectors that memories lack. STATE_CONFLICT unless settings and
+      consents want vectors.
+    - "meditation.run" scores memories and does what follows, as Meditate; told `full_run` and
+      `dry_run`, each true or false. The job is that of the run's shard.
+    - "user.export" writes all that is known of the user, as CreateExport, at most five a day.
+    """
+    payload_json: _builtins.str
+    """What the job is told: a JSON object; empty for nothing."""
     def __init__(
         self,
         *,
         kind: _builtins.str = ...,
+        payload_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "payload_json", b"payload_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -513,6 +523,7 @@ class Schedule(_message.Message):
     LAST_RUN_TIME_FIELD_NUMBER: _builtins.int
     LAST_JOB_ID_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    PAYLOAD_JSON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`sch_…`."""
     kind: _builtins.str
@@ -529,6 +540,8 @@ class Schedule(_message.Message):
     """Whether it makes no jobs at present."""
     last_job_id: _builtins.str
     """The job that it made then, `job_…`; empty if it never did, or the user did not want it then."""
+    payload_json: _builtins.str
+    """What the jobs are told: a JSON object; empty for nothing."""
     @_builtins.property
     def next_run_times(self) -> _containers.RepeatedCompositeFieldContainer[_timestamp_pb2.Timestamp]:
         """The next ticks, the first of them first; none while it is paused."""
@@ -554,10 +567,11 @@ class Schedule(_message.Message):
         last_run_time: _timestamp_pb2.Timestamp | None = ...,
         last_job_id: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        payload_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_run_time", b"last_run_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "cron", b"cron", "id", b"id", "kind", b"kind", "last_job_id", b"last_job_id", "last_run_time", b"last_run_time", "missed_ticks", b"missed_ticks", "next_run_times", b"next_run_times", "paused", b"paused", "time_zone", b"time_zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "cron", b"cron", "id", b"id", "kind", b"kind", "last_job_id", b"last_job_id", "last_run_time", b"last_run_time", "missed_ticks", b"missed_ticks", "next_run_times", b"next_run_times", "paused", b"paused", "payload_json", b"payload_json", "time_zone", b"time_zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -574,6 +588,7 @@ class CreateScheduleRequest(_message.Message):
     TIME_ZONE_FIELD_NUMBER: _builtins.int
     MISSED_TICKS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PAYLOAD_JSON_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """What is to be done: one of the kinds of CreateJob."""
     cron: _builtins.str
@@ -586,6 +601,10 @@ class CreateScheduleRequest(_message.Message):
     """Chosen by the client, at most 64 characters: a retry with the same one makes no second
     schedule. Empty: every request makes one.
     """
+    payload_json: _builtins.str
+    """What the jobs are told: a JSON object, as in CreateJob; empty for nothing. A tick that is
+    refused when it comes, such as a sixth export of a day, makes no job.
+    """
     def __init__(
         self,
         *,
@@ -594,10 +613,11 @@ class CreateScheduleRequest(_message.Message):
         time_zone: _builtins.str = ...,
         missed_ticks: Global___MissedTicks.ValueType = ...,
         request_id: _builtins.str = ...,
+        payload_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cron", b"cron", "kind", b"kind", "missed_ticks", b"missed_ticks", "request_id", b"request_id", "time_zone", b"time_zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cron", b"cron", "kind", b"kind", "missed_ticks", b"missed_ticks", "payload_json", b"payload_json", "request_id", b"request_id", "time_zone", b"time_zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
