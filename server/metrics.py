@@ -21,7 +21,7 @@ log = structlog.get_logger()
 Reading = Callable[[], Awaitable[None]]
 """Reads gauges out of a store, and sets them."""
 
-SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 """Upper ends of the buckets of what takes as long as a call."""
 LONG_SECONDS: Final = (0.01, 0.05, 0.25, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
 """The same of what takes as long as a job."""

@@ -15,6 +15,10 @@ USERS_NEAR_LIMIT: Final = Gauge(
 )
 
 
+USERS: Final = Gauge("billing_users", "Users who used something this month.", ["plan"])
+USAGE: Final = Gauge("billing_usage", "What they used this month, all together.", ["plan", "meter"])
+
+
 class BillingReadings:
     """Reads gauges out of Postgres."""
 
@@ -27,6 +31,14 @@ class BillingReadings:
         set_all(
             USERS_NEAR_LIMIT,
             {(meter, str(share)): row[f"{meter}_{share}"] for meter in METERED for share in SHARES},
+        )
+
+    async def plans(self) -> None:
+        """Add up what the users of each plan used this month."""
+        rows = await self._database.fetch_alone(_BY_PLAN)
+        set_all(USERS, {(row["plan"],): row["users"] for row in rows})
+        set_all(
+            USAGE, {(row["plan"], meter): float(row[meter]) for row in rows for meter in METERED}
         )
 
 
@@ -42,4 +54,14 @@ _NEAR_LIMIT: Final = f"""
       LEFT JOIN subscriptions AS chosen USING (tenant_id, user_id)
       JOIN plans AS plan ON plan.name = coalesce(chosen.plan, 'free')
      WHERE used.month = date_trunc('month', now() AT TIME ZONE 'UTC')::date
+"""  # noqa: S608 - constants
+_SUMS: Final = ", ".join(f"coalesce(sum(used.{meter}), 0) AS {meter}" for meter in METERED)
+_BY_PLAN: Final = f"""
+    SELECT plan.name AS plan, count(used.user_id) AS users, {_SUMS}
+      FROM plans AS plan
+      LEFT JOIN (usage_by_month AS used
+                 LEFT JOIN subscriptions AS chosen USING (tenant_id, user_id))
+        ON plan.name = coalesce(chosen.plan, 'free')
+       AND used.month = date_trunc('month', now() AT TIME ZONE 'UTC')::date
+     GROUP BY plan.name
 """  # noqa: S608 - constants

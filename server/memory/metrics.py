@@ -4,6 +4,7 @@ from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from server.cache import Redis, out_of_reach
 from server.database import SystemDatabase
 from server.embedding_requests import KIND
 from server.metrics import SECONDS, set_all
@@ -142,3 +143,16 @@ class MemoryReadings:
         INDEX_BYTES.set(row["bytes"])
         INDEX_VECTORS.set(row["vectors"])
         EMBEDDING_WAITING.set(row["waiting"])
+
+
+class ShortTermReading:
+    """Reads off Valkey what it holds: the short-term tier, and little beside it."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def held(self) -> None:
+        """Tell how much of its memory is allocated. Full, it refuses writes."""
+        with out_of_reach():
+            stats = await self._redis.memory_stats()
+        BYTES.labels("short_term").set(stats["total.allocated"])

@@ -158,6 +158,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             AuthReadings(system).mails,
             AuditReadings(system).lag,
             BillingReadings(system).usage,
+            BillingReadings(system).plans,
         ],
         turnstile=open_turnstile(settings, stack),
     )

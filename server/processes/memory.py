@@ -37,7 +37,7 @@ from server.memory.key_rotation import KeyRotation
 from server.memory.lifecycle_store import LifecycleStore
 from server.memory.maintenance_service import MaintenanceService
 from server.memory.meditation_store import MeditationStore
-from server.memory.metrics import MemoryReadings
+from server.memory.metrics import MemoryReadings, ShortTermReading
 from server.memory.objects import DoomedObjects, Kind
 from server.memory.promotion import Promotion
 from server.memory.promotion_rounds import PromotionRounds
@@ -211,6 +211,11 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             answers.run,
             counts.run,
         ],
-        readings=[readings.usage, readings.meditations, readings.vectors],
+        readings=[
+            readings.usage,
+            readings.meditations,
+            readings.vectors,
+            ShortTermReading(redis).held,
+        ],
         announce_drain=feed.drain,
     )
