@@ -36,6 +36,9 @@ RPCS_IN_FLIGHT: Final = Gauge("kimberly_rpcs_in_flight", "Calls that are being s
 DATABASE_CONNECTIONS: Final = Gauge(
     "kimberly_database_connections", "Connections to PostgreSQL.", ["pool", "state"]
 )
+DATABASE_LIMIT: Final = Gauge(
+    "kimberly_database_connections_limit", "Connections that there may be.", ["pool"]
+)
 ITEMS_CHANGED: Final = Counter(
     "memory_items_changed", "Changes of memories, as the audit log tells them.", ["change"]
 )
@@ -84,6 +87,7 @@ def watch_pool(name: str, pool: asyncpg.Pool) -> None:
     idle.set_function(pool.get_idle_size)
     used = DATABASE_CONNECTIONS.labels(name, "used")
     used.set_function(lambda: pool.get_size() - pool.get_idle_size())
+    DATABASE_LIMIT.labels(name).set(pool.get_max_size())
 
 
 def set_all(gauge: Gauge, values: Mapping[tuple[str, ...], float]) -> None:
