@@ -11,6 +11,8 @@ from server.agents.service import AgentService
 from server.agents.store import AgentStore
 from server.agents.task_store import TaskStore
 from server.auth.agent_keys import AgentKeys
+from server.backup.metrics import BackupReadings
+from server.backup.run_store import RunStore
 from server.erased import ErasedUsers
 from server.jobs.doorbell import Doorbell
 from server.jobs.forgetting import Forgetting
@@ -93,6 +95,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             feed.run,
             forgetting.run,
         ],
-        readings=[readings.waiting, readings.standing],
+        readings=[readings.waiting, readings.standing, BackupReadings(RunStore(system)).newest],
         announce_drain=announce_drain,
     )

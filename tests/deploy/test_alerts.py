@@ -115,7 +115,7 @@ def test_a_section_says_what_to_look_at_what_to_do_and_when_it_is_over(name: str
 # --- commands of the runbooks ------------------------------------------------------------------
 
 # What kubectl is asked to do: nothing that loses anything.
-VERBS = {"describe", "exec", "get", "logs", "port-forward", "rollout", "scale", "top"}
+VERBS = {"create", "describe", "exec", "get", "logs", "port-forward", "rollout", "scale", "top"}
 
 
 def commands() -> list[str]:
@@ -170,6 +170,7 @@ def named(kind: str) -> set[str]:
 
 KINDS = {
     "certificate": "Certificate",
+    "cronjob": "CronJob",
     "deployment": "Deployment",
     "service": "Service",
     "statefulset": "StatefulSet",
@@ -196,7 +197,7 @@ def problems_of(line: str) -> Iterator[str]:
 
 def _unknown(line: str, words: list[str]) -> Iterator[str]:
     for at, word in enumerate(words):
-        kind, slash, name = word.partition("/")
+        kind, slash, name = word.removeprefix("--from=").partition("/")
         if slash and kind in KINDS and name not in named(KINDS[kind]):
             yield f"{line}: there is no {word}"
         if word in KINDS and words[at + 1] not in named(KINDS[word]):

@@ -1,8 +1,12 @@
 """What is read off the stores for Prometheus."""
 
+import math
+
 import asyncpg
 from prometheus_client import REGISTRY
 
+from server.backup.metrics import BackupReadings
+from server.backup.run_store import RunStore
 from server.billing.metrics import BillingReadings
 from server.cache import KEY_PREFIX, Redis
 from server.database import SystemDatabase
@@ -65,3 +69,39 @@ async def test_what_the_short_term_tier_holds_is_told(redis: Redis) -> None:
     assert after is not None
     assert after >= before + 1_000_000
     await redis.delete(f"{KEY_PREFIX}readings")
+
+
+async def run(owner: asyncpg.Connection, kind: str, outcome: str, report: str = "{}") -> None:
+    """Have a backup, or a verification, have ended."""
+    await owner.execute(
+        """
+        INSERT INTO backup_runs (id, kind, finished_at, outcome, bytes, report)
+        VALUES ($1, $2, '2026-05-04T12:00:00Z', $3, 7, $4::text::jsonb)
+        """,
+        new_id(),
+        kind,
+        outcome,
+        report,
+    )
+
+
+async def test_backups_are_told_of_and_none_is_no_damaged_one(
+    owner: asyncpg.Connection, system_database: SystemDatabase
+) -> None:
+    readings = BackupReadings(RunStore(system_database))
+    await readings.newest()
+    assert told("backup_last_success_timestamp_seconds") == 0
+    assert told("backup_verify_last_success_timestamp_seconds") == 0
+    ok = told("backup_verify_ok")
+    assert ok is not None
+    assert math.isnan(ok)
+    await run(owner, "create", "succeeded", '{"mark": "2026-05-04T11:00:00Z"}')
+    await run(owner, "verify", "succeeded")
+    await readings.newest()
+    assert told("backup_last_success_timestamp_seconds") == 1777892400
+    assert told("backup_last_bytes") == 7
+    assert told("backup_verify_last_success_timestamp_seconds") == 1777896000
+    assert told("backup_verify_ok") == 1
+    await run(owner, "verify", "failed")
+    await readings.newest()
+    assert told("backup_verify_ok") == 0
