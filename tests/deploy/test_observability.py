@@ -14,7 +14,7 @@ import yaml
 
 from deploy import rendering, tools
 from deploy.manifests import Manifests
-from deploy.references import may_connect
+from deploy.references import environment, may_connect
 from deploy.slos import OBSERVABILITY
 from server import access
 
@@ -116,6 +116,15 @@ def test_addresses_in_the_files_are_those_of_services() -> None:
     assert {name for name, _ in spoken_of} == {"prometheus", "alertmanager", "loki", "tempo"}
     for name, port in spoken_of:
         assert port in {each["port"] for each in services[name]["spec"]["ports"]}
+
+
+def test_the_mesh_sends_its_traces_to_the_collector() -> None:
+    manifests = rendered("prod")
+    for process in MESH:
+        container = manifests.pod(f"Deployment/{process}").containers[0]
+        told = environment(manifests, container, {})
+        assert told["KIMBERLY_OTLP_ENDPOINT"] == "http://collector:4317"
+    assert "KIMBERLY_OTLP_ENDPOINT" not in data("free", "mesh")
 
 
 # --- what is mounted ---------------------------------------------------------------------------
