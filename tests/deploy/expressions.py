@@ -13,6 +13,12 @@ from deploy import dashboards, slos
 
 VARIABLES: Final = {"$__rate_interval": "5m", "$core_hour": "0.01", "$gb_month": "0.03"}
 """What Grafana puts in."""
+_OPERATORS: Final = {
+    "MatchOp.Equal": "=",
+    "MatchOp.NotEqual": "!=",
+    "MatchOp.Re": "=~",
+    "MatchOp.NotRe": "!~",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,14 @@ class Read:
     """A name, or a regular expression of names."""
     labels: tuple[tuple[str, str, str], ...]
     """Name, operator and value of each matcher."""
+
+    @property
+    def selector(self) -> str:
+        """As Prometheus would write it."""
+        matchers = [
+            f'{name}{_OPERATORS[operator]}"{value}"' for name, operator, value in self.labels
+        ]
+        return "{" + ",".join([f'__name__=~"{self.metric}"', *matchers]) + "}"
 
 
 def rules() -> Iterator[dict[str, Any]]:
