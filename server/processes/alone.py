@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import structlog
 
+from server.backup.failures import Busy, Unwanted
 from server.backup.postgres import connect
 from server.backup.run_store import Kind
 from server.database import SystemDatabase, open_pool
@@ -26,14 +27,6 @@ _LOCKS: Final[Mapping[Kind, int]] = {"create": 0x6B696D75, "verify": 0x6B696D76}
 """Any numbers that nothing else locks."""
 _BEATS_A_LEASE: Final = 3
 _LEASES_WAITED: Final = 3
-
-
-class Busy(Exception):
-    """The same is being done by another process."""
-
-
-class Unwanted(Exception):
-    """Somebody asked for the end of the job."""
 
 
 @asynccontextmanager

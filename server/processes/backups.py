@@ -16,6 +16,7 @@ import structlog
 
 from server.backup import verifying
 from server.backup.creating import CHECKPOINTS, Creator, Progress, Source, new_name
+from server.backup.failures import BackupFailed
 from server.backup.manifest import Manifest
 from server.backup.postgres import Programs, connect
 from server.backup.repository import Repository
@@ -72,10 +73,6 @@ from server.users.checkpoints import CheckpointForged, Witness
 log = structlog.get_logger()
 
 _AT_A_TIME: Final = 1000
-
-
-class BackupFailed(Exception):
-    """It was not done as it should, and says what is wrong."""
 
 
 # --- create --------------------------------------------------------------------------------------

@@ -24,6 +24,10 @@ MESSAGE_BYTES = 4 * 1024 * 1024
 _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", 2 * MESSAGE_BYTES),
+    # The edge lets 16 KiB of headers pass, to which the Envoys add theirs. gRPC refuses by chance
+    # what is between the two.
+    ("grpc.max_metadata_size", 24 * 1024),
+    ("grpc.absolute_max_metadata_size", 32 * 1024),
     # The sidecar bounds connections; the server must not close its only one under it.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import grpc
 import httpx
 from kimberly.auth.v1 import auth_pb2 as auth
+from kimberly.users.v1 import users_pb2 as users
 
 from local.mesh import Mesh
 from server.access import METHODS, ROLES, Access, Role, Scope, scope_of
-from tests.mesh import PASSWORD, User, bearer, mailed_token, sign_up
+from server.auth.api_keys import GRANTABLE
+from tests.abuse.estates import agree
+from tests.mesh import PASSWORD, User, acting, bearer, mailed_token, sign_up
 from tests.transports import Grpc, Metadata
 
 
@@ -83,11 +86,27 @@ def _key(*scopes: Scope) -> Callable[[Scene], Awaitable[Metadata]]:
     return become
 
 
+def _agent(*scopes: Scope) -> Callable[[Scene], Awaitable[Metadata]]:
+    async def become(scene: Scene) -> Metadata:
+        await agree(scene.host, users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS)
+        agent, _ = await acting(scene.http, scene.channel, scene.host, scopes)
+        return bearer(agent.token)
+
+    return become
+
+
 def _keys() -> Iterator[Caller]:
-    narrow = [scope for scope in Scope if scope is not Scope.USER]
-    for scope in narrow:
+    scopes = [Scope(each) for each in sorted(GRANTABLE)]
+    for scope in scopes:
         yield Caller(f"key for {scope}", _key(scope), opened_by(scope))
-    yield Caller("key for everything a key can have", _key(*narrow), opened_by(*narrow))
+    yield Caller("key for everything a key can have", _key(*scopes), opened_by(*scopes))
+
+
+def _agents() -> Iterator[Caller]:
+    scopes = [scope for scope in Scope if scope is not Scope.USER]
+    for scope in scopes:
+        yield Caller(f"agent for {scope}", _agent(scope), opened_by(scope))
+    yield Caller("agent for everything an agent can have", _agent(*scopes), opened_by(*scopes))
 
 
 PEOPLE = (
@@ -99,5 +118,5 @@ PEOPLE = (
     Caller("member", _asked_in_as(auth.ROLE_MEMBER), opened_to(Role.MEMBER)),
 )
 KEYS = tuple(_keys())
-CALLERS = (*PEOPLE, *KEYS)
-"""Who calls with agents' keys belongs here, too, once there are any."""
+AGENTS = tuple(_agents())
+CALLERS = (*PEOPLE, *KEYS, *AGENTS)

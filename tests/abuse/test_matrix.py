@@ -14,6 +14,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from local import envoy
 from local.mesh import Mesh
 from server.access import EDGE, METHODS, PROCESSES, ROLES, WORKER, Access, Scope, methods_of
+from server.auth.api_keys import GRANTABLE
 from tests.abuse.callers import CALLERS, PEOPLE, Caller, Scene
 from tests.abuse.cells import NO_TOKEN, open_methods, rows
 from tests.abuse.doors import Doors
@@ -57,7 +58,9 @@ async def test_the_edge_opens_to_a_caller_what_the_table_says(
 def test_every_role_and_every_scope_is_a_column() -> None:
     columns = {caller.name for caller in CALLERS}
     assert len(columns) == len(CALLERS)
-    assert {f"key for {scope}" for scope in Scope if scope is not Scope.USER} <= columns
+    scopes = {scope for scope in Scope if scope is not Scope.USER}
+    assert {f"agent for {scope}" for scope in scopes} <= columns
+    assert {f"key for {scope}" for scope in scopes & GRANTABLE} <= columns
     # Whoever signs up owns a tenant; the others are asked in.
     assert {caller.name for caller in PEOPLE} >= {"user", "admin", "auditor", "member"}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from server.backup.failures import Busy, Unwanted
 from server.backup.repository import PART_BYTES
-from server.processes.alone import Busy, Unwanted
 from server.processes.backups import list_backups
 from tests.backup.conftest import Rig, Story
 from tests.mesh import eventually
