@@ -20,6 +20,7 @@ from server.caller import Caller, Credentials
 from server.database import Database, SystemDatabase
 from server.grants import EndedGrants
 from server.jobs.store import JobStore
+from server.processes.kinds import KINDS
 from server.tokens import TokenVerifier
 from tests.acting import let_agents
 from tests.auth import conftest as of_auth
@@ -46,7 +47,7 @@ async def agents(
     service = AgentService(
         AgentStore(system_database, AgentKeys()),
         TaskStore(database),
-        JobStore(database, system_database).cancel,
+        JobStore(database, system_database, KINDS).cancel,
         clock=clock,
     )
     channel: grpc.aio.Channel = await serve(

@@ -24,6 +24,7 @@ from server.jobs.schedule_store import ScheduleStore
 from server.jobs.service import JobService
 from server.jobs.store import JobStore
 from server.jobs.watching import JobFeed
+from server.processes.kinds import KINDS
 from tests.agents.conftest import Desk
 from tests.commands import Command, Ended, command_of, token_of
 from tests.conftest import Serve
@@ -35,12 +36,12 @@ SUMMARY = f'{{"memory_id": "mem_{"0" * 32}", "turns": 9, "sentences": 2}}'
 async def kimberly(
     serve: Serve, database: Database, system_database: SystemDatabase, tmp_path: Path
 ) -> AsyncIterator[Command]:
-    store = JobStore(database, system_database)
+    store = JobStore(database, system_database, KINDS)
     feed = JobFeed(store, session_seconds=30, poll_seconds=0.01)
     agents = AgentService(
         AgentStore(system_database, AgentKeys()), TaskStore(database), store.cancel
     )
-    jobs = JobService(store, feed, ScheduleStore(database, system_database))
+    jobs = JobService(store, feed, ScheduleStore(database, system_database, KINDS), KINDS)
 
     def register(server: grpc.aio.Server) -> None:
         rpc.add_AgentServiceServicer_to_server(agents, server)

@@ -19,6 +19,7 @@ from server.database import Database, SystemDatabase
 from server.errors import StateConflict
 from server.grants import EndedGrants
 from server.jobs.store import JobStore
+from server.processes.kinds import KINDS
 from server.tokens import TokenVerifier
 from tests.acting import let_agents
 from tests.agents.conftest import Desk, desk_of
@@ -34,7 +35,7 @@ async def agent(desk: Desk) -> pb.Agent:
 
 @pytest.fixture
 def queue(database: Database, system_database: SystemDatabase) -> JobStore:
-    return JobStore(database, system_database)
+    return JobStore(database, system_database, KINDS)
 
 
 def job_of(task: pb.AgentTask) -> Any:

@@ -14,6 +14,7 @@ from pyrage import x25519
 from local.postgres import BACKUP, SUPERUSER
 from local.servers import BUCKET
 from server.backup.creating import Creator, Source, new_name
+from server.backup.failures import BackupFailed
 from server.backup.postgres import Programs
 from server.backup.repository import Damaged
 from server.backup.restoring import NotEmpty
@@ -26,7 +27,7 @@ from server.database import SystemDatabase
 from server.errors import NotFound
 from server.privacy import words
 from server.privacy.words import WordForged
-from server.processes.backups import BackupFailed, create_backup
+from server.processes.backups import create_backup
 from server.users import checkpoints
 from tests.backup.conftest import RESTORED, NewMesh, Rig, Story, open_bucket
 from tests.conftest import DATABASE

@@ -41,6 +41,7 @@ from server.memory.scoring_store import ScoringStore
 from server.memory.sensitive import Opener
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
+from server.processes.kinds import KINDS
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
 from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker, data_keys_of
@@ -80,7 +81,7 @@ class Mesh:
         self.agents = AgentService(
             AgentStore(database, AgentKeys()),
             TaskStore(users),
-            JobStore(users, database).cancel,
+            JobStore(users, database, KINDS).cancel,
         )
         self.agent_work = AgentWorkService(
             AgentJobs(users, database),
