@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,10 @@ class Server:
 
     def reflect(self, services: Sequence[str]) -> None:
         """Answer reflection for these services, wherever in the mesh they are served."""
+        for service in services:
+            package = service.rpartition(".")[0]
+            # Their descriptors: a process imports of itself only what it serves.
+            import_module(f"{package}.{package.split('.')[1]}_pb2")
         names = (*services, reflection.SERVICE_NAME)
         symbols: Any = _Symbols()
         reflection.enable_server_reflection(names, self.grpc, pool=symbols)

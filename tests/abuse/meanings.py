@@ -78,6 +78,7 @@ TEXT: Final = frozenset(
         "file_name",
         "kind",
         "name",
+        "payload_json",
         "new_password",
         "password",
         "plan",

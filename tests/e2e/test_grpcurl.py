@@ -57,7 +57,7 @@ def grpcurl(mesh: Mesh, user: User) -> Grpcurl:
 async def test_it_lists_every_public_service(grpcurl: Grpcurl) -> None:
     listed = await grpcurl("list")
     assert listed.output.split() == sorted([*public_services(), REFLECTION])
-    assert len(public_services()) == 7
+    assert len(public_services()) == 8
 
 
 async def test_it_does_not_list_the_services_of_workers(grpcurl: Grpcurl) -> None:
