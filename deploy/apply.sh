@@ -28,9 +28,13 @@ if [ -f "$secrets" ]; then
 fi
 apply -l '!kimberly/stage' < "$rendered"
 kubectl -n kimberly wait --for=condition=Ready certificates --all --timeout="$patience"
-for store in $(kubectl -n kimberly get statefulsets -o name -l app.kubernetes.io/part-of=kimberly); do
+# Not what observes: a release does not wait for that.
+for store in $(kubectl -n kimberly get statefulsets -o name -l app.kubernetes.io/component=store); do
   kubectl -n kimberly rollout status "$store" --timeout="$patience"
 done
+if grep -q '^apiVersion: postgresql.cnpg.io/' "$rendered"; then
+  kubectl -n kimberly wait --for=condition=Ready clusters.postgresql.cnpg.io --all --timeout="$patience"
+fi
 
 # A job cannot be changed.
 kubectl -n kimberly delete job migration --ignore-not-found --wait

@@ -90,6 +90,10 @@ resource "oci_core_instance" "server" {
     assign_public_ip = true
   }
 
+  launch_options {
+    is_pv_encryption_in_transit_enabled = true
+  }
+
   # Instance metadata of version 1 answers whoever makes the node fetch a URL.
   instance_options {
     are_legacy_imds_endpoints_disabled = true
