@@ -142,7 +142,10 @@ class Settings(KmsSettings):
     """How long jobs are kept that were given up."""
     audit_seal_seconds: Seconds = 1.0
     audit_checkpoint_seconds: Seconds = 300.0
-    """How long a change of the whole audit log by the database's owner may go unnoticed."""
+    """How long a change of the whole audit log by the database's owner may go unnoticed.
+
+    Jobs of the kind "audit.checkpoint" are made as often as that; not more often than each second.
+    """
     meditation_schedule: str = "0 2 * * *"
     """When the nightly meditation starts: a cron expression."""
     meditation_time_zone: str = "UTC"

@@ -102,6 +102,8 @@ def continued(
     name: str, parent: str, attributes: Attributes, *, kind: SpanKind
 ) -> AbstractContextManager[object]:
     """Go on with the trace that a traceparent names; without one, perhaps begin another."""
+    if not parent and not has_begun():
+        return nullcontext()
     whole = _FORMAT.extract({TRACEPARENT: parent}, context.Context())
     return _current(_tracer.start_span(name, whole, kind, dict(attributes)))
 

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from server import tracing
 from server.garbage import collect_rarely
 from server.telemetry import configure, exposed
+from workers.auditing import CHECKPOINT, Auditing
 from workers.carrying import carrying_trace
 from workers.embedding import EMBED, Embedding
 from workers.embedding_models import Embedder, ModelUnusable, load_embedders
@@ -111,6 +112,7 @@ async def _work(settings: Settings, embedders: Mapping[str, Embedder]) -> None:
                 REWRAP: Rewrapping(channel).rewrap,
                 SWEEP_ATTACHMENTS: housekeeping.sweep_attachments,
                 SWEEP_MEMORIES: housekeeping.sweep_memories,
+                CHECKPOINT: Auditing(channel).sign_checkpoints,
                 PROMOTE: Promoting(channel).promote,
                 ERASE: Erasing(channel).erase,
                 EXPORT: exporting.export,

@@ -78,8 +78,7 @@ class Queue:
         else:
             rows = await self._database.fetch_alone(LEASE, *arguments)
         self._move_on(rows)
-        for row in rows:
-            metrics.START_DELAY.labels(row["kind"]).observe(row["delay"])
+        metrics.observe(metrics.START_DELAY, ((row["kind"], row["delay"]) for row in rows))
         return [
             Lease(Held(job_id, token), kind, payload, attempt, trace or "")
             for job_id, token, kind, payload, attempt, trace, _, _ in rows
@@ -186,9 +185,8 @@ class Queue:
             DOORBELL,
         )
         metrics.FAILURES.labels("lease_passed").inc(len(rows))
-        for row in rows:
-            if row["state"] != "waiting":
-                metrics.FINISHED.labels(row["kind"], row["state"]).inc()
+        ended = [(row["kind"], row["state"]) for row in rows if row["state"] != "waiting"]
+        metrics.count_finished(ended)
         return sum(row["state"] == "waiting" for row in rows)
 
     async def admit(self) -> int:
@@ -261,11 +259,10 @@ class Queue:
             [outcome.result_json for outcome in outcomes],
             worker_id,
         )
-        for row in rows:
-            metrics.FINISHED.labels(row["kind"], row["state"]).inc()
-            if row["stands"]:
-                metrics.DURATION.labels(row["kind"]).observe(row["seconds"])
-        return {outcomes[row["place"] - 1].held for row in rows if row["stands"]}
+        metrics.count_finished((row["kind"], row["state"]) for row in rows)
+        standing = [row for row in rows if row["stands"]]
+        metrics.observe(metrics.DURATION, ((row["kind"], row["seconds"]) for row in standing))
+        return {outcomes[row["place"] - 1].held for row in standing}
 
     async def _fail(self, worker_id: str, outcomes: Sequence[Failed]) -> set[Held]:
         rows = await self._database.fetch_alone(
@@ -300,9 +297,9 @@ class Queue:
             LADDER,
             [part_of_delay(random.random()) for _ in outcomes],  # noqa: S311 - no secret
         )
-        for row in rows:
-            outcome = "failed" if row["state"] == "waiting" else row["state"]
-            metrics.FINISHED.labels(row["kind"], outcome).inc()
+        metrics.count_finished(
+            (row["kind"], "failed" if row["state"] == "waiting" else row["state"]) for row in rows
+        )
         metrics.FAILURES.labels("handler").inc(sum(row["stands"] for row in rows))
         return {outcomes[row["place"] - 1].held for row in rows if row["stands"]}
 
@@ -321,8 +318,7 @@ class Queue:
             [outcome.held.token for outcome in outcomes],
             worker_id,
         )
-        for row in rows:
-            metrics.FINISHED.labels(row["kind"], "cancelled").inc()
+        metrics.count_finished((row["kind"], "cancelled") for row in rows)
         return {Held(row["id"], row["lease_token"]) for row in rows}
 
 

@@ -11,6 +11,9 @@ from cronsim import CronSim, CronSimError
 from server.errors import InvalidArgument
 
 _FIELDS: Final = 5
+_MINUTE: Final = 60
+_HOUR: Final = 3600
+_HOURS: Final = 24
 _LATE: Final = timedelta(minutes=1)
 """A tick that is served later than this was missed."""
 
@@ -44,6 +47,25 @@ def next_ticks(cron: str, time_zone: str, after: datetime, count: int = 1) -> li
     # In the second of two like hours it begins with the ticks of the first one.
     later = dropwhile(lambda tick: tick <= after, (tick.astimezone(UTC) for tick in ticks))
     return list(islice(later, count))
+
+
+def at_least_every(seconds: float) -> str:
+    """Return when something is due whose turns are no further apart than this, as cron.
+
+    Args:
+        seconds: How far, at most. Less than a second means every second, more than a day every
+            day.
+
+    Returns:
+        A cron expression whose step divides nothing by need: the last turn before the next minute,
+        hour or day may come early, and none comes late. Steps of seconds are a sixth field, ahead
+        of the others.
+    """
+    if seconds < _MINUTE:
+        return f"*/{max(int(seconds), 1)} * * * * *"
+    if seconds < _HOUR:
+        return f"*/{int(seconds // _MINUTE)} * * * *"
+    return f"0 */{min(int(seconds // _HOUR), _HOURS)} * * *"
 
 
 def check_schedule(cron: str, time_zone: str, now: datetime) -> None:

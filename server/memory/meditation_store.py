@@ -47,7 +47,7 @@ class Meditation:
     dry_run: bool
     """It tells what it would do, and changes nothing."""
     nightly: bool
-    """It is of all users; `archived` is the only figure that is the user's own."""
+    """It is of all users; what was archived, promoted and deleted is the user's own."""
     total: int
     processed: int
     archived: int
@@ -111,7 +111,7 @@ class MeditationStore:
     ) -> Sequence[Meditation]:
         """Return the newest runs, or the newest before one of them.
 
-        Nightly runs are among them that archived something of the caller's.
+        Nightly runs are among them that did something to the caller's memories.
         """
         async with self._database.transaction(caller) as connection:
             rows = await connection.fetch(
@@ -187,7 +187,7 @@ async def enqueue_shards(
 
 
 async def meditation_of(connection: Connection, caller: Caller, meditation_id: UUID) -> Meditation:
-    """Return a run: the caller's own, or a nightly one that archived something of theirs.
+    """Return a run: the caller's own, or a nightly one that did something to theirs.
 
     Raises:
         NotFound: There is no such run.
@@ -249,7 +249,9 @@ async def _runs(
                run.user_id IS NULL AS nightly,
                CASE WHEN run.user_id IS NULL THEN 0 ELSE run.shards END AS shards,
                CASE WHEN run.user_id IS NULL THEN 0 ELSE run.total END AS total,
-               part.shards_done, part.processed, part.scored, part.promoted, part.deleted,
+               part.shards_done, part.processed, part.scored,
+               coalesce(part.promoted, mine.promoted, 0) AS promoted,
+               coalesce(part.deleted, mine.deleted, 0) AS deleted,
                part.score_sum / nullif(part.processed, 0) AS mean_score, part.scorer_version,
                coalesce(part.archived, mine.archived, 0) AS archived, mine.undone_at
           FROM meditations AS run
@@ -260,8 +262,8 @@ async def _runs(
                       coalesce(sum(processed), 0)::bigint AS processed,
                       coalesce(sum(scored), 0)::bigint    AS scored,
                       sum(archived)::bigint               AS archived,
-                      coalesce(sum(promoted), 0)::bigint  AS promoted,
-                      coalesce(sum(deleted), 0)::bigint   AS deleted,
+                      sum(promoted)::bigint               AS promoted,
+                      sum(deleted)::bigint                AS deleted,
                       coalesce(sum(score_sum), 0)         AS score_sum,
                       coalesce(max(scorer_version), 0)    AS scorer_version
                  FROM meditation_shards

@@ -26,7 +26,7 @@ class PromotionHandlers:
         page = await self._promotion.run(_cursor_from(request.page_token), size)
         token = paging.seal(str(page.cursor).encode(), _LIST) if page.cursor else ""
         return pb.PromoteShortTermResponse(
-            promoted=page.promoted,
+            promoted=sum(page.promoted.values()),
             users=page.users,
             withdrawn=page.withdrawn,
             next_page_token=token,

@@ -1,7 +1,9 @@
 """Promotion in rounds: what earned it moves to the long term, of all users."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from server.caller import Caller
 from server.clock import Clock
 from server.database import SystemDatabase
 from server.errors import ConsentMissing
@@ -14,7 +16,8 @@ from server.memory.short_term_exits import LONGEST_LIFE
 class Page:
     """What became of the memories of some users."""
 
-    promoted: int
+    promoted: Mapping[Caller, int]
+    """How many of whom; without those of whom none was."""
     users: int
     withdrawn: int
     """How many of the users were passed over for want of consent."""
@@ -51,10 +54,12 @@ class PromotionRounds:
             StoreUnavailable: A store does not answer; the page is to be repeated.
         """
         cursor, users = await self._short_term.owners(cursor, limit)
-        promoted = withdrawn = 0
+        promoted: dict[Caller, int] = {}
+        withdrawn = 0
         for caller in users:
             try:
-                promoted += await self._promotion.promote_earned(caller, self._clock())
+                if moved := await self._promotion.promote_earned(caller, self._clock()):
+                    promoted[caller] = promoted.get(caller, 0) + moved
             except ConsentMissing:
                 withdrawn += 1
         if not cursor:

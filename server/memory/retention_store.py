@@ -1,7 +1,8 @@
 """What time does to memories in Postgres: unseen ones are archived, archived ones deleted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Final
 from uuid import UUID
 
@@ -17,6 +18,8 @@ from server.preferences import Language
 
 REQUESTS_KNOWN: Final = timedelta(days=7)
 """How long a request id is known again."""
+
+_NOBODY: Final[Mapping[Caller, int]] = MappingProxyType({})
 
 
 class RetentionStore:
@@ -51,7 +54,14 @@ class RetentionStore:
             )
             return len(archived)
 
-    async def delete_due(self, now: datetime, limit: int, whose: Caller | None = None) -> int:
+    async def delete_due(
+        self,
+        now: datetime,
+        limit: int,
+        whose: Caller | None = None,
+        *,
+        meditation_id: UUID | None = None,
+    ) -> int:
         """Delete for good what is archived and past its grace period, the longest due first.
 
         Versions, scores, vectors and the rows of attachments go with it; the objects of the
@@ -62,6 +72,7 @@ class RetentionStore:
             now: What is due by then.
             limit: How many at most.
             whose: Only this user's; None: everybody's.
+            meditation_id: The nightly run that does it, which tells each user of their own.
 
         Returns:
             How many were deleted, at most `limit`.
@@ -92,8 +103,12 @@ class RetentionStore:
                 [row["user_id"] for row in due],
                 [row["id"] for row in due],
             )
-            for caller, memory_ids in _by_user(due).items():
+            by_user = _by_user(due)
+            for caller, memory_ids in by_user.items():
                 await _record(connection, caller, "memory.delete", memory_ids)
+            if meditation_id:
+                deleted = {caller: len(memory_ids) for caller, memory_ids in by_user.items()}
+                await tell_users(connection, meditation_id, deleted=deleted)
         return len(due)
 
     async def count_due(self, now: datetime, caller: Caller) -> int:
@@ -119,6 +134,35 @@ class RetentionStore:
                 "DELETE FROM requests WHERE created_at < $1", now - REQUESTS_KNOWN
             )
         return int(status.removeprefix("DELETE "))
+
+
+async def tell_users(
+    connection: Connection,
+    meditation_id: UUID,
+    *,
+    archived: Mapping[Caller, int] = _NOBODY,
+    promoted: Mapping[Caller, int] = _NOBODY,
+    deleted: Mapping[Caller, int] = _NOBODY,
+) -> None:
+    """Add to what a run tells users that it did to their memories."""
+    users = sorted({*archived, *promoted, *deleted}, key=lambda caller: caller.user_id)
+    await connection.execute(
+        """
+        INSERT INTO meditation_users AS mine
+               (tenant_id, user_id, meditation_id, archived, promoted, deleted)
+        SELECT tenant_id, user_id, $1, archived, promoted, deleted
+          FROM unnest($2::uuid[], $3::uuid[], $4::bigint[], $5::bigint[], $6::bigint[])
+               AS done (tenant_id, user_id, archived, promoted, deleted)
+            ON CONFLICT (user_id, meditation_id) DO UPDATE
+           SET archived = mine.archived + excluded.archived,
+               promoted = mine.promoted + excluded.promoted,
+               deleted = mine.deleted + excluded.deleted
+        """,
+        meditation_id,
+        [caller.tenant_id for caller in users],
+        [caller.user_id for caller in users],
+        *([done.get(caller, 0) for caller in users] for done in (archived, promoted, deleted)),
+    )
 
 
 async def archive_all(

@@ -21,7 +21,7 @@ from server.memory.lifecycle_store import USUAL_GRACE
 from server.memory.model import Tier
 from server.memory.promotion import Promotion
 from server.memory.promotion_rounds import PromotionRounds
-from server.memory.retention_store import RetentionStore, archive_all
+from server.memory.retention_store import RetentionStore, archive_all, tell_users
 from server.memory.shards import Shard, hold
 from server.memory.tallies import Tally
 from server.preferences import Language
@@ -161,18 +161,23 @@ class Tidying:
             if shard.tenant_id and shard.user_id:
                 caller = Caller(shard.tenant_id, shard.user_id)
                 return await self._promotion.promote_earned(caller, self._clock())
-            return await self._promote_everybodys() if shard.number == 0 else 0
+            return await self._promote_everybodys(shard) if shard.number == 0 else 0
         except ConsentMissing:
             return 0
         except StoreUnavailable as error:
             log.warning("nothing promoted", error=error.message)
             return 0
 
-    async def _promote_everybodys(self) -> int:
+    async def _promote_everybodys(self, shard: Shard) -> int:
+        """Promote, then tell: a crash between the two leaves a page out of users' reports."""
         promoted, cursor = 0, 0
         while True:
             page = await self._rounds.run(cursor, _KEYS_AT_ONCE)
-            promoted, cursor = promoted + page.promoted, page.cursor
+            promoted, cursor = promoted + sum(page.promoted.values()), page.cursor
+            if page.promoted:
+                async with self._database.transaction() as connection:
+                    await hold(connection, shard)
+                    await tell_users(connection, shard.meditation_id, promoted=page.promoted)
             if not cursor:
                 return promoted
 
@@ -183,7 +188,8 @@ class Tidying:
         if whose is None and shard.number > 0:
             return 0
         deleted, now = 0, self._clock()
-        while page := await self._retention.delete_due(now, _PAGE, whose):
+        nightly = None if whose else shard.meditation_id
+        while page := await self._retention.delete_due(now, _PAGE, whose, meditation_id=nightly):
             deleted += page
         return deleted
 
@@ -304,15 +310,4 @@ async def _count(connection: Connection, shard: Shard, caller: Caller, archived:
         shard.number,
         archived,
     )
-    await connection.execute(
-        """
-        INSERT INTO meditation_users AS mine (tenant_id, user_id, meditation_id, archived)
-        VALUES ($1, $2, $3, $4)
-            ON CONFLICT (user_id, meditation_id) DO UPDATE
-           SET archived = mine.archived + excluded.archived
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        shard.meditation_id,
-        archived,
-    )
+    await tell_users(connection, shard.meditation_id, archived={caller: archived})

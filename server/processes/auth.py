@@ -54,6 +54,7 @@ from server.settings import Settings
 from server.users.audit_keys import AuditKeys
 from server.users.audit_log import AuditLog
 from server.users.audit_store import AuditStore
+from server.users.audit_work_service import AuditWorkService
 from server.users.checkpoint_archive import CheckpointArchive
 from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
@@ -102,12 +103,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     audit_keys = AuditKeys(checkpoint_store, kms)
     await audit_keys.signer()
     archive = CheckpointArchive(open_blobs(settings), checkpoint_store, audit_keys)
-    checkpointer = Checkpointer(
-        checkpoint_store,
-        archive,
-        audit_keys,
-        every_seconds=settings.audit_checkpoint_seconds,
-    )
     audit_log = AuditLog(AuditStore(system), archive, seal_seconds=settings.audit_seal_seconds)
     users = UserService(UserStore(database), TenantAudits(system), audit_log)
     billing_store = BillingStore(system)
@@ -121,6 +116,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         audit_keys.known,
         copies=open_copies(settings),
     )
+    audit_work = AuditWorkService(Checkpointer(checkpoint_store, archive, audit_keys))
     privacy = PrivacyService(
         erasures,
         ExportStore(database, timedelta(days=settings.export_days)),
@@ -134,6 +130,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         auth_pb2_grpc.add_AuthServiceServicer_to_server(auth, server)
         auth_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, server)
+        users_pb2_grpc.add_AuditWorkServiceServicer_to_server(audit_work, server)
         privacy_pb2_grpc.add_PrivacyServiceServicer_to_server(privacy, server)
         billing_pb2_grpc.add_BillingServiceServicer_to_server(billing, server)
 
@@ -149,7 +146,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         open_toll(settings, stack, system),
         loops=[
             audit_log.run,
-            checkpointer.run,
             erasure_archive.run,
             housekeeping.run,
             *delivery,

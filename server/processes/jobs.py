@@ -22,6 +22,7 @@ from server.jobs.schedule_store import ScheduleStore
 from server.jobs.schedules import Planner, Schedule
 from server.jobs.service import JobService
 from server.jobs.store import JobStore
+from server.jobs.ticks import at_least_every
 from server.jobs.watching import JobFeed
 from server.jobs.worker_service import WorkerService
 from server.processes.kinds import KINDS
@@ -62,8 +63,14 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     sweeping = Schedule("attachments.sweep", settings.sweep_schedule, "attachments.sweep")
     retention = Schedule("memories.sweep", settings.retention_schedule, "memories.sweep")
     promotion = Schedule("short_term.promote", settings.promotion_schedule, "short_term.promote")
+    checkpoints = Schedule(
+        "audit.checkpoint",
+        at_least_every(settings.audit_checkpoint_seconds),
+        "audit.checkpoint",
+    )
+    own = [nightly, rewrapping, sweeping, retention, promotion, checkpoints]
     schedules = ScheduleStore(database, system, KINDS)
-    planner = Planner(system, [nightly, rewrapping, sweeping, retention, promotion], schedules)
+    planner = Planner(system, own, schedules)
     store = JobStore(database, system, KINDS)
     feed = JobFeed(store, session_seconds=watch_seconds(settings))
     jobs = JobService(store, feed, schedules, KINDS)

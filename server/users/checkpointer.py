@@ -1,14 +1,14 @@
 """Signs checkpoints of the audit log."""
 
 import asyncio
-from typing import Final, NoReturn
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
 
 import structlog
 from joserfc.jwk import ECKey
 
 from server.clock import Clock, utc_now
-from server.errors import StoreUnavailable
-from server.kms import UnwrapFailed
 from server.users import checkpoints
 from server.users.audit_keys import AuditKeys
 from server.users.checkpoint_archive import CheckpointArchive
@@ -21,12 +21,22 @@ _AT_ONCE: Final = 8
 """As many connections as we keep to S3."""
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What became of some heads."""
+
+    signed: int
+    """How many checkpoints were written."""
+    last: UUID | None
+    """The tenant that the next page comes after; None on the last page."""
+
+
 class Checkpointer:
     """Signs the heads of chains that grew, and stores them in S3.
 
-    It waits for nobody and nobody waits for it: with S3 away the log is written and sealed as
-    ever, and the next round that succeeds signs what then is the head. Several processes may do
-    the same; whoever comes first writes the object.
+    Nobody waits for it: with S3 away the log is written and sealed as ever, and the next call that
+    succeeds signs what then is the head. Several processes may do the same; whoever comes first
+    writes the object.
     """
 
     def __init__(
@@ -35,44 +45,42 @@ class Checkpointer:
         archive: CheckpointArchive,
         keys: AuditKeys,
         *,
-        every_seconds: float,
         clock: Clock = utc_now,
     ) -> None:
         self._store = store
         self._archive = archive
         self._keys = keys
-        self._every_seconds = every_seconds
         self._clock = clock
 
-    async def run(self) -> NoReturn:
-        """Sign again and again."""
-        while True:
-            try:
-                if written := await self.sign_all():
-                    log.info("audit checkpoints signed", checkpoints=written)
-            except* (StoreUnavailable, TimeoutError, UnwrapFailed) as problems:
-                log.warning("audit checkpoints not signed", error=repr(problems.exceptions))
-            await asyncio.sleep(self._every_seconds)
+    async def sign(self, after: UUID | None, limit: int) -> Page:
+        """Sign a page of heads that moved since their last checkpoints, in order of tenants.
 
-    async def sign_all(self) -> int:
-        """Sign every head that moved since its last checkpoint; return how many were signed.
+        Args:
+            after: The tenant that the page before ended with; None for the first page.
+            limit: How many heads at most.
 
         Raises:
-            StoreUnavailable: PostgreSQL or the KMS does not answer.
-            ExceptionGroup: Of such, when S3 does not answer.
+            StoreUnavailable: PostgreSQL, the KMS or S3 does not answer. What is signed stays so.
+            TimeoutError: S3 does not answer in time.
             UnwrapFailed: As `AuditKeys.signer`.
         """
         await self._keys.rewrap()
         key = await self._keys.signer()
-        signed, after = 0, None
-        while page := await self._store.moved(after=after, limit=_AT_ONCE):
+        page = await self._store.moved(after=after, limit=limit)
+        places = asyncio.Semaphore(_AT_ONCE)
+        try:
             async with asyncio.TaskGroup() as tasks:
-                signing = [tasks.create_task(self._sign(moved, key)) for moved in page]
-            signed += sum(task.result() for task in signing)
-            after = page[-1].tenant_id
-        return signed
+                signing = [tasks.create_task(self._sign(moved, key, places)) for moved in page]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        signed = sum(task.result() for task in signing)
+        return Page(signed, page[-1].tenant_id if len(page) == limit else None)
 
-    async def _sign(self, moved: Moved, key: ECKey) -> bool:
+    async def _sign(self, moved: Moved, key: ECKey, places: asyncio.Semaphore) -> bool:
+        async with places:
+            return await self._sign_head(moved, key)
+
+    async def _sign_head(self, moved: Moved, key: ECKey) -> bool:
         """Sign one head, unless its chain is not the one that was signed before."""
         before = await self._archive.newest(
             moved.tenant_id, moved.recorded, await self._keys.known()

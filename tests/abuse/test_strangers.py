@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from kimberly.embedding.v1 import embedding_pb2 as embedding
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.scoring.v1 import scoring_pb2 as scoring
+from kimberly.users.v1 import users_pb2 as users
 
 from local.certificates import KeyPair, Names, make_leaf, make_root
 from local.mesh import Mesh
@@ -39,6 +40,7 @@ WORK = "/kimberly.jobs.v1.WorkerService/Work"
 PLAN = "/kimberly.scoring.v1.ScoringService/PlanMeditation"
 SCORE = "/kimberly.scoring.v1.ScoringService/Score"
 EMBED = "/kimberly.embedding.v1.EmbeddingService/Embed"
+SIGN = "/kimberly.users.v1.AuditWorkService/SignCheckpoints"
 LIST_MEMORIES = "/kimberly.memory.v1.MemoryService/ListMemories"
 
 # --- the handshake -----------------------------------------------------------------------------
@@ -216,6 +218,7 @@ WORKERS_CALLS: tuple[tuple[str, str, Message], ...] = (
     ("memory", PLAN, scoring.PlanMeditationRequest(job_id=f"job_{'0' * 32}")),
     ("memory", SCORE, OPEN),
     ("memory", EMBED, EMBED_OPEN),
+    ("auth", SIGN, users.SignCheckpointsRequest()),
 )
 
 

@@ -41,6 +41,7 @@ from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
 from tests.conftest import DATABASE, data_keys_of
 from tests.database.rows import insert, table, three
+from tests.signing import sign_all
 
 RESTORED = "restored"
 
@@ -326,7 +327,7 @@ class Signing:
 
     async def sign(self) -> None:
         await self.log.seal()
-        await self.checkpointer.sign_all()
+        await sign_all(self.checkpointer)
 
 
 def signing_of(system: SystemDatabase, blobs: Blobs, master_key: Path) -> Signing:
@@ -334,7 +335,7 @@ def signing_of(system: SystemDatabase, blobs: Blobs, master_key: Path) -> Signin
     keys = AuditKeys(known, LocalKms(master_key))
     archive = CheckpointArchive(blobs, known, keys)
     log = AuditLog(AuditStore(system), archive, seal_seconds=1)
-    return Signing(log, Checkpointer(known, archive, keys, every_seconds=60))
+    return Signing(log, Checkpointer(known, archive, keys))
 
 
 @pytest.fixture

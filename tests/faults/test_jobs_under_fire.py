@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from uuid import UUID
@@ -24,12 +25,13 @@ from local.processes import State
 from tests.faults.chaos import BACKEND
 from tests.faults.conftest import COMMANDS, LEASE_SECONDS
 from tests.faults.figures import Figures
-from tests.faults.jobs import Work
+from tests.faults.jobs import Tally, Work
 from tests.faults.reach import as_superuser, until
 
 KILLS = int(os.environ.get("KILLS", "20"))
 JOBS = 10_000
 ZOMBIES = 100
+UNFENCED = 20
 AT_ONCE = 10
 """Leases that one zombie has."""
 WORKERS = tuple(f"worker-{number}" for number in range(1, 5))
@@ -40,11 +42,15 @@ BACK_SECONDS = 60.0
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     """A durable mesh whose four workers do one kind of job."""
+    with busy_mesh(COMMANDS.service) as running:
+        yield running
+
+
+@contextmanager
+def busy_mesh(service: tuple[str, ...]) -> Iterator[Mesh]:
     state = Path(mkdtemp(prefix="kimberly-faults-"))
     state.chmod(0o755)
-    commands = Commands(
-        service=COMMANDS.service, worker=(sys.executable, "-m", "tests.faults.busy_worker")
-    )
+    commands = Commands(service=service, worker=(sys.executable, "-m", "tests.faults.busy_worker"))
     with in_background(
         # What is killed on purpose, and often, is to come back at once.
         Mesh(Layout(state), workers=4, commands=commands, longest_pause_seconds=0.2)
@@ -135,19 +141,45 @@ async def test_every_job_is_done_and_settled_once_whatever_is_killed(
 async def test_zombies_settle_nothing_after_their_leases_have_passed_on(
     mesh: Mesh, work: Work, figures: Figures
 ) -> None:
-    async with asyncio.TaskGroup() as tasks:
-        zombies = [
-            tasks.create_task(zombie(mesh, work, figures)) for _ in range(ZOMBIES // AT_ONCE)
-        ]
-    refused = sum(each.result()["lost"] for each in zombies)
-    assert sum(each.result()["settled"] for each in zombies) == 0
-    assert refused == ZOMBIES
-
-    await work.all_end(await work.newest(), BACK_SECONDS)
-    tally = await work.tally()
+    settled, refused, tally = await after_zombies(mesh, work, figures, ZOMBIES)
+    assert (settled, refused) == (0, ZOMBIES)
     assert tally.made == tally.done
     assert (tally.settled_twice, tally.by_old_lease) == (0, 0)
     figures.guards.append(f"zombie settlements refused: {refused}/{ZOMBIES}")
+
+
+@pytest.mark.timeout(300)
+async def test_without_fencing_the_same_zombies_settle_what_others_have_done(
+    figures: Figures,
+) -> None:
+    """The same mesh, the same zombies and the same count; only the comparison is not there."""
+    unfenced = (*COMMANDS.service[:-1], "tests.faults.unfenced_service")
+    with busy_mesh(unfenced) as mesh:
+        work = Work(mesh)
+        await work.count()
+        settled, refused, tally = await after_zombies(mesh, work, figures, UNFENCED)
+    assert (settled, refused) == (UNFENCED, 0)
+    assert tally.settled_twice + tally.by_old_lease > 0
+    figures.guards.append(
+        f"zombie settlements, no fencing: {settled}/{UNFENCED} stand,"
+        f" {tally.settled_twice} jobs settled twice, {tally.by_old_lease} by an old lease"
+    )
+
+
+async def after_zombies(
+    mesh: Mesh, work: Work, figures: Figures, count: int
+) -> tuple[int, int, Tally]:
+    """Have so many leases pass on and be settled late.
+
+    Returns:
+        How many of these settlements stand, how many were refused, and what became of all jobs.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        zombies = [tasks.create_task(zombie(mesh, work, figures)) for _ in range(count // AT_ONCE)]
+    told = [each.result() for each in zombies]
+    await work.all_end(await work.newest(), BACK_SECONDS)
+    settled, refused = (sum(each[how] for each in told) for how in ("settled", "lost"))
+    return settled, refused, await work.tally()
 
 
 async def zombie(mesh: Mesh, work: Work, figures: Figures) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 from collections.abc import Callable
+from itertools import pairwise
 
 import asyncpg
 import pytest
@@ -20,7 +21,7 @@ from server.jobs.own_schedules import OwnSchedules
 from server.jobs.queue import Queue
 from server.jobs.schedule_store import ScheduleStore
 from server.jobs.schedules import Planner, Schedule
-from server.jobs.ticks import Missed, next_ticks
+from server.jobs.ticks import Missed, at_least_every, next_ticks
 from server.processes.kinds import KINDS
 from tests.conftest import new_caller
 from tests.jobs.conftest import want_vectors
@@ -79,6 +80,22 @@ def test_tick_is_read_in_its_time_zone(after: str, expected: str) -> None:
 def test_nonsense_is_no_schedule() -> None:
     with pytest.raises(CronSimError):
         next_ticks("every night", "UTC", dt.datetime(2026, 5, 4, tzinfo=dt.UTC))
+
+
+@pytest.mark.parametrize(
+    "seconds", [1, 5, 7.5, 45, 59.9, 60, 90, 300, 420, 3599, 3600, 5400, 7200, 25_000, 86_400]
+)
+def test_turns_are_never_further_apart_than_promised(seconds: float) -> None:
+    now = dt.datetime(2026, 5, 4, 12, tzinfo=dt.UTC)
+    ticks = next_ticks(at_least_every(seconds), "UTC", now, count=200)
+    gaps = [(late - early).total_seconds() for early, late in pairwise([now, *ticks])]
+    assert seconds / 2 < max(gaps) <= seconds
+
+
+@pytest.mark.parametrize(("seconds", "gap"), [(0.2, 1), (1_000_000, 86_400)])
+def test_turns_come_each_second_at_most_and_each_day_at_least(seconds: float, gap: float) -> None:
+    first, second = next_ticks(at_least_every(seconds), "UTC", dt.datetime.now(dt.UTC), count=2)
+    assert (second - first).total_seconds() == gap
 
 
 async def test_nothing_happens_before_the_tick(planner_of: Plan, queue: Queue) -> None:

@@ -244,6 +244,45 @@ async def test_run_promotes_and_deletes_what_is_due_of_its_user_only(
     assert await owner.fetchval("SELECT count(*) FROM memories WHERE user_id = $1", other.user_id)
 
 
+async def test_nightly_run_tells_each_user_what_it_did_to_their_memories(
+    memories: Stub,
+    tidying: Tidying,
+    system_database: SystemDatabase,
+    database: Database,
+    owner: asyncpg.Connection,
+    clock: FakeClock,
+) -> None:
+    many_of, few_of, stranger = [await new_caller(database) for _ in range(3)]
+    for whose, promoted, deleted in ((many_of, 3, 2), (few_of, 1, 0)):
+        for number in range(deleted):
+            await archive(memories, whose, await create(memories, whose, text(number)))
+        for number in range(promoted):
+            new = text(10 + number)
+            await create(memories, whose, new, tier=pb.TIER_SHORT_TERM, protected=True)
+    await create(memories, stranger, text(0))
+    await owner.execute("UPDATE memories SET delete_after = $1", clock.now - dt.timedelta(hours=1))
+    store = ScoringStore(system_database, 1)
+    meditation_id, _ = await store.plan_all(ids.new_id())
+    shard = await store.open_shard(meditation_id, 0, 1)
+    await tidying.tidy(shard)
+    done = await store.finish(shard, shard.cursor)
+    assert (done.promoted, done.deleted) == (4, 2)
+
+    async def told(whose: Caller) -> list[tuple[bool, int, int, int]]:
+        request = pb.ListMeditationsRequest()
+        runs = (await memories.ListMeditations(request, metadata=bearer(whose))).meditations
+        return [(run.nightly, run.archived, run.promoted, run.deleted) for run in runs]
+
+    assert await told(many_of) == [(True, 0, 3, 2)]
+    assert await told(few_of) == [(True, 0, 1, 0)]
+    assert await told(stranger) == []
+    for again in range(2, 4):
+        # Taken up again it has nothing left to do, and tells nothing twice.
+        await owner.execute("UPDATE meditation_shards SET done = false")
+        await tidying.tidy(await store.open_shard(meditation_id, 0, again))
+    assert await told(many_of) == [(True, 0, 3, 2)]
+
+
 # --- under the fence, and at once
 
 

@@ -54,7 +54,7 @@ def checkpointer(
     clock: FakeClock,
 ) -> Checkpointer:
     """Signs when a test says so."""
-    return Checkpointer(checkpoint_store, archive, audit_keys, every_seconds=3600, clock=clock)
+    return Checkpointer(checkpoint_store, archive, audit_keys, clock=clock)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from server.users.store import UserStore
 from server.users.tenant_audits import TenantAudits
 from tests.commands import Command, command_of, token_of
 from tests.conftest import FakeClock, Serve, Urls, bearer, new_caller
+from tests.signing import sign_all
 from tests.users.conftest import Users
 from tests.users.tampering import CARELESS, EVENTS, THOROUGH, act, tampered
 
@@ -101,7 +102,7 @@ async def test_the_client_computes_the_very_chain_of_the_server(
     async with database.transaction(ann) as connection:
         await audit.record(connection, ann, "memory.création", "mémoire\U0001f9e0")
     await audit_log.seal()
-    await checkpointer.sign_all()
+    await sign_all(checkpointer)
     await act(database, ann, 2)
     report = await seen(users, ann)
     answer = await users.VerifyAuditLog(pb.VerifyAuditLogRequest(), metadata=bearer(ann))
@@ -154,7 +155,7 @@ async def test_thorough_tampering_is_found_though_the_server_says_intact(
     for each in (ann, other):
         await act(database, each, EVENTS)
     await audit_log.seal()
-    await checkpointer.sign_all()
+    await sign_all(checkpointer)
     await tampered(urls.owner, ann, *THOROUGH[name])
     lying = Acting(users, ann, without_a_finding)
     assert place_of(await client.verify(lying)) == 1  # type: ignore[arg-type]
@@ -172,7 +173,7 @@ async def test_what_was_seen_once_cannot_be_rewritten_even_by_who_removes_all_ch
     await act(database, ann, EVENTS)
     await audit_log.seal()
     unsigned = await seen(users, ann)
-    await checkpointer.sign_all()
+    await sign_all(checkpointer)
     signed = await seen(users, ann)
     await blobs.erase(checkpoints.object_key(ann.tenant_id, EVENTS))
     await tampered(urls.owner, ann, *THOROUGH["edit"], forget_checkpoint)
@@ -198,7 +199,7 @@ async def test_a_checkpoint_must_be_signed_by_a_key_that_is_trusted(
 ) -> None:
     await act(database, ann, EVENTS)
     await audit_log.seal()
-    await checkpointer.sign_all()
+    await sign_all(checkpointer)
     first = await seen(users, ann)
     (trusted,) = first.receipt.key_ids
     assert (await seen(users, ann, trusted=[trusted])).broken is None
@@ -207,7 +208,7 @@ async def test_a_checkpoint_must_be_signed_by_a_key_that_is_trusted(
     rotated = await audit_keys.rotate()
     await act(database, ann, 1)
     await audit_log.seal()
-    await checkpointer.sign_all()
+    await sign_all(checkpointer)
     later = await seen(users, ann, last=first.receipt)
     assert (later.broken, later.new_key_ids) == (None, (rotated,))
 
@@ -217,7 +218,7 @@ async def test_a_signature_of_nobody_is_no_signature(
 ) -> None:
     await act(database, ann, EVENTS)
     await audit_log.seal()
-    await checkpointer.sign_all()
+    await sign_all(checkpointer)
 
     def strip(answer: Any) -> Any:
         if isinstance(answer, pb.VerifyAuditLogResponse):
@@ -309,7 +310,7 @@ async def test_the_command_ends_with_0_intact_and_1_broken(
     young = await kimberly("audit", "verify", token=token_of(ann))
     assert (young.status, young.error) == (0, "")
     assert "none to compare with" in young.output
-    await checkpointer.sign_all()
+    await sign_all(checkpointer)
     intact = await kimberly("audit", "verify", token=token_of(ann))
     assert (intact.status, intact.error) == (0, "")
     assert f"{EVENTS}, computed anew here" in intact.output
@@ -363,7 +364,7 @@ async def test_the_command_ends_with_2_when_it_cannot_tell(
 ) -> None:
     await act(database, ann, EVENTS)
     await audit_log.seal()
-    await checkpointer.sign_all()
+    await sign_all(checkpointer)
     nowhere = Blobs.open(
         endpoint="127.0.0.1:1",
         access_key="a",

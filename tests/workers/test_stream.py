@@ -329,6 +329,22 @@ async def test_progress_is_seen_while_the_job_runs(
     assert await owner.fetchval("SELECT progress = 1 FROM jobs")
 
 
+async def test_kind_that_always_fails_holds_up_no_other(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection
+) -> None:
+    """With room for one job at a time; what fails is there first, and has most of the jobs."""
+    await enqueue(mesh, *["fail"] * 200, max_attempts=2)
+    async with mesh.working(handled.all, concurrency=1):
+        await asyncio.wait_for(handled.started.wait(), 10)
+        await enqueue(mesh, *["count"] * 50)
+        await until(lambda: owner.fetchval(COUNTED))
+        assert await owner.fetchval("SELECT count(*) FROM jobs WHERE kind = 'fail' AND due") >= 100
+    # Kinds took turns: a job that failed and a job that was done, one after the other.
+    began = [task.kind for task in handled.tasks]
+    amid = began[began.index("count") :][: 2 * 50]
+    assert 40 <= amid.count("fail") <= 60
+
+
 async def test_poison_job_is_given_up_and_others_do_not_notice(
     mesh: Mesh, handled: Handled, owner: asyncpg.Connection
 ) -> None:

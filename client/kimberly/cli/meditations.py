@@ -81,7 +81,7 @@ def list_(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """List your meditations, newest first, and nightly ones that archived something of yours."""
+    """List your meditations, newest first, and nightly ones that did something to yours."""
 
     async def work(client: Client) -> list[pb.Meditation]:
         request = pb.ListMeditationsRequest(page_size=limit)
@@ -147,13 +147,14 @@ def _show(runs: list[pb.Meditation], *, as_json: bool) -> None:
 
 
 _FIGURES: Final = ("processed", "scored", "archived", "promoted", "deleted")
+_OF_EVERYBODY: Final = ("processed", "scored")
 
 
 def _figures(run: pb.Meditation) -> list[str]:
-    """Return what a run did; of a nightly one only what it archived is the user's own."""
+    """Return what a run did; of a nightly one what is the user's own."""
     figures = [str(getattr(run, name)) for name in _FIGURES]
     return [
-        "-" if run.nightly and name != "archived" else figure
+        "-" if run.nightly and name in _OF_EVERYBODY else figure
         for name, figure in zip(_FIGURES, figures, strict=True)
     ]
 

@@ -2864,8 +2864,9 @@ class Meditation(_message.Message):
     dry_run: _builtins.bool
     """Whether it only tells what it would do."""
     nightly: _builtins.bool
-    """Whether it is a nightly one, of all users: of what it did, only `archived` is told, which counts
-    the memories of the user.
+    """Whether it is a nightly one, of all users: of what it did, only `archived`, `promoted` and
+    `deleted` are told, which count the memories of the user. One that did nothing to them is not
+    shown.
     """
     total: _builtins.int
     """How many memories there were when it began."""

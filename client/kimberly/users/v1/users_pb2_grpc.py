@@ -414,3 +414,84 @@ class UserService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AuditWorkServiceStub:
+    """Looks after the audit log, as jobs ask for it. Only the worker identity may call it. Every call
+    may be repeated: it goes on from what is left.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.SignCheckpoints = channel.unary_unary(
+                '/kimberly.users.v1.AuditWorkService/SignCheckpoints',
+                request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.SignCheckpointsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.SignCheckpointsResponse.FromString,
+                _registered_method=True)
+
+
+class AuditWorkServiceServicer:
+    """Looks after the audit log, as jobs ask for it. Only the worker identity may call it. Every call
+    may be repeated: it goes on from what is left.
+    """
+
+    def SignCheckpoints(self, request, context):
+        """Signs the heads of hash chains that grew since their newest checkpoints, and puts them out of
+        the database's reach. A chain that does not continue its newest checkpoint is passed over, and
+        the log of the service says so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AuditWorkServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'SignCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignCheckpoints,
+                    request_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.SignCheckpointsRequest.FromString,
+                    response_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.SignCheckpointsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kimberly.users.v1.AuditWorkService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kimberly.users.v1.AuditWorkService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AuditWorkService:
+    """Looks after the audit log, as jobs ask for it. Only the worker identity may call it. Every call
+    may be repeated: it goes on from what is left.
+    """
+
+    @staticmethod
+    def SignCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.users.v1.AuditWorkService/SignCheckpoints',
+            kimberly_dot_users_dot_v1_dot_users__pb2.SignCheckpointsRequest.SerializeToString,
+            kimberly_dot_users_dot_v1_dot_users__pb2.SignCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -173,3 +173,49 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
 def add_UserServiceServicer_to_server(servicer: UserServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class AuditWorkServiceStub:
+    """Looks after the audit log, as jobs ask for it. Only the worker identity may call it. Every call
+    may be repeated: it goes on from what is left.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> AuditWorkServiceAsyncStub: ...
+    SignCheckpoints: _grpc.UnaryUnaryMultiCallable[_users_pb2.SignCheckpointsRequest, _users_pb2.SignCheckpointsResponse]
+    """Signs the heads of hash chains that grew since their newest checkpoints, and puts them out of
+    the database's reach. A chain that does not continue its newest checkpoint is passed over, and
+    the log of the service says so.
+    """
+
+@_typing.type_check_only
+class AuditWorkServiceAsyncStub(AuditWorkServiceStub):
+    """Looks after the audit log, as jobs ask for it. Only the worker identity may call it. Every call
+    may be repeated: it goes on from what is left.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    SignCheckpoints: _aio.UnaryUnaryMultiCallable[_users_pb2.SignCheckpointsRequest, _users_pb2.SignCheckpointsResponse]  # type: ignore[assignment]
+    """Signs the heads of hash chains that grew since their newest checkpoints, and puts them out of
+    the database's reach. A chain that does not continue its newest checkpoint is passed over, and
+    the log of the service says so.
+    """
+
+class AuditWorkServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Looks after the audit log, as jobs ask for it. Only the worker identity may call it. Every call
+    may be repeated: it goes on from what is left.
+    """
+
+    @_abc_1.abstractmethod
+    def SignCheckpoints(
+        self,
+        request: _users_pb2.SignCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_users_pb2.SignCheckpointsResponse, _abc.Awaitable[_users_pb2.SignCheckpointsResponse]]:
+        """Signs the heads of hash chains that grew since their newest checkpoints, and puts them out of
+        the database's reach. A chain that does not continue its newest checkpoint is passed over, and
+        the log of the service says so.
+        """
+
+def add_AuditWorkServiceServicer_to_server(servicer: AuditWorkServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
