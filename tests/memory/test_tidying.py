@@ -259,14 +259,15 @@ async def test_nightly_run_tells_each_user_what_it_did_to_their_memories(
         for number in range(promoted):
             new = text(10 + number)
             await create(memories, whose, new, tier=pb.TIER_SHORT_TERM, protected=True)
-    await create(memories, stranger, text(0))
     await owner.execute("UPDATE memories SET delete_after = $1", clock.now - dt.timedelta(hours=1))
+    await create(memories, stranger, text(0))
     store = ScoringStore(system_database, 1)
     meditation_id, _ = await store.plan_all(ids.new_id())
-    shard = await store.open_shard(meditation_id, 0, 1)
-    await tidying.tidy(shard)
-    done = await store.finish(shard, shard.cursor)
-    assert (done.promoted, done.deleted) == (4, 2)
+    for attempt in (1, 2):
+        # Taken up again it has nothing left to do, and tells nothing twice.
+        shard = await store.open_shard(meditation_id, 0, attempt)
+        await tidying.tidy(shard)
+    await store.finish(shard, shard.cursor)
 
     async def told(whose: Caller) -> list[tuple[bool, int, int, int]]:
         request = pb.ListMeditationsRequest()
@@ -276,11 +277,6 @@ async def test_nightly_run_tells_each_user_what_it_did_to_their_memories(
     assert await told(many_of) == [(True, 0, 3, 2)]
     assert await told(few_of) == [(True, 0, 1, 0)]
     assert await told(stranger) == []
-    for again in range(2, 4):
-        # Taken up again it has nothing left to do, and tells nothing twice.
-        await owner.execute("UPDATE meditation_shards SET done = false")
-        await tidying.tidy(await store.open_shard(meditation_id, 0, again))
-    assert await told(many_of) == [(True, 0, 3, 2)]
 
 
 # --- under the fence, and at once
