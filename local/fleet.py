@@ -7,7 +7,7 @@ import re
 import secrets
 import ssl
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +54,13 @@ class Fleet:
     """The Prometheus that remembers what is measured; None: nothing does."""
     domain: envoy.Domain = field(default_factory=envoy.Domain)
     sidecar_limits: envoy.SidecarLimits = field(default_factory=envoy.SidecarLimits)
+    replicas: int = 1
+    """How many there are of each service, each behind a sidecar of its own."""
+
+    @property
+    def services(self) -> dict[str, str]:
+        """What each service that runs is a replica of, by its name."""
+        return services(self.replicas)
 
     @property
     def public_url(self) -> str:
@@ -68,7 +75,7 @@ class Fleet:
     @property
     def sidecars(self) -> tuple[str, ...]:
         """The processes that have a sidecar."""
-        return (*PROCESSES, *self.workers)
+        return (*self.services, *self.workers)
 
     def prepare(self) -> None:
         """Make the master key, the certificates and the Envoy configurations."""
@@ -95,16 +102,16 @@ class Fleet:
         told = {"KIMBERLY_OWNER_DATABASE_URL": self.stores.dsn(OWNER)}
         return self._python("migrate", self.commands.migrate, told, _never)
 
-    def service(self, process: str) -> Program:
-        """Return the program of a service."""
-        socket = self.layout.app_socket(process)
+    def service(self, name: str) -> Program:
+        """Return the program of a replica of a service."""
+        socket = self.layout.app_socket(name)
 
         async def is_ready() -> bool:
             return await probes.grpc_serving(socket)
 
-        told = self._store_settings() | self._mesh_settings(process)
-        command = (*self.commands.service, process)
-        return self._python(process, command, told, is_ready, f"unix:{socket.name}")
+        told = self._store_settings() | self._mesh_settings(name)
+        command = (*self.commands.service, self.services[name])
+        return self._python(name, command, told, is_ready, f"unix:{socket.name}")
 
     def worker(self, name: str) -> Program:
         """Return the program of a worker. It is told of no store and gets no password."""
@@ -117,7 +124,9 @@ class Fleet:
 
     def sidecar(self, process: str) -> Program:
         """Return the program of a sidecar."""
-        inbound = f"{LOOPBACK}:{self.ports[process]}" if process in PROCESSES else "outbound only"
+        inbound = (
+            f"{LOOPBACK}:{self.ports[process]}" if process in self.services else "outbound only"
+        )
         return self._envoy(f"{process}-sidecar", process, inbound)
 
     def edge(self) -> Program:
@@ -150,7 +159,8 @@ class Fleet:
         edge = probes.Endpoint(port=self.ports[EDGE], tls=trust)
         if (await probes.http(edge, "GET", "/healthz")).status != 200:
             return False
-        return all([await self._stat(name, r"jwks_fetch_success") for name in (EDGE, *PROCESSES)])
+        keepers = (EDGE, *self.services)
+        return all([await self._stat(name, r"jwks_fetch_success") for name in keepers])
 
     def _python(
         self,
@@ -242,8 +252,8 @@ class Fleet:
         )
 
     def _sidecar(self, name: str) -> envoy.Sidecar:
-        serves = name in PROCESSES
-        process = name if serves else WORKER
+        serves = name in self.services
+        process = self.services.get(name, WORKER)
         return envoy.Sidecar(
             process=process,
             name=name,
@@ -262,7 +272,14 @@ class Fleet:
         )
 
     def _peers(self) -> dict[str, tuple[envoy.Address, ...]]:
-        return {name: (envoy.Address(LOOPBACK, self.ports[name]),) for name in PROCESSES}
+        return {
+            process: tuple(
+                envoy.Address(LOOPBACK, self.ports[name])
+                for name, served in self.services.items()
+                if served == process
+            )
+            for process in PROCESSES
+        }
 
     def _health(self, name: str) -> envoy.Address:
         return envoy.Address(LOOPBACK, self.ports[health_port(name)])
@@ -290,12 +307,24 @@ def identities(domain: envoy.Domain) -> dict[str, Names]:
     }
 
 
-def claim_ports(ports: Ports, workers: Sequence[str]) -> dict[str, int]:
-    """Claim the ports of the edge and of the sidecars."""
-    healths = [health_port(name) for name in (EDGE, *PROCESSES, *workers)]
+def services(replicas: int) -> dict[str, str]:
+    """Return what each of so many replicas of every service is one of, by its name.
+
+    The first is called as the service is, the others jobs-2, jobs-3.
+    """
+    names = {
+        process: [process, *(f"{process}-{number}" for number in range(2, replicas + 1))]
+        for process in PROCESSES
+    }
+    return {name: process for process, of_one in names.items() for name in of_one}
+
+
+def claim_ports(ports: Ports, served: Collection[str], workers: Collection[str]) -> dict[str, int]:
+    """Claim the ports of the edge and of the sidecars of services and workers."""
+    healths = [health_port(name) for name in (EDGE, *served, *workers)]
     return {
         EDGE: ports.claim(EDGE, preferred=[EDGE_PORT]),
-        **{name: ports.claim(name) for name in (*PROCESSES, *healths, PROMETHEUS)},
+        **{name: ports.claim(name) for name in (*served, *healths, PROMETHEUS)},
     }
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from local import envoy
-from local.fleet import Commands, Fleet, claim_ports
+from local.fleet import Commands, Fleet, claim_ports, services
 from local.layout import Layout
 from local.ports import LOOPBACK, Ports
 from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
 from local.private import write_json
 from local.processes import POLL_SECONDS, Process, State, run_once, supervise, together
 from local.servers import BUCKET, PROCESSES_FILE, Stores, claimed
-from server.access import EDGE, PROCESSES, WORKER
+from server.access import EDGE, WORKER
 
 RENEWAL_SECONDS = 600.0
 WHOLE_SECONDS = 30.0
@@ -44,6 +44,7 @@ class Mesh:
         layout: Layout,
         *,
         workers: int = 2,
+        replicas: int = 1,
         durable: bool = True,
         commands: Commands = REAL,
         prometheus: str | None = None,
@@ -55,6 +56,7 @@ class Mesh:
         Args:
             layout: Where its files are.
             workers: How many.
+            replicas: How many of each service, each behind a sidecar of its own.
             durable: Whether its data outlives a crash of the machine.
             commands: What its processes run.
             prometheus: The program that remembers what is measured; None: nothing does.
@@ -64,6 +66,7 @@ class Mesh:
         self.layout = layout
         self.stores = Stores(layout, durable=durable)
         self._workers = [f"{WORKER}-{number}" for number in range(1, workers + 1)]
+        self._replicas = replicas
         self._commands = commands
         self._prometheus = prometheus
         self._sidecar_limits = sidecar_limits
@@ -145,11 +148,12 @@ class Mesh:
         self._fleet = Fleet(
             self.layout,
             self.stores,
-            claim_ports(ports, self._workers),
+            claim_ports(ports, services(self._replicas), self._workers),
             self._workers,
             self._commands,
             self._prometheus,
             sidecar_limits=self._sidecar_limits,
+            replicas=self._replicas,
         )
         ports.save()
         await asyncio.to_thread(self._fleet.prepare)
@@ -174,8 +178,8 @@ class Mesh:
             self.stores.start_cache(self._supervisor),
             self.stores.start_blobs(self._supervisor),
         )
-        await together(*(self._start_service(process) for process in PROCESSES))
-        rest = [name for name in self._fleet.sidecars if name != KEEPER_OF_KEYS]
+        await together(*(self._start_service(name) for name in self._fleet.services))
+        rest = [name for name in self._fleet.sidecars if not self._keeps_keys(name)]
         await together(*(self._start_sidecar(name) for name in rest))
         fronts = [(self._fleet.worker(name), WORKERS) for name in self._workers]
         fronts.append((self._fleet.edge(), FRONT))
@@ -186,10 +190,13 @@ class Mesh:
         await together(*(process.wait_ready() for process in self.processes.values()))
         await self._wait_whole()
 
-    async def _start_service(self, process: str) -> None:
-        await self._supervisor.start(self._fleet.service(process), stage=SERVICES).wait_ready()
-        if process == KEEPER_OF_KEYS:
-            await self._start_sidecar(process)
+    async def _start_service(self, name: str) -> None:
+        await self._supervisor.start(self._fleet.service(name), stage=SERVICES).wait_ready()
+        if self._keeps_keys(name):
+            await self._start_sidecar(name)
+
+    def _keeps_keys(self, name: str) -> bool:
+        return self._fleet.services.get(name) == KEEPER_OF_KEYS
 
     async def _start_sidecar(self, process: str) -> None:
         await self._supervisor.start(self._fleet.sidecar(process), stage=SIDECARS).wait_ready()

@@ -13,7 +13,7 @@ from local.envoy import Domain
 from local.fleet import PUBLIC, identities
 from local.layout import Layout
 from local.processes import POLL_SECONDS
-from server.access import EDGE, PROCESSES, WORKER
+from server.access import EDGE
 
 _SHOWN_SECONDS: Final = 30.0
 
@@ -93,4 +93,5 @@ async def _shows(layout: Layout, name: str) -> bool:
 def _identities_of(name: str) -> tuple[str, ...]:
     if name == EDGE:
         return (EDGE, PUBLIC)
-    return (name if name in PROCESSES else WORKER,)
+    # Replicas share one: that of jobs-2 is jobs.
+    return (name.partition("-")[0],)

@@ -157,8 +157,9 @@ class Settings(KmsSettings):
     archived_a_day: int = Field(default=1000, ge=1)
     """How many memories of a user are archived in 24 hours because a tier is over its quota."""
     drain_seconds: Seconds = 5.0
-    health_interval_seconds: Seconds = 1.0
-    """How long peers may take to see that this process is about to stop."""
+    health_interval_seconds: Seconds = 2.0
+    """How long peers may take to see that this process is about to stop: the interval between two
+    checks of theirs, and the time that they give one."""
     log_level: str = "info"
     backup_s3_endpoint: str = ""
     """With the next: the bucket of backups, to tell it who is to be erased before anything is

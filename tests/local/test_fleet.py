@@ -34,3 +34,19 @@ def test_workers_find_lent_models_from_wherever_they_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(VARIABLE, "models")
     assert fleet.worker("worker-1").environment[VARIABLE] == str(tmp_path / "models")
+
+
+def test_replicas_have_sidecars_of_their_own_under_the_identity_of_their_service(
+    tmp_path: Path,
+) -> None:
+    layout = Layout(tmp_path)
+    fleet = Fleet(layout, Stores(layout, durable=False), {}, ["worker-1"], Commands(), replicas=2)
+    assert fleet.services == {
+        "auth": "auth",
+        "auth-2": "auth",
+        "memory": "memory",
+        "memory-2": "memory",
+        "jobs": "jobs",
+        "jobs-2": "jobs",
+    }
+    assert set(fleet.sidecars) == {*fleet.services, "worker-1"}
