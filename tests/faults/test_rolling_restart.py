@@ -159,7 +159,7 @@ async def traffic(mesh: Mesh, work: Work) -> AsyncIterator[Traffic]:
         grpc.aio.secure_channel(address, credentials, once) as channel,
     ):
         token = user.client.access_token
-        transports = (Grpc(channel, bearer(token)), Rest(http, token))
+        transports: tuple[Transport, ...] = (Grpc(channel, bearer(token)), Rest(http, token))
         asked = jobs.CreateJobRequest(kind="user.export")
         job_id = (await user.client.jobs.CreateJob(asked)).job.id
         steady = Traffic()
