@@ -30,7 +30,21 @@ from server.kms.local import LocalKms
 from server.migrate import migrate, read_migrations
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
+from tests.canaries import (
+    overheard,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+    pytest_sessionstart,
+    pytest_terminal_summary,
+)
 from tests.kms.key_files import key_file
+
+__all__ = [
+    "pytest_runtest_logreport",
+    "pytest_sessionfinish",
+    "pytest_sessionstart",
+    "pytest_terminal_summary",
+]
 
 DATABASE = "test"
 MASTER_KEY = bytes(range(32))
@@ -267,7 +281,7 @@ async def serve() -> AsyncIterator[Serve]:
         server = Server(socket, layers, services=())
         register(server.grpc)
         await server.start()
-        channel = grpc.aio.insecure_channel(f"unix:{socket}")
+        channel = overheard(grpc.aio.insecure_channel(f"unix:{socket}"))
         running.append((server, channel))
         return channel
 

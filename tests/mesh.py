@@ -24,6 +24,7 @@ from kimberly.users.v1 import users_pb2 as users
 from local.fleet import Commands
 from local.layout import Layout
 from local.mesh import Mesh, in_background
+from tests.canaries import WATCH, overheard
 from tests.transports import Grpc, Metadata, Rest, Transport
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         stack = contextlib.ExitStack()
         mesh = Mesh(layout, workers=1, durable=False, commands=COMMANDS)
         stash[_RUNNING] = stack.enter_context(in_background(mesh))
+        stack.callback(WATCH.look_at_metrics, mesh)
         request.session.addfinalizer(stack.close)
     return stash[_RUNNING]
 
@@ -73,7 +75,7 @@ async def channel(mesh: Mesh) -> AsyncIterator[grpc.aio.Channel]:
     """A gRPC channel to the edge. It knows no user."""
     credentials = grpc.ssl_channel_credentials(mesh.ca.read_bytes())
     async with grpc.aio.secure_channel(address_of(mesh), credentials) as channel:
-        yield channel
+        yield overheard(channel)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from kimberly.memory.v1 import memory_pb2
 from kimberly.privacy.v1 import privacy_pb2
 from kimberly.users.v1 import users_pb2
 
+from tests.canaries import WATCH
 from tests.refusals import Refusal, read
 
 MODULES = (auth_pb2, billing_pb2, users_pb2, privacy_pb2, memory_pb2, jobs_pb2, agents_pb2)
@@ -164,6 +165,8 @@ def to_http(
     method: MethodDescriptor, request: Message, *more: Message
 ) -> tuple[str, str, Any, dict[str, Any]]:
     """Return verb, path, body and query of a REST call."""
+    for said in (request, *more):
+        WATCH.hear(said)
     rule = rule_of(method)
     verb = rule.WhichOneof("pattern")
     fields = json_format.MessageToDict(request)

@@ -9,6 +9,7 @@ import pytest
 
 from local.layout import Layout
 from local.mesh import Mesh, in_background
+from tests.canaries import WATCH
 from tests.e2e.conftest import user
 from tests.mesh import COMMANDS, channel, http, trust
 from tests.telemetry.receiver import Receiver, receiving
@@ -21,6 +22,8 @@ def receiver() -> Iterator[Receiver]:
     """Where the mesh sends its traces."""
     with receiving() as receiver:
         yield receiver
+    for span in receiver.spans:
+        WATCH.look(f"span {span.name} of {span.service}", span.text)
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +38,4 @@ def mesh(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             environment.setenv("KIMBERLY_TRACE_RATIO", "1")
             stack.enter_context(in_background(mesh))
         yield mesh
+        WATCH.look_at_metrics(mesh)
