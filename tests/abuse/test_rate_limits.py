@@ -218,7 +218,9 @@ async def restart_auth(mesh: Mesh) -> None:
 
 
 @pytest_asyncio.fixture
-async def slow(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
+async def slow(
+    mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel
+) -> AsyncIterator[User]:
     """Somebody whose plan is worth a call a second, and twenty at once."""
     # Nobody has asked for their plan yet, which processes remember for a minute.
     user = await sign_up(http, channel, consenting=False)
@@ -238,8 +240,11 @@ async def slow(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel) -
         ids.parse(ids.TENANT, user.tenant_id, "tenant"),
         ids.parse(ids.USER, user.id, "user"),
     )
+    yield user
+    # The mesh is everybody's, and its plans are listed.
+    await connection.execute("DELETE FROM subscriptions WHERE plan = 'slow'")
+    await connection.execute("DELETE FROM plans WHERE name = 'slow'")
     await connection.close()
-    return user
 
 
 async def test_a_user_who_calls_too_often_is_refused_by_every_service_on_both_transports(
