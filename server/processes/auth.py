@@ -69,7 +69,7 @@ log = structlog.get_logger()
 async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     """Return what the auth process serves; what it opened is closed with the stack."""
     database, system = await stack.enter_async_context(open_databases(settings, "auth"))
-    kms = await open_kms(settings, stack)
+    kms, blobs = await open_kms(settings, stack), open_blobs(settings)
     keyring = Keyring(
         KeyStore(system),
         kms,
@@ -102,16 +102,17 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     checkpoint_store = CheckpointStore(system)
     audit_keys = AuditKeys(checkpoint_store, kms)
     await audit_keys.signer()
-    archive = CheckpointArchive(open_blobs(settings), checkpoint_store, audit_keys)
+    archive = CheckpointArchive(blobs, checkpoint_store, audit_keys)
     audit_log = AuditLog(AuditStore(system), archive, seal_seconds=settings.audit_seal_seconds)
     users = UserService(UserStore(database), TenantAudits(system), audit_log)
     billing_store = BillingStore(system)
+    billing_readings = BillingReadings(system)
     billing = BillingService(billing_store, ManualPayments(billing_store))
     erased = ErasedUsers(system)
     erasures = ErasureStore(system, patience(settings))
     erasure_archive = ErasureArchive(
         erasures,
-        open_blobs(settings),
+        blobs,
         audit_keys.signer,
         audit_keys.known,
         copies=open_copies(settings),
@@ -122,7 +123,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         ExportStore(database, timedelta(days=settings.export_days)),
         hashing.match,
         audit_keys.signer,
-        open_blobs(settings),
+        blobs,
         url_lifetime=timedelta(seconds=settings.upload_url_seconds),
     )
 
@@ -153,8 +154,8 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         readings=[
             AuthReadings(system).mails,
             AuditReadings(system).lag,
-            BillingReadings(system).usage,
-            BillingReadings(system).plans,
+            billing_readings.usage,
+            billing_readings.plans,
         ],
         turnstile=open_turnstile(settings, stack),
     )

@@ -11,8 +11,10 @@ from kimberly.memory.v1 import memory_pb2_grpc
 from kimberly.privacy.v1 import privacy_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 
+from server.blobs import Blobs
 from server.clock import utc_now
 from server.data_keys import DataKeys
+from server.database import SystemDatabase
 from server.erased import ErasedUsers
 from server.memory.agent_jobs import AgentJobs
 from server.memory.agent_reads import AgentReads
@@ -141,17 +143,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     )
     retention = RetentionStore(system)
     rounds = PromotionRounds(system, short_term, promotion, utc_now)
-    scoring = ScoringService(
-        ScoringStore(system, settings.meditation_shards, writers=settings.scoring_writers),
-        Tidying(
-            system,
-            retention,
-            promotion,
-            rounds,
-            utc_now,
-            most_a_day=settings.archived_a_day,
-        ),
-    )
+    scoring = _scoring(settings, system, retention, promotion, rounds)
     agent_work = AgentWorkService(
         AgentJobs(database, system), store, short_term, opener, reads, utc_now
     )
@@ -159,18 +151,11 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     maintenance = MaintenanceService(
         KeyRotation(system, kms),
         ReindexStore(database, data_keys),
-        Sweep(
-            system,
-            blobs,
-            utc_now,
-            url_lifetime=url_lifetime,
-            margin=timedelta(seconds=settings.sweep_margin_seconds),
-        ),
+        _sweep(settings, system, blobs),
         retention,
         rounds,
         utc_now,
     )
-
     erased = ErasedUsers(system)
     privacy_work = PrivacyWorkService(
         Eraser(
@@ -218,4 +203,34 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             ShortTermReading(redis).held,
         ],
         announce_drain=feed.drain,
+    )
+
+
+def _scoring(
+    settings: Settings,
+    system: SystemDatabase,
+    retention: RetentionStore,
+    promotion: Promotion,
+    rounds: PromotionRounds,
+) -> ScoringService:
+    return ScoringService(
+        ScoringStore(system, settings.meditation_shards, writers=settings.scoring_writers),
+        Tidying(
+            system,
+            retention,
+            promotion,
+            rounds,
+            utc_now,
+            most_a_day=settings.archived_a_day,
+        ),
+    )
+
+
+def _sweep(settings: Settings, system: SystemDatabase, blobs: Blobs) -> Sweep:
+    return Sweep(
+        system,
+        blobs,
+        utc_now,
+        url_lifetime=timedelta(seconds=settings.upload_url_seconds),
+        margin=timedelta(seconds=settings.sweep_margin_seconds),
     )
