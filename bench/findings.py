@@ -9,6 +9,7 @@ from rich.table import Table
 from bench.judging import DEPTH, Judgement
 from bench.load import TOP_K, Load
 from bench.measure import Latency
+from bench.spending import CLIENT
 
 _RANKED = (
     "",
@@ -22,6 +23,15 @@ _RANKED = (
     f"p50 / p99 of top {DEPTH}",
 )
 _PRESSED = ("", "memories of others", "clients", f"p50 / p99 of top {TOP_K}", "queries/s")
+_PARTS = {
+    "client": CLIENT,
+    "edge": "edge",
+    "sidecar": "memory-sidecar",
+    "service": "memory",
+    "PostgreSQL": "postgres",
+    "Valkey": "valkey",
+}
+_SPENT = ("CPU ms a query", "memories of others", "clients", *_PARTS, "all else")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +60,17 @@ class Pressed:
     def cells(self) -> list[str]:
         """Return the row of the table."""
         load = self.load
-        figures = [f"{load.clients}", str(load.latency), f"{load.per_second:.0f}"]
-        return [self.who, f"{self.others:,}".replace(",", " "), *figures]
+        return [*self._beginning(), str(load.latency), f"{load.per_second:.0f}"]
+
+    def spent(self) -> list[str]:
+        """Return the row of the table of what that cost, the profile."""
+        spent = self.load.cpu_milliseconds
+        parts = {name: spent.get(name, 0.0) for name in _PARTS.values()}
+        rest = sum(spent.values()) - sum(parts.values())
+        return [*self._beginning(), *(f"{one:.2f}" for one in (*parts.values(), rest))]
+
+    def _beginning(self) -> list[str]:
+        return [self.who, f"{self.others:,}".replace(",", " "), f"{self.load.clients}"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +89,7 @@ class Findings:
         return [
             _table(_RANKED, (row.cells() for row in self.ranked)),
             _table(_PRESSED, (row.cells() for row in self.pressed)),
+            _table(_SPENT, (row.spent() for row in self.pressed)),
         ]
 
     def for_readme(self) -> str:
@@ -78,6 +98,7 @@ class Findings:
             (
                 _markdown(_RANKED, (row.cells() for row in self.ranked)),
                 _markdown(_PRESSED, (row.cells() for row in self.pressed)),
+                _markdown(_SPENT, (row.spent() for row in self.pressed)),
             )
         )
 

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from bench.conversations import Conversation, Question
 from bench.measure import Latency
+from bench.spending import cpu_seconds
 from bench.telling import Stub, Teller, bare_stub
 from local.mesh import Mesh
 
@@ -28,6 +29,8 @@ class Load:
     clients: int
     latency: Latency
     per_second: float
+    cpu_milliseconds: Mapping[str, float]
+    """What a query costs, by process; those that do something else meanwhile are in it."""
 
 
 async def press(
@@ -55,8 +58,11 @@ async def press(
     async with AsyncExitStack() as stack:
         stubs = [await stack.enter_async_context(bare_stub(mesh)) for _ in range(clients)]
         await all_repeat(_WARM_UP_SECONDS)
+        before = cpu_seconds(mesh)
         lasted = await all_repeat(seconds)
-    return Load(clients, latency_of(taken), len(taken) / lasted)
+        spent = cpu_seconds(mesh) - before
+    each = {name: used * 1000 / len(taken) for name, used in spent.items()}
+    return Load(clients, latency_of(taken), len(taken) / lasted, each)
 
 
 def latency_of(seconds: Sequence[float]) -> Latency:

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import httpx
 import numpy as np
-import psutil
 import typer
 from kimberly.client import connect
 from kimberly.memory.v1 import memory_pb2 as memory
@@ -28,6 +27,7 @@ from rich.console import Console
 
 from bench.measure import rate
 from bench.pace import pace
+from bench.spending import CLIENT, cpu_seconds
 from bench.table import Row, for_eyes, for_readme
 from bench.telling import address, bare_stub
 from local import demo
@@ -75,7 +75,7 @@ async def _measure(rounds: int, ratio: float) -> list[Row]:
             askers = [await stack.enter_async_context(_asker(mesh)) for mesh in (off, on)]
             scraping = asyncio.create_task(_scrape(on))
             before = pace()
-            rates, cpu = await _in_turns(askers, [_pids(off), _pids(on)], rounds)
+            rates, cpu = await _in_turns(askers, [off, on], rounds)
             scraping.cancel()
             return [before, *_rows(rates, cpu, ratio), _observation(), pace()]
 
@@ -124,9 +124,7 @@ async def _chunks(memories: list[memory.Memory]) -> AsyncIterator[memory.ImportM
         yield memory.ImportMemoriesRequest(memories=memories[start : start + _CHUNK])
 
 
-async def _in_turns(
-    askers: list[Ask], pids: list[list[int]], rounds: int
-) -> tuple[Figures, Figures]:
+async def _in_turns(askers: list[Ask], meshes: list[Mesh], rounds: int) -> tuple[Figures, Figures]:
     """Return queries a second, and CPU milliseconds of the mesh a query, by round and mesh.
 
     After a round that does not count. Each mesh begins as often as the other.
@@ -134,22 +132,16 @@ async def _in_turns(
     rates, cpu = np.empty((rounds + 1, 2)), np.empty((rounds + 1, 2))
     for number in range(rounds + 1):
         for which in (0, 1) if number % 2 else (1, 0):
-            used, started = _cpu_seconds(pids[which]), time.perf_counter()
+            used, started = _cpu_seconds(meshes[which]), time.perf_counter()
             rates[number, which] = await rate(askers[which], seconds=_SECONDS, at_once=_AT_ONCE)
             queries = rates[number, which] * (time.perf_counter() - started)
-            cpu[number, which] = (_cpu_seconds(pids[which]) - used) * 1000 / queries
+            cpu[number, which] = (_cpu_seconds(meshes[which]) - used) * 1000 / queries
     return rates[1:], cpu[1:]
 
 
-def _pids(mesh: Mesh) -> list[int]:
-    """Return every process of a mesh."""
-    own = [process["pid"] for process in mesh.describe()["processes"].values()]
-    return [*own, *(child.pid for pid in own for child in psutil.Process(pid).children())]
-
-
-def _cpu_seconds(pids: list[int]) -> float:
-    times = [psutil.Process(pid).cpu_times() for pid in pids if psutil.pid_exists(pid)]
-    return float(sum(each.user + each.system for each in times))
+def _cpu_seconds(mesh: Mesh) -> float:
+    spent = cpu_seconds(mesh)
+    return float(spent.total() - spent[CLIENT])
 
 
 def _rows(rates: Figures, cpu: Figures, ratio: float) -> list[Row]:
