@@ -1,9 +1,10 @@
 """Memories to be scored, and their scores, as columns: no Python object for each of them."""
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Final
 from uuid import UUID
 
@@ -21,6 +22,9 @@ _DAY_MICROSECONDS = 86_400e6
 # that every row has the same size and the whole answer is one array.
 _HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _TRAILER: Final = struct.pack(">h", -1)
+Fields = tuple[tuple[str, str], ...]
+"""Name and NumPy type of each column."""
+
 _FIELDS: Final = (
     ("user_id", "S16"),
     ("memory_id", "S16"),
@@ -54,7 +58,8 @@ SCORED_COLUMNS: Final = [name for name, _ in _SCORED_FIELDS]
 """What `ScoreColumns.to_copy` writes."""
 
 
-def _row(fields: Sequence[tuple[str, str]]) -> np.dtype[np.void]:
+@cache
+def _row(fields: Fields) -> np.dtype[np.void]:
     """Return a row as COPY writes it: how many fields, and each after its length."""
     return np.dtype(
         [("fields", ">i2")]
@@ -63,7 +68,26 @@ def _row(fields: Sequence[tuple[str, str]]) -> np.dtype[np.void]:
 
 
 _ROW: Final = _row(_FIELDS)
-_SCORED_ROW: Final = _row(_SCORED_FIELDS)
+
+
+async def copied(fields: Fields, batches: Iterable[Mapping[str, Column]]) -> AsyncIterator[bytes]:
+    """Yield what COPY … WITH (FORMAT binary) takes, a piece a batch.
+
+    Around a file, asyncpg would make a cycle that keeps what was in it.
+
+    Args:
+        fields: The columns, in the order of the table's.
+        batches: Each column by its name, all of a batch as long as each other.
+    """
+    yield _HEADER
+    for columns in batches:
+        table = np.zeros(len(columns[fields[0][0]]), _row(fields))
+        table["fields"] = len(fields)
+        for name, kind in fields:
+            table[f"{name}_bytes"] = np.dtype(kind).itemsize
+            table[name] = columns[name]
+        yield table.tobytes()
+    yield _TRAILER
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,23 +205,17 @@ class ScoreColumns:
             self.recency_frequency,
         )
 
-    def to_copy(self, rows: Rows, goals_keys: Column) -> bytes:
+    def to_copy(self, rows: Rows, goals_keys: Column) -> AsyncIterator[bytes]:
         """Return what COPY … WITH (FORMAT binary) takes: the columns of `SCORED_COLUMNS`.
 
         Args:
             rows: The memories that the scores are of.
             goals_keys: Which goals they were matched with.
         """
-        table = np.zeros(len(rows), _SCORED_ROW)
-        table["fields"] = len(_SCORED_FIELDS)
-        for name, kind in _SCORED_FIELDS:
-            table[f"{name}_bytes"] = np.dtype(kind).itemsize
-        for name in ("user_id", "memory_id", "text_version"):
-            table[name] = rows.table[name]
-        table["goals_key"] = goals_keys
-        for name in SCORED_COLUMNS[4:]:
-            table[name] = getattr(self, name)
-        return _HEADER + table.tobytes() + _TRAILER
+        columns = {name: rows.table[name] for name in ("user_id", "memory_id", "text_version")}
+        columns["goals_key"] = goals_keys
+        columns |= {name: getattr(self, name) for name in SCORED_COLUMNS[4:]}
+        return copied(_SCORED_FIELDS, [columns])
 
     def is_sound(self, size: int) -> bool:
         """Tell whether there are `size` of each, and every number is 0 to 1."""

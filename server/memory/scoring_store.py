@@ -1,7 +1,7 @@
 """Scoring in Postgres: runs of all users, shards under a fence, batches applied once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 from uuid import UUID
 
@@ -233,7 +233,7 @@ async def _store(
     await connection.copy_to_table(
         "scored",
         schema_name="pg_temp",
-        source=_whole(scores.to_copy(rows, goals_keys)),
+        source=scores.to_copy(rows, goals_keys),
         columns=SCORED_COLUMNS,
         format="binary",
     )
@@ -265,11 +265,6 @@ async def _store(
         shard.as_of,
     )
     return int(status.removeprefix("UPDATE "))
-
-
-async def _whole(data: bytes) -> AsyncIterator[bytes]:
-    """Yield data as one piece; around a file, asyncpg makes a cycle that keeps what was in it."""
-    yield data
 
 
 async def _keep_tally(connection: Connection, shard: Shard, tally: Tally) -> None:

@@ -23,7 +23,7 @@ from server.memory.promotion import Promotion
 from server.memory.promotion_rounds import PromotionRounds
 from server.memory.retention_store import RetentionStore, archive_all, tell_users
 from server.memory.shards import Shard, hold
-from server.memory.tallies import Tally
+from server.memory.tallies import FOUND_COLUMNS, Tally
 from server.preferences import Language
 
 log = structlog.get_logger()
@@ -34,6 +34,17 @@ _USERS_AT_ONCE: Final = 100
 _KEYS_AT_ONCE: Final = 500
 _NOBODY: Final = UUID(int=0)
 _ROTATED: Final = (Tier.LONG_TERM, Tier.PERMANENT)
+
+_TABLE_OF_SCORES: Final = """
+    CREATE TEMPORARY TABLE foretold (memory_id uuid NOT NULL, score real NOT NULL) ON COMMIT DROP
+"""
+_STORED: Final = "memory_scores"
+# What a dry run did not look at again has the score that is stored.
+_FORETOLD: Final = """
+    (SELECT user_id, memory_id, coalesce(foretold.score, stored.score) AS score
+       FROM memory_scores AS stored
+       LEFT JOIN pg_temp.foretold USING (memory_id))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +103,10 @@ class Tidying:
         async with self._database.transaction() as connection:
             excess = await _excess(connection, caller, now)
             if excess is not None:
+                await _copy_in(connection, tally)
                 left = self._most_a_day - excess.archived_today
                 for tier in _ROTATED:
-                    chosen = await _lowest(connection, excess, tier, left, tally)
+                    chosen = await _lowest(connection, excess, tier, left, _FORETOLD)
                     tally.archived += len(chosen)
                     left -= len(chosen)
         tally.promoted = await self._promotion.count_earned(caller)
@@ -140,7 +152,7 @@ class Tidying:
                 return 0
             left = min(self._most_a_day - excess.archived_today, _PAGE)
             for tier in _ROTATED:
-                chosen = await _lowest(connection, excess, tier, left, Tally())
+                chosen = await _lowest(connection, excess, tier, left, _STORED)
                 archived = await archive_all(
                     connection,
                     caller,
@@ -247,8 +259,20 @@ async def _excess(connection: Connection, caller: Caller, now: datetime) -> _Exc
     )
 
 
+async def _copy_in(connection: Connection, tally: Tally) -> None:
+    """Give a transaction the scores of a dry run: no object each, however many the user has."""
+    await connection.execute(_TABLE_OF_SCORES)
+    await connection.copy_to_table(
+        "foretold",
+        schema_name="pg_temp",
+        source=tally.found(),
+        columns=FOUND_COLUMNS,
+        format="binary",
+    )
+
+
 async def _lowest(
-    connection: Connection, excess: _Excess, tier: Tier, limit: int, tally: Tally
+    connection: Connection, excess: _Excess, tier: Tier, limit: int, scores: str
 ) -> list[UUID]:
     """Return the lowest memories by (score, created) without which a tier is within its quota.
 
@@ -259,24 +283,22 @@ async def _lowest(
         excess: Whose they are, and by how much the tier is over.
         tier: Which tier.
         limit: How many at most.
-        tally: Scores that a dry run found and that count instead of those that are stored.
+        scores: Where the scores are: `_STORED` or `_FORETOLD`.
     """
     if excess.bytes_over[tier] <= 0 or limit <= 0:
         return []
     rows = await connection.fetch(
-        """
+        f"""
         SELECT id
           FROM (
                SELECT id, sum(size_bytes) OVER lowest_first - size_bytes AS bytes_before,
                       row_number() OVER lowest_first AS place
                  FROM (
                       SELECT memory.id, memory.size_bytes, memory.created_at,
-                             coalesce(found.score, scores.score) AS score
+                             scores.score
                         FROM memories AS memory
-                        JOIN memory_scores AS scores
+                        JOIN {scores} AS scores
                           ON scores.user_id = memory.user_id AND scores.memory_id = memory.id
-                        LEFT JOIN unnest($6::uuid[], $7::real[]) AS found (id, score)
-                          ON found.id = memory.id
                        WHERE memory.tenant_id = $1 AND memory.user_id = $2 AND memory.tier = $3
                          AND memory.archived_at IS NULL
                          AND NOT memory.protected AND NOT memory.restored
@@ -287,13 +309,12 @@ async def _lowest(
          WHERE bytes_before < $4
          ORDER BY place
          LIMIT $5
-        """,
+        """,  # noqa: S608 - a constant
         excess.caller.tenant_id,
         excess.caller.user_id,
         tier,
         excess.bytes_over[tier],
         limit,
-        *tally.found(),
     )
     return [row["id"] for row in rows]
 
