@@ -71,12 +71,10 @@ class MembershipStore:
         """
         async with self._database.transaction() as connection:
             home = await _home(connection, caller)
-            tenant_id = await _asked_into(connection, token, home)
-            await take_turns(connection, tenant_id)
+            # Those who accept the same invitation take turns here.
             invitation = await _close(connection, token, home, now)
-            belonging = await _memberships(connection, caller)
-            for membership in belonging:
-                if membership.caller.tenant_id == tenant_id:
+            for membership in await _memberships(connection, caller):
+                if membership.caller.tenant_id == invitation.tenant_id:
                     return membership
             if invitation.is_used:
                 raise MailedTokenInvalid
@@ -177,17 +175,6 @@ async def _home(connection: Connection, caller: Caller) -> _Home:
     if row is None:
         raise NotFound("user")
     return _Home(Caller(row["tenant_id"], row["id"]), row["email"], row["display_name"])
-
-
-async def _asked_into(connection: Connection, token: str, home: _Home) -> UUID:
-    tenant_id: UUID | None = await connection.fetchval(
-        "SELECT tenant_id FROM invitations WHERE token_hash = $1 AND email = $2",
-        hash_of(token),
-        home.email,
-    )
-    if tenant_id is None:
-        raise MailedTokenInvalid
-    return tenant_id
 
 
 async def _close(connection: Connection, token: str, home: _Home, now: datetime) -> _Invitation:

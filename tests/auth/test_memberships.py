@@ -13,11 +13,13 @@ from kimberly.auth.v1 import auth_pb2 as pb
 from server import ids
 from server.auth import membership_store, people, session_store
 from server.auth.issuing import Issuer
+from server.auth.member_store import MemberStore
+from server.auth.members import Membership
 from server.auth.membership_store import MembershipStore
 from server.auth.refresh_tokens import GRACE, hash_of, new_token
 from server.auth.session_store import SessionStore
 from server.database import SystemDatabase
-from server.errors import Problem, Unauthenticated
+from server.errors import AccountErased, StateConflict, Unauthenticated
 from server.grants import EndedGrants
 from server.privacy.erasure_store import ErasureStore
 from server.tokens import TokenVerifier
@@ -33,7 +35,7 @@ from tests.auth.conftest import (
     refresh,
 )
 from tests.auth.mails import mailed
-from tests.auth.test_members import log_in
+from tests.auth.test_members import log_in, owners
 from tests.conftest import FakeClock, bearer
 
 ROUNDS = 20
@@ -224,29 +226,36 @@ async def test_an_account_joins_a_number_of_tenants_and_no_more(
     await accept(auth, bob, token)
 
 
-async def test_who_is_erased_joins_nothing(
+async def test_who_is_being_erased_joins_nothing(
+    auth: Auth, ada: Person, bob: Person, invite: Invite, erasures: ErasureStore
+) -> None:
+    token = await invite(ada, bob.email)
+    await erasures.begin(bob.credentials.caller)
+    assert await reason_of(accept(auth, bob, token)) == "ACCOUNT_ERASED"
+
+
+async def test_of_an_acceptance_and_an_erasure_at_once_nobody_is_left(
     ada: Person,
-    bob: Person,
+    meet: Meet,
     invite: Invite,
     memberships: MembershipStore,
     erasures: ErasureStore,
     clock: FakeClock,
     owner: asyncpg.Connection,
 ) -> None:
-    """Of an acceptance and an erasure at once either comes first, and nobody is left."""
-    caller = bob.credentials.caller
-    token = await invite(ada, bob.email)
-    outcomes = await asyncio.gather(
-        memberships.accept(caller, token, clock.now),
-        erasures.begin(caller),
-        return_exceptions=True,
-    )
-    assert all(
-        not isinstance(each, BaseException | None) or isinstance(each, Problem) for each in outcomes
-    ), outcomes
-    assert not await owner.fetchval("SELECT count(*) FROM users WHERE home_id = $1", caller.user_id)
-    with pytest.raises(Problem):
-        await memberships.accept(caller, token, clock.now)
+    for number in range(ROUNDS):
+        person = await meet(f"{number}@example.com")
+        token, caller = await invite(ada, person.email), person.credentials.caller
+        joining, erasing = await asyncio.gather(
+            memberships.accept(caller, token, clock.now),
+            erasures.begin(caller),
+            return_exceptions=True,
+        )
+        assert not isinstance(erasing, BaseException)
+        assert isinstance(joining, Membership | AccountErased), joining
+        joined = isinstance(joining, Membership)
+        assert len(erasing.membership_receipt_ids) == joined
+    assert not await owner.fetchval("SELECT count(*) FROM users WHERE home_id IS NOT NULL")
 
 
 # --- belonging ---------------------------------------------------------------------------------
@@ -528,6 +537,8 @@ async def test_an_account_that_is_disabled_at_home_is_out_of_all_tenants(
     key = await auth.CreateApiKey(request, metadata=guest.away.as_)
     exchange = pb.ExchangeTokenRequest(api_key=key.secret)
     exchanged = (await auth.ExchangeToken(exchange)).access_token
+    as_admin = bearer(guest.away.credentials.caller, role="admin")
+    await tenants.ListMembers(pb.ListMembersRequest(), metadata=as_admin)
 
     disable = pb.DisableMemberRequest(user_id=guest.home.id)
     await tenants.DisableMember(disable, metadata=boss.as_)
@@ -545,7 +556,7 @@ async def test_an_account_that_is_disabled_at_home_is_out_of_all_tenants(
     assert await reason_of(log_in(auth, guest.home)) == "CREDENTIALS_INVALID"
     assert await reason_of(auth.ExchangeToken(exchange)) == "API_KEY_INVALID"
     # Not even in the seconds in which a token is still believed.
-    listing = tenants.ListMembers(pb.ListMembersRequest(), metadata=guest.away.as_)
+    listing = tenants.ListMembers(pb.ListMembersRequest(), metadata=as_admin)
     assert await reason_of(listing) == "METHOD_NOT_ALLOWED"
 
     enable = pb.EnableMemberRequest(user_id=guest.home.id)
@@ -766,37 +777,41 @@ async def test_nobody_leaves_the_tenant_that_their_account_is_at_home_in(
     await log_in(auth, guest.home)
 
 
-async def test_the_last_owner_does_not_leave_however_many_try_at_once(
-    auth: Auth,
-    tenants: Tenants,
-    ada: Person,
-    guest: Guest,
-    meet: Meet,
-    join: Callable[..., Awaitable[Person]],
-    memberships: MembershipStore,
-    owner: asyncpg.Connection,
+async def test_the_last_owner_does_not_leave(
+    auth: Auth, tenants: Tenants, ada: Person, guest: Guest
 ) -> None:
-    cy = await meet("cy@example.com")
-    other = await join(cy, ada, "admin")
-    for person in (guest.away, other):
-        make = pb.AssignRoleRequest(user_id=person.id, role=pb.ROLE_OWNER)
-        await tenants.AssignRole(make, metadata=ada.as_)
-    step_down = pb.AssignRoleRequest(user_id=ada.id, role=pb.ROLE_MEMBER)
-    await tenants.AssignRole(step_down, metadata=bearer(guest.away.credentials.caller))
-    there = ada.credentials.caller.tenant_id
-    outcomes = await asyncio.gather(
-        memberships.leave(guest.home.credentials.caller, there),
-        memberships.leave(cy.credentials.caller, there),
-        return_exceptions=True,
-    )
-    assert sorted(getattr(each, "reason", "") for each in outcomes) == ["", "STATE_CONFLICT"]
-    left = "SELECT count(*) FROM users WHERE tenant_id = $1 AND role = 'owner'"
-    assert await owner.fetchval(left, there) == 1
-    assert await owner.fetchval("SELECT count(*) FROM erasures") == 1
-    for person in (guest.home, cy):
-        if len(await tenants_of(auth, person)) == 2:
-            refused = leaving(auth, person, ada.tenant_id)
-            assert await reason_of(refused) == "STATE_CONFLICT"
+    make = pb.AssignRoleRequest(user_id=guest.away.id, role=pb.ROLE_OWNER)
+    await tenants.AssignRole(make, metadata=ada.as_)
+    step_down = pb.AssignRoleRequest(user_id=ada.id, role=pb.ROLE_ADMIN)
+    await tenants.AssignRole(step_down, metadata=ada.as_)
+    for person in (guest.home, guest.away):
+        refused = leaving(auth, person, ada.tenant_id)
+        assert await reason_of(refused) == "STATE_CONFLICT"
+    make = pb.AssignRoleRequest(user_id=ada.id, role=pb.ROLE_OWNER)
+    await tenants.AssignRole(make, metadata=bearer(guest.away.credentials.caller))
+    await leaving(auth, guest.away, ada.tenant_id)
+
+
+async def test_of_owners_who_leave_at_once_one_stays(
+    memberships: MembershipStore, owner: asyncpg.Connection
+) -> None:
+    for _ in range(ROUNDS):
+        homes = [(await owners(owner, 1))[0] for _ in range(2)]
+        tenant_id = ids.new_id()
+        await owner.execute("INSERT INTO tenants VALUES ($1, now())", tenant_id)
+        await owner.executemany(
+            """
+            INSERT INTO users (tenant_id, id, display_name, created_at, home_id)
+            VALUES ($1, uuidv7(), 'somebody', now(), $2)
+            """,
+            [(tenant_id, home.user_id) for home in homes],
+        )
+        outcomes = await asyncio.gather(
+            *(memberships.leave(home, tenant_id) for home in homes), return_exceptions=True
+        )
+        assert [type(each) for each in outcomes].count(StateConflict) == 1
+    left = "SELECT count(*) FROM users WHERE home_id IS NOT NULL"
+    assert await owner.fetchval(left) == ROUNDS
 
 
 # --- all or nothing ----------------------------------------------------------------------------
@@ -844,36 +859,41 @@ async def all_rows(owner: asyncpg.Connection) -> dict[str, int]:
 
 @pytest.mark.usefixtures("lightning")
 async def test_whatever_fails_half_way_leaves_nothing_half(
-    auth: Auth,
-    tenants: Tenants,
     ada: Person,
     bob: Person,
     invite: Invite,
-    switch: Switch,
+    memberships: MembershipStore,
+    members: MemberStore,
+    clock: FakeClock,
     fail_at: Callable[[str], Awaitable[None]],
     owner: asyncpg.Connection,
 ) -> None:
-    token = await invite(ada, bob.email)
+    token, caller = await invite(ada, bob.email), bob.credentials.caller
+    there = ada.credentials.caller.tenant_id
+
+    async def switch() -> None:
+        await memberships.switch(bob.credentials, there, hash_of(new_token()), "", clock.now)
 
     async def remove() -> None:
-        there = (await tenants_of(auth, bob))[1].user_id
-        request = pb.RemoveMemberRequest(user_id=there)
-        await tenants.RemoveMember(request, metadata=ada.as_)
+        away = (await memberships.list_all(caller))[1]
+        await members.remove(ada.credentials.caller, away.caller.user_id)
 
-    steps: list[tuple[str, Callable[[], Awaitable[Any]]]] = [
-        ("invitation.accept", lambda: accept(auth, bob, token)),
-        ("session.switch", lambda: switch(bob, ada.tenant_id)),
+    steps: list[tuple[str, Callable[[], Awaitable[object]]]] = [
+        ("invitation.accept", lambda: memberships.accept(caller, token, clock.now)),
+        ("session.switch", switch),
+        ("user.erase", lambda: memberships.leave(caller, there)),
         ("user.erase", remove),
-        ("user.erase", lambda: leaving(auth, bob, ada.tenant_id)),
     ]
     for action, step in steps:
         before = await all_rows(owner)
         await fail_at(action)
-        assert await reason_of(step()) == "INTERNAL"
+        with pytest.raises(asyncpg.RaiseError, match="struck by lightning"):
+            await step()
         assert await all_rows(owner) == before
         await fail_at("nothing")
-        if step is not remove:
+        if action != "user.erase":
             await step()
+    await remove()
 
 
 async def test_what_an_account_does_is_told_in_the_tenant_that_it_does_it_in(

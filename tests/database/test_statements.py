@@ -40,7 +40,6 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "auth.mail_store._forget_tokens": ONE,
     "auth.mail_store.forget": "system role: what is old goes, whose it ever was",
     "auth.mail_store.is_living": "system role: whoever has the token may ask about it",
-    "auth.membership_store._asked_into": "system role: whoever has the token may ask about it",
     "auth.membership_store._check_room": ACCOUNT,
     "auth.membership_store._close": "system role: whoever has the token joins",
     "auth.membership_store._home": "the user's id is the column id",
