@@ -220,24 +220,30 @@ async def begin(
         session.caller.user_id,
         now - _KEPT,
     )
-    await _make_room(connection, session.caller, now)
+    await _make_room(connection, session.caller, now, kept=switched_from)
     await start(connection, session, token_hash, now, switched_from=switched_from)
 
 
-async def _make_room(connection: Connection, caller: Caller, now: datetime) -> None:
-    """End the oldest sessions of a person who has as many as one may have."""
+async def _make_room(
+    connection: Connection, caller: Caller, now: datetime, *, kept: UUID | None
+) -> None:
+    """End the oldest sessions of a person who has as many as one may have, but for one kept.
+
+    The others are not locked: those who switch from one session would wait for each other.
+    """
     rows = await connection.fetch(
         """
         SELECT id
           FROM sessions
          WHERE user_id = ANY ($1) AND ended_at IS NULL AND expires_at > $2
+           AND id IS DISTINCT FROM $4
          ORDER BY id DESC
         OFFSET $3
-           FOR UPDATE
         """,
         _ids(await people.everywhere(connection, caller)),
         now,
-        _MOST_LIVING - 1,
+        _MOST_LIVING - 1 - (kept is not None),
+        kept,
     )
     await _end_with_others(connection, [row["id"] for row in rows], "crowded", now)
 
