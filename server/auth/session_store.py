@@ -153,6 +153,17 @@ async def end_all(
 
     Sessions that were switched to from them go on: those of other users are not ended by this.
     """
+    count = 0
+    # What is being begun from one of them holds it, and is there once that has ended.
+    while session_ids := await _lock_all(connection, callers, now, kept):
+        await _end(connection, session_ids, reason, now)
+        count += len(session_ids)
+    return count
+
+
+async def _lock_all(
+    connection: Connection, callers: Sequence[Caller], now: datetime, kept: UUID | None
+) -> Sequence[UUID]:
     rows = await connection.fetch(
         """
         SELECT id
@@ -166,8 +177,7 @@ async def end_all(
         now,
         kept,
     )
-    await _end(connection, [row["id"] for row in rows], reason, now)
-    return len(rows)
+    return [row["id"] for row in rows]
 
 
 async def lock_enabled(connection: Connection, caller: Caller) -> bool:

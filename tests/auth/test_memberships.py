@@ -446,6 +446,31 @@ async def test_of_switches_and_the_end_of_a_session_at_once_nothing_is_left(
         assert not await owner.fetchval(left, new.session.id)
 
 
+async def test_of_switches_and_a_log_out_everywhere_at_once_nothing_is_left(
+    system_database: SystemDatabase,
+    memberships: MembershipStore,
+    guest: Guest,
+    issuer: Issuer,
+    clock: FakeClock,
+    owner: asyncpg.Connection,
+) -> None:
+    sessions, caller = SessionStore(system_database), guest.home.credentials.caller
+    there = guest.away.credentials.caller.tenant_id
+    for _ in range(ROUNDS):
+        new = issuer.begin(caller, "owner", "")
+        await sessions.start(new.session, new.token_hash, clock.now)
+        asking = replace(guest.home.credentials, grant_id=new.session.id)
+        switches = [
+            memberships.switch(asking, there, hash_of(new_token()), "", clock.now) for _ in range(6)
+        ]
+        end = sessions.end_everywhere(caller, clock.now)
+        outcomes = await asyncio.gather(*switches[:3], end, *switches[3:], return_exceptions=True)
+        assert {type(each) for each in outcomes} <= {int, Session, Unauthenticated}
+        left = "SELECT count(*) FROM sessions WHERE user_id = ANY ($1) AND ended_at IS NULL"
+        both = [caller.user_id, guest.away.credentials.caller.user_id]
+        assert not await owner.fetchval(left, both)
+
+
 async def test_a_person_has_a_number_of_sessions_in_all_tenants_together(
     auth: Auth, guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "auth.session_store._make_room": ACCOUNT,
     "auth.session_store._mark_used": SESSION,
     "auth.session_store.begin": ONE,
-    "auth.session_store.end_all": ACCOUNT,
+    "auth.session_store._lock_all": ACCOUNT,
     "auth.session_store.lock_enabled": "the user's id is the column id",
     "auth.session_store.revoke": ACCOUNT,
     "auth.store._accept": "system role: whoever has the token joins",
