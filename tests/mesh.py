@@ -134,6 +134,25 @@ async def join(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, h
     )
 
 
+async def join_too(
+    mesh: Mesh,
+    http: httpx.AsyncClient,
+    channel: grpc.aio.Channel,
+    user: User,
+    host: User,
+    role: auth.Role.ValueType = auth.ROLE_MEMBER,
+) -> User:
+    """Return whom a user's account is in somebody's tenant, into which it is asked."""
+    await host.grpc(auth.CreateInvitationRequest(email=user.email, role=role))
+    invitation = await mailed_token(mesh, user.email, "You are invited")
+    await user.grpc(auth.AcceptInvitationRequest(invitation=invitation))
+    answer = await user.grpc(auth.SwitchTenantRequest(tenant_id=host.tenant_id))
+    token = answer.tokens.access_token
+    rest, over_grpc = Rest(http, token), Grpc(channel, bearer(token))
+    await over_grpc(GRANT)
+    return User(answer.user_id, host.tenant_id, user.email, answer.tokens, rest, over_grpc)
+
+
 async def acting(
     http: httpx.AsyncClient,
     channel: grpc.aio.Channel,
@@ -155,12 +174,12 @@ async def acting(
     return agent, made
 
 
-async def mailed_token(mesh: Mesh, email: str) -> str:
-    """Return the token in the newest mail to somebody."""
+async def mailed_token(mesh: Mesh, email: str, subject: str = "") -> str:
+    """Return the token in the newest mail to somebody, of those with a subject."""
 
     async def look() -> list[str]:
         mails = [file.read_text() for file in sorted(mesh.layout.mails.glob("*.eml"))]
-        return [mail for mail in mails if f"To: {email}" in mail]
+        return [mail for mail in mails if f"To: {email}" in mail and subject in mail]
 
     mails = await eventually(look, bool)
     return next(line for line in mails[-1].splitlines() if _TOKEN.fullmatch(line))

@@ -118,6 +118,13 @@ class Client:
         answer = await self.auth.LogIn(auth_pb2.LogInRequest(email=email, password=password))
         self._session.begin(answer.tokens, self._refresh)
 
+    async def switch_tenant(self, tenant_id: str) -> auth_pb2.SwitchTenantResponse:
+        """Act as whom the account is in another of its tenants from now on."""
+        request = auth_pb2.SwitchTenantRequest(tenant_id=tenant_id)
+        answer = await self.auth.SwitchTenant(request)
+        self._session.begin(answer.tokens, self._refresh)
+        return answer
+
     async def use_api_key(self, api_key: str) -> None:
         """Act as the user of an API key from now on, as far as its scopes go."""
         request = auth_pb2.ExchangeTokenRequest(api_key=api_key)

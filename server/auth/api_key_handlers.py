@@ -12,6 +12,7 @@ from server import ids
 from server.auth.api_key_store import ApiKeyStore
 from server.auth.api_keys import ApiKey, Secret, check_expiry, check_overlap, check_scopes
 from server.auth.issuing import Issuer, seconds
+from server.auth.messages import timestamp
 from server.auth.metrics import TOKENS
 from server.caller import current_caller
 from server.clock import Clock
@@ -116,13 +117,7 @@ def _key_to(key: ApiKey) -> pb.ApiKey:
         name=key.name,
         prefix=key.prefix,
         scopes=key.scopes,
-        create_time=_timestamp(key.created_at),
-        expire_time=_timestamp(key.expires_at),
-        last_use_time=_timestamp(used_at) if used_at else None,
+        create_time=timestamp(key.created_at),
+        expire_time=timestamp(key.expires_at),
+        last_use_time=timestamp(used_at) if used_at else None,
     )
-
-
-def _timestamp(instant: datetime) -> timestamp_pb2.Timestamp:
-    timestamp = timestamp_pb2.Timestamp()
-    timestamp.FromDatetime(instant)
-    return timestamp

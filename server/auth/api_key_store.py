@@ -108,9 +108,11 @@ class ApiKeyStore:
                   FROM api_key_secrets AS secret
                   JOIN api_keys AS key ON key.id = secret.key_id
                   JOIN users ON users.id = key.user_id AND users.disabled_at IS NULL
+                  LEFT JOIN users AS home ON home.id = users.home_id
                   LEFT JOIN agents AS agent ON agent.id = key.agent_id
                  WHERE secret.hash = $1 AND secret.expires_at > $2 AND key.expires_at > $2
                    AND key.revoked_at IS NULL AND agent.disabled_at IS NULL
+                   AND home.disabled_at IS NULL
                 """,  # noqa: S608 - a constant of ours
                 hash_of(secret),
                 now,

@@ -71,8 +71,9 @@ def write(kind: Kind, recipient: str, token: str, hours: int) -> Mail:
             subject = "You are invited"
             text = (
                 "Somebody asks you to join them on Kimberly.\n"
-                f"Within {hours} h, whoever signs up for this address with this token\n"
-                "(POST /v1/signup, field invitation) joins them:\n\n"
+                f"Within {hours} h, whoever has an account with this address joins them by this\n"
+                "token (POST /v1/user/tenants:acceptInvitation), and whoever has none by signing\n"
+                "up for it (POST /v1/signup, field invitation):\n\n"
                 f"{token}\n\nIf you do not know what this is about, do nothing.\n"
             )
         case _:

@@ -4,7 +4,7 @@ Whatever the access token says of a role, what counts is the role that stands in
 the change is made. Changes of one tenant take turns.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Final
@@ -14,7 +14,7 @@ import asyncpg
 
 from server import audit, ids
 from server.access import ROLES, Access, Role
-from server.auth import api_key_store, mail_store, session_store
+from server.auth import api_key_store, mail_store, people, session_store
 from server.auth.mail import Kind
 from server.auth.members import Invitation, Member, may_change
 from server.caller import Caller
@@ -27,10 +27,17 @@ from server.errors import (
     StateConflict,
 )
 
+Erase = Callable[[Connection, Caller, str], Awaitable[UUID]]
+"""Begins to erase a user in a transaction, as somebody asks; returns the id of the receipt."""
+
 _MOST_OPEN: Final = 100
 _MEMBER: Final = """
-    users.id, users.email, users.display_name, users.role, users.created_at,
-    users.email_verified_at IS NOT NULL AS email_verified, users.disabled_at
+    users.id, users.display_name, users.role, users.created_at, users.disabled_at,
+    users.home_id IS NULL AS is_home,
+    (SELECT email FROM users AS home WHERE id = coalesce(users.home_id, users.id)) AS email,
+    (SELECT email_verified_at IS NOT NULL
+       FROM users AS home
+      WHERE id = coalesce(users.home_id, users.id)) AS email_verified
 """
 _INVITATION: Final = "id, email, role, user_id, created_at, expires_at"
 
@@ -38,8 +45,9 @@ _INVITATION: Final = "id, email, role, user_id, created_at, expires_at"
 class MemberStore:
     """Who belongs to a tenant, and who was asked to."""
 
-    def __init__(self, database: SystemDatabase) -> None:
+    def __init__(self, database: SystemDatabase, erase: Erase) -> None:
         self._database = database
+        self._erase = erase
 
     async def list_members(
         self, caller: Caller, *, after: UUID | None, limit: int
@@ -77,12 +85,14 @@ class MemberStore:
             if not may_change(actor, member.role, role):
                 raise PermissionDenied
             changed = await _update(connection, caller, user_id, role, member.disabled_at)
-            await _check_owner_left(connection, caller)
+            await check_owner_left(connection, caller)
             await _record(connection, caller, user_id, f"member.assign_{role.value}")
         return changed
 
     async def disable(self, caller: Caller, user_id: UUID, now: datetime) -> Member:
-        """Keep a member from logging in, and end all that they have open.
+        """Keep a member out of the tenant, and end all that they have open there.
+
+        With whose account is at home in the tenant, the account is out of all others as well.
 
         Raises:
             NotFound: The tenant has no such member.
@@ -97,10 +107,11 @@ class MemberStore:
                 raise StateConflict("nobody disables themselves")
             disabled_at = member.disabled_at or now
             changed = await _update(connection, caller, user_id, member.role, disabled_at)
-            await _check_owner_left(connection, caller)
-            target = Caller(caller.tenant_id, user_id)
-            await session_store.end_all(connection, target, "disabled", now)
-            await api_key_store.replace_grants(connection, target)
+            await check_owner_left(connection, caller)
+            out = await people.standing_with(connection, Caller(caller.tenant_id, user_id))
+            await session_store.end_all(connection, out, "disabled", now)
+            for each in out:
+                await api_key_store.replace_grants(connection, each)
             await _record(connection, caller, user_id, "member.disable")
         return changed
 
@@ -119,8 +130,30 @@ class MemberStore:
             await _record(connection, caller, user_id, "member.enable")
         return changed
 
+    async def remove(self, caller: Caller, user_id: UUID) -> UUID:
+        """Take a member out of the tenant, and return the receipt of what they kept there.
+
+        Raises:
+            NotFound: The tenant has no such member.
+            PermissionDenied: The caller may not.
+            StateConflict: It is the caller, the last owner, or at home in the tenant.
+        """
+        async with self._changing(caller) as (connection, actor):
+            member = await _get(connection, caller, user_id)
+            if not may_change(actor, member.role):
+                raise PermissionDenied
+            if user_id == caller.user_id:
+                raise StateConflict("nobody removes themselves; leave the tenant instead")
+            if member.is_home:
+                raise StateConflict("their account is at home in this tenant; disable it instead")
+            await _record(connection, caller, user_id, "member.remove")
+            target = Caller(caller.tenant_id, user_id)
+            receipt_id = await self._erase(connection, target, caller.actor)
+            await check_owner_left(connection, caller)
+        return receipt_id
+
     async def log_out(self, caller: Caller, user_id: UUID, now: datetime) -> int:
-        """End every session of a member and return how many that were.
+        """End every session that a member has in the tenant, and return how many that were.
 
         Raises:
             NotFound: The tenant has no such member.
@@ -132,7 +165,7 @@ class MemberStore:
                 raise PermissionDenied
             target = Caller(caller.tenant_id, user_id)
             await _record(connection, caller, user_id, "member.log_out")
-            return await session_store.end_all(connection, target, "admin", now)
+            return await session_store.end_all(connection, [target], "admin", now)
 
     async def invite(self, caller: Caller, email: str, role: Role, now: datetime) -> Invitation:
         """Ask somebody to join, and have the token mailed.
@@ -221,14 +254,25 @@ class MemberStore:
     @asynccontextmanager
     async def _changing(self, caller: Caller) -> AsyncIterator[tuple[Connection, Role]]:
         async with self._database.transaction() as connection:
-            lock = int.from_bytes(caller.tenant_id.bytes[-8:], signed=True)
-            await connection.execute("SELECT pg_advisory_xact_lock($1)", lock)
+            await take_turns(connection, caller.tenant_id)
             yield connection, await _check_role(connection, caller, Access.ADMIN)
+
+
+async def take_turns(connection: Connection, tenant_id: UUID) -> None:
+    """Wait for others who change a tenant, and have them wait until this commits."""
+    lock = int.from_bytes(tenant_id.bytes[-8:], signed=True)
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", lock)
 
 
 async def _check_role(connection: Connection, caller: Caller, access: Access) -> Role:
     role = await connection.fetchval(
-        "SELECT role FROM users WHERE tenant_id = $1 AND id = $2 AND disabled_at IS NULL",
+        """
+        SELECT users.role
+          FROM users
+          LEFT JOIN users AS home ON home.id = users.home_id
+         WHERE users.tenant_id = $1 AND users.id = $2
+           AND users.disabled_at IS NULL AND home.disabled_at IS NULL
+        """,
         caller.tenant_id,
         caller.user_id,
     )
@@ -270,7 +314,12 @@ async def _update(
     return _member(row)
 
 
-async def _check_owner_left(connection: Connection, caller: Caller) -> None:
+async def check_owner_left(connection: Connection, caller: Caller) -> None:
+    """Make sure that a tenant has an owner who is not disabled.
+
+    Raises:
+        StateConflict: It has none.
+    """
     left = await connection.fetchval(
         """
         SELECT EXISTS (SELECT FROM users
@@ -300,7 +349,9 @@ async def _check_may_ask(connection: Connection, caller: Caller, email: str) -> 
     row = await connection.fetchrow(
         """
         SELECT count(*) AS open, coalesce(bool_or(email = $2), false) AS asked,
-               EXISTS (SELECT FROM users WHERE tenant_id = $1 AND email = $2) AS belongs
+               EXISTS (SELECT FROM users
+                         JOIN users AS home ON home.id = coalesce(users.home_id, users.id)
+                        WHERE users.tenant_id = $1 AND home.email = $2) AS belongs
           FROM invitations
          WHERE tenant_id = $1 AND accepted_at IS NULL AND revoked_at IS NULL
         """,
@@ -353,6 +404,7 @@ def _member(row: asyncpg.Record) -> Member:
         joined_at=row["created_at"],
         email_verified=row["email_verified"],
         disabled_at=row["disabled_at"],
+        is_home=row["is_home"],
     )
 
 

@@ -5,6 +5,7 @@ from datetime import datetime
 from uuid import UUID
 
 from server.access import Role
+from server.caller import Caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,19 @@ class Member:
     role: Role
     joined_at: datetime
     email_verified: bool
+    disabled_at: datetime | None
+    is_home: bool
+    """Whether their account is at home in the tenant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """What somebody is in one of their tenants."""
+
+    caller: Caller
+    role: Role
+    joined_at: datetime
+    is_home: bool
     disabled_at: datetime | None
 
 

@@ -10,7 +10,7 @@ from server.auth.attempt_store import AttemptStore
 from server.auth.mail import Kind
 from server.auth.mail_store import MailStore
 from server.auth.passwords import Passwords
-from server.auth.store import AccountStore
+from server.auth.store import Account, AccountStore
 from server.caller import current_caller, current_credentials
 from server.clock import Clock
 from server.errors import CredentialsInvalid, MailedTokenInvalid
@@ -31,21 +31,30 @@ class PasswordHandlers:
     async def ChangePassword(
         self, request: pb.ChangePasswordRequest, context: Context
     ) -> pb.ChangePasswordResponse:
-        credentials, place = current_credentials(), current_place()
+        credentials = current_credentials()
         account = await self._accounts.get(credentials.caller)
         names = [account.email, account.email.partition("@")[0]]
         await self._hashing.check_new(request.new_password, "new_password", names=names)
-        # A stolen access token is no way around the wait between two guesses.
-        is_allowed = await self._attempts.begin(account.email, place, self._clock())
-        matches = await self._hashing.match(account.password_hash, request.current_password)
-        if not matches or not is_allowed:
+        if not await self.proves(account, request.current_password):
             raise CredentialsInvalid
-        await self._attempts.succeed(account.email, place, self._clock())
         renewed = await self._hashing.hash(request.new_password)
         ended = await self._accounts.change_password(
             account, renewed, self._clock(), kept=credentials.grant_id
         )
         return pb.ChangePasswordResponse(ended_sessions=ended)
+
+    async def proves(self, account: Account, password: str) -> bool:
+        """Tell whether a password is that of a signed-in account.
+
+        A stolen access token is no way around the wait between two guesses.
+        """
+        place = current_place()
+        is_allowed = await self._attempts.begin(account.email, place, self._clock())
+        matches = await self._hashing.match(account.password_hash, password)
+        if not matches or not is_allowed:
+            return False
+        await self._attempts.succeed(account.email, place, self._clock())
+        return True
 
     async def RequestPasswordReset(
         self, request: pb.RequestPasswordResetRequest, context: Context

@@ -19,9 +19,10 @@ from server.auth.attempt_store import AttemptStore
 from server.auth.issuing import Issuer
 from server.auth.keyring import Keyring
 from server.auth.mail_store import MailStore
+from server.auth.membership_handlers import MembershipHandlers
+from server.auth.membership_store import MembershipStore
 from server.auth.metrics import LOG_INS, TOKENS
 from server.auth.oauth_handlers import OAuthHandlers
-from server.auth.password_handlers import PasswordHandlers
 from server.auth.passwords import Passwords
 from server.auth.session_store import SessionStore
 from server.auth.store import Account, AccountStore, NewUser
@@ -35,7 +36,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _LONGEST_NAME: Final = 100
 
 
-class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServiceServicer):
+class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthServiceServicer):
     """Signs people up and in, and issues the tokens that every other service verifies."""
 
     def __init__(
@@ -45,6 +46,7 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         attempts: AttemptStore,
         mails: MailStore,
         api_keys: ApiKeyStore,
+        memberships: MembershipStore,
         keyring: Keyring,
         hashing: Passwords,
         issuer: Issuer,
@@ -56,6 +58,7 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, PasswordHandlers, rpc.AuthServi
         self._attempts = attempts
         self._mails = mails
         self._api_keys = api_keys
+        self._memberships = memberships
         self._keyring = keyring
         self._hashing = hashing
         self._issuer = issuer

@@ -1,16 +1,15 @@
 """What AuthService answers about sessions."""
 
-from datetime import datetime
 from typing import Any, TypeAlias
 from uuid import UUID
 
 import grpc
-from google.protobuf import timestamp_pb2
 from kimberly.auth.v1 import auth_pb2 as pb
 
 from server import ids
 from server.auth import refresh_tokens
 from server.auth.issuing import Issuer
+from server.auth.messages import timestamp
 from server.auth.metrics import TOKENS
 from server.auth.session_store import LivingSession, SessionStore
 from server.caller import current_caller, current_credentials
@@ -81,15 +80,10 @@ def _session_to(session: LivingSession, current: UUID) -> pb.Session:
     refreshed_at = session.refreshed_at
     return pb.Session(
         id=ids.show(ids.SESSION, session.id),
-        start_time=_timestamp(session.started_at),
-        expire_time=_timestamp(session.expires_at),
-        refresh_time=_timestamp(refreshed_at) if refreshed_at else None,
+        start_time=timestamp(session.started_at),
+        expire_time=timestamp(session.expires_at),
+        refresh_time=timestamp(refreshed_at) if refreshed_at else None,
         client_name=session.client_name,
         current=session.id == current,
+        tenant_id=ids.show(ids.TENANT, session.tenant_id),
     )
-
-
-def _timestamp(instant: datetime) -> timestamp_pb2.Timestamp:
-    timestamp = timestamp_pb2.Timestamp()
-    timestamp.FromDatetime(instant)
-    return timestamp

@@ -1,5 +1,6 @@
 """Sessions in Postgres, as the system role: no caller is known before a session is."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -7,6 +8,7 @@ from typing import Final, assert_never
 from uuid import UUID
 
 from server import audit, ids
+from server.auth import people
 from server.auth.refresh_tokens import Presented, Session, Verdict, judge
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
@@ -26,6 +28,7 @@ class LivingSession:
     expires_at: datetime
     refreshed_at: datetime | None
     client_name: str
+    tenant_id: UUID
 
 
 class SessionStore:
@@ -41,14 +44,9 @@ class SessionStore:
             CredentialsInvalid: The user was disabled meanwhile.
         """
         async with self._database.transaction() as connection:
-            await connection.execute(
-                "DELETE FROM sessions WHERE user_id = $1 AND expires_at < $2",
-                session.caller.user_id,
-                now - _KEPT,
-            )
-            await _check_enabled(connection, session.caller)
-            await _make_room(connection, session.caller, now)
-            await start(connection, session, token_hash, now)
+            if not await lock_enabled(connection, session.caller):
+                raise CredentialsInvalid
+            await begin(connection, session, token_hash, now)
 
     async def use_token(
         self, token_hash: bytes, successor_hash: bytes, now: datetime
@@ -73,7 +71,7 @@ class SessionStore:
                 case Verdict.REPEAT:
                     await _count_repeat(connection, session.id)
                 case Verdict.REVOKE:
-                    await _end(connection, session.caller, [session.id], "reuse", now)
+                    await _end_with_others(connection, [session.id], "reuse", now)
                     return None
                 case Verdict.REFUSE:
                     return None
@@ -87,22 +85,19 @@ class SessionStore:
         async with self._database.transaction() as connection:
             presented = await _lock(connection, token_hash)
             if presented is not None and not presented.has_ended:
-                await _end(
-                    connection, presented.session.caller, [presented.session.id], "log_out", now
-                )
+                await _end_with_others(connection, [presented.session.id], "log_out", now)
 
     async def list_living(self, caller: Caller, now: datetime) -> Sequence[LivingSession]:
-        """Return the sessions of a user that go on, the newest first."""
+        """Return the sessions that go on of the person that a user is, the newest first."""
         async with self._database.transaction() as connection:
             rows = await connection.fetch(
                 """
-                SELECT id, started_at, expires_at, used_at, client_name
+                SELECT id, started_at, expires_at, used_at, client_name, tenant_id
                   FROM sessions
-                 WHERE tenant_id = $1 AND user_id = $2 AND ended_at IS NULL AND expires_at > $3
+                 WHERE user_id = ANY ($1) AND ended_at IS NULL AND expires_at > $2
                  ORDER BY id DESC
                 """,
-                caller.tenant_id,
-                caller.user_id,
+                _ids(await people.everywhere(connection, caller)),
                 now,
             )
         return [
@@ -112,100 +107,171 @@ class SessionStore:
                 expires_at=row["expires_at"],
                 refreshed_at=row["used_at"],
                 client_name=row["client_name"],
+                tenant_id=row["tenant_id"],
             )
             for row in rows
         ]
 
     async def revoke(self, caller: Caller, session_id: UUID, now: datetime) -> None:
-        """End one session of a user.
+        """End one session of the person that a user is.
 
         Raises:
-            NotFound: The user has no such session that goes on.
+            NotFound: They have no such session that goes on.
         """
         async with self._database.transaction() as connection:
             found = await connection.fetchval(
                 """
                 SELECT id
                   FROM sessions
-                 WHERE tenant_id = $1 AND user_id = $2 AND id = $3
-                   AND ended_at IS NULL AND expires_at > $4
+                 WHERE user_id = ANY ($1) AND id = $2 AND ended_at IS NULL AND expires_at > $3
                    FOR UPDATE
                 """,
-                caller.tenant_id,
-                caller.user_id,
+                _ids(await people.everywhere(connection, caller)),
                 session_id,
                 now,
             )
             if found is None:
                 raise NotFound("session")
-            await _end(connection, caller, [session_id], "revoked", now)
+            await _end_with_others(connection, [session_id], "revoked", now)
 
     async def end_everywhere(self, caller: Caller, now: datetime) -> int:
-        """End every session of a user and return how many that were."""
+        """End every session of the person that a user is, and return how many that were."""
         async with self._database.transaction() as connection:
-            return await end_all(connection, caller, "log_out_everywhere", now)
+            everywhere = await people.everywhere(connection, caller)
+            return await end_all(connection, everywhere, "log_out_everywhere", now)
 
 
 async def end_all(
-    connection: Connection, caller: Caller, reason: str, now: datetime, *, kept: UUID | None = None
+    connection: Connection,
+    callers: Sequence[Caller],
+    reason: str,
+    now: datetime,
+    *,
+    kept: UUID | None = None,
 ) -> int:
-    """End every session of a user, but for one that may be kept, and return how many that were."""
+    """End every session of some users, but for one that may be kept; return how many those were.
+
+    Sessions that were switched to from them go on: those of other users are not ended by this.
+    """
+    count = 0
+    # What is being begun from one of them holds it, and is there once that has ended.
+    while session_ids := await _lock_all(connection, callers, now, kept):
+        await _end(connection, session_ids, reason, now)
+        count += len(session_ids)
+    return count
+
+
+async def _lock_all(
+    connection: Connection, callers: Sequence[Caller], now: datetime, kept: UUID | None
+) -> Sequence[UUID]:
     rows = await connection.fetch(
         """
         SELECT id
           FROM sessions
-         WHERE tenant_id = $1 AND user_id = $2 AND ended_at IS NULL AND expires_at > $3
-           AND id IS DISTINCT FROM $4
+         WHERE user_id = ANY ($1) AND ended_at IS NULL AND expires_at > $2
+           AND id IS DISTINCT FROM $3
          ORDER BY id
            FOR UPDATE
         """,
-        caller.tenant_id,
-        caller.user_id,
+        _ids(callers),
         now,
         kept,
     )
-    await _end(connection, caller, [row["id"] for row in rows], reason, now)
-    return len(rows)
+    return [row["id"] for row in rows]
 
 
-async def _check_enabled(connection: Connection, caller: Caller) -> None:
-    """Make sure that a user is not disabled, and is not until this transaction ends."""
-    enabled = await connection.fetchval(
+async def lock_enabled(connection: Connection, caller: Caller) -> bool:
+    """Tell whether neither a user nor their home is disabled, nor will be before this commits."""
+    rows = await connection.fetch(
         """
-        SELECT id FROM users WHERE tenant_id = $1 AND id = $2 AND disabled_at IS NULL FOR SHARE
+        SELECT disabled_at
+          FROM users
+         WHERE (tenant_id = $1 AND id = $2)
+            OR id = (SELECT home_id FROM users WHERE tenant_id = $1 AND id = $2)
+           FOR SHARE
         """,
         caller.tenant_id,
         caller.user_id,
     )
-    if enabled is None:
-        raise CredentialsInvalid
+    return bool(rows) and not any(row["disabled_at"] for row in rows)
 
 
-async def _make_room(connection: Connection, caller: Caller, now: datetime) -> None:
-    """End the oldest sessions of a user who has as many as one may have."""
+async def lock_living(
+    connection: Connection, caller: Caller, session_id: UUID, now: datetime
+) -> datetime | None:
+    """Return when a session expires that goes on, and does not end before this commits."""
+    expires_at: datetime | None = await connection.fetchval(
+        """
+        SELECT expires_at
+          FROM sessions
+         WHERE tenant_id = $1 AND user_id = $2 AND id = $3
+           AND ended_at IS NULL AND expires_at > $4
+           FOR SHARE
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        session_id,
+        now,
+    )
+    return expires_at
+
+
+async def begin(
+    connection: Connection,
+    session: Session,
+    token_hash: bytes,
+    now: datetime,
+    *,
+    switched_from: UUID | None = None,
+) -> None:
+    """Start a session, after making room for it and forgetting the user's expired ones."""
+    await connection.execute(
+        "DELETE FROM sessions WHERE user_id = $1 AND expires_at < $2",
+        session.caller.user_id,
+        now - _KEPT,
+    )
+    await _make_room(connection, session.caller, now, kept=switched_from)
+    await start(connection, session, token_hash, now, switched_from=switched_from)
+
+
+async def _make_room(
+    connection: Connection, caller: Caller, now: datetime, *, kept: UUID | None
+) -> None:
+    """End the oldest sessions of a person who has as many as one may have, but for one kept.
+
+    The others are not locked: those who switch from one session would wait for each other.
+    """
     rows = await connection.fetch(
         """
         SELECT id
           FROM sessions
-         WHERE tenant_id = $1 AND user_id = $2 AND ended_at IS NULL AND expires_at > $3
+         WHERE user_id = ANY ($1) AND ended_at IS NULL AND expires_at > $2
+           AND id IS DISTINCT FROM $4
          ORDER BY id DESC
-        OFFSET $4
-           FOR UPDATE
+        OFFSET $3
         """,
-        caller.tenant_id,
-        caller.user_id,
+        _ids(await people.everywhere(connection, caller)),
         now,
-        _MOST_LIVING - 1,
+        _MOST_LIVING - 1 - (kept is not None),
+        kept,
     )
-    await _end(connection, caller, [row["id"] for row in rows], "crowded", now)
+    await _end_with_others(connection, [row["id"] for row in rows], "crowded", now)
 
 
-async def start(connection: Connection, session: Session, token_hash: bytes, now: datetime) -> None:
+async def start(
+    connection: Connection,
+    session: Session,
+    token_hash: bytes,
+    now: datetime,
+    *,
+    switched_from: UUID | None = None,
+) -> None:
     """Store a session with its first refresh token."""
     await connection.execute(
         """
-        INSERT INTO sessions (tenant_id, user_id, id, started_at, expires_at, client_name)
-        VALUES ($1, $2, $3, $4, $5, $6)
+        INSERT INTO sessions (tenant_id, user_id, id, started_at, expires_at, client_name,
+                              switched_from)
+        VALUES ($1, $2, $3, $4, $5, $6, $7)
         """,
         session.caller.tenant_id,
         session.caller.user_id,
@@ -213,10 +279,11 @@ async def start(connection: Connection, session: Session, token_hash: bytes, now
         now,
         session.expires_at,
         session.client_name,
+        switched_from,
     )
     await _insert_token(connection, session.id, token_hash, 1)
-    shown = ids.show(ids.SESSION, session.id)
-    await audit.record(connection, session.caller, "session.start", shown)
+    action = "session.switch" if switched_from else "session.start"
+    await audit.record(connection, session.caller, action, ids.show(ids.SESSION, session.id))
 
 
 async def _insert_token(
@@ -276,22 +343,47 @@ async def _count_repeat(connection: Connection, session_id: UUID) -> None:
     await connection.execute("UPDATE sessions SET repeats = repeats + 1 WHERE id = $1", session_id)
 
 
+async def _end_with_others(
+    connection: Connection, session_ids: Sequence[UUID], reason: str, now: datetime
+) -> None:
+    """End sessions, and those that were switched to from them, wherever they are.
+
+    What is being begun from a session holds it: once that has ended, all that came of it is there.
+    """
+    while session_ids:
+        await _end(connection, session_ids, reason, now)
+        rows = await connection.fetch(
+            "SELECT id FROM sessions WHERE switched_from = ANY ($1) AND ended_at IS NULL",
+            session_ids,
+        )
+        session_ids = [row["id"] for row in rows]
+
+
 async def _end(
-    connection: Connection,
-    caller: Caller,
-    session_ids: Sequence[UUID],
-    reason: str,
-    now: datetime,
+    connection: Connection, session_ids: Sequence[UUID], reason: str, now: datetime
 ) -> None:
     if not session_ids:
         return
-    await connection.execute(
-        "UPDATE sessions SET ended_at = $2, end_reason = $3 WHERE id = ANY ($1)",
+    rows = await connection.fetch(
+        """
+        UPDATE sessions
+           SET ended_at = $2, end_reason = $3
+         WHERE id = ANY ($1) AND ended_at IS NULL
+        RETURNING tenant_id, user_id, id
+        """,
         session_ids,
         now,
         reason,
     )
-    await end_grants(connection, caller, session_ids)
     action = "session.revoke" if reason == "reuse" else "session.end"
-    shown = [ids.show(ids.SESSION, session_id) for session_id in session_ids]
-    await audit.record_all(connection, caller, action, shown)
+    ended = defaultdict[Caller, list[UUID]](list)
+    for row in rows:
+        ended[Caller(row["tenant_id"], row["user_id"])].append(row["id"])
+    for caller, theirs in ended.items():
+        await end_grants(connection, caller, theirs)
+        shown = [ids.show(ids.SESSION, session_id) for session_id in theirs]
+        await audit.record_all(connection, caller, action, shown)
+
+
+def _ids(callers: Sequence[Caller]) -> list[UUID]:
+    return [caller.user_id for caller in callers]

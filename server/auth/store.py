@@ -9,7 +9,7 @@ import asyncpg
 
 from server import audit, ids
 from server.access import Role
-from server.auth import mail_store, session_store
+from server.auth import mail_store, people, session_store
 from server.auth.mail import Kind
 from server.auth.refresh_tokens import Session, hash_of
 from server.caller import Caller
@@ -22,6 +22,7 @@ class Account:
     """What it takes to log in."""
 
     caller: Caller
+    """The user that the account is at home."""
     email: str
     password_hash: str
     role: str
@@ -97,14 +98,19 @@ class AccountStore:
         return _account(row) if row else None
 
     async def get(self, caller: Caller) -> Account:
-        """Return a user's account.
+        """Return the account of a user, in whichever of its tenants.
 
         Raises:
             NotFound: The user is gone.
         """
         async with self._database.transaction() as connection:
             row = await connection.fetchrow(
-                f"{_ACCOUNT} WHERE users.tenant_id = $1 AND users.id = $2",
+                f"""
+                {_ACCOUNT}
+                 WHERE users.id = (SELECT coalesce(home_id, id)
+                                     FROM users
+                                    WHERE tenant_id = $1 AND id = $2)
+                """,  # noqa: S608 - a constant of ours
                 caller.tenant_id,
                 caller.user_id,
             )
@@ -136,9 +142,8 @@ class AccountStore:
             if changed is None:
                 raise CredentialsInvalid
             await _record(connection, account.caller, "password.change")
-            return await session_store.end_all(
-                connection, account.caller, "password", now, kept=kept
-            )
+            everywhere = await people.everywhere(connection, account.caller)
+            return await session_store.end_all(connection, everywhere, "password", now, kept=kept)
 
     async def reset_password(self, token: str, renewed: str, now: datetime) -> str:
         """Store another password by a mailed token, end every session, and return the email.
@@ -160,8 +165,9 @@ class AccountStore:
                 renewed,
             )
             await _record(connection, caller, "password.reset")
-            await _mark_verified(connection, caller, now)
-            await session_store.end_all(connection, caller, "password", now)
+            await mark_verified(connection, caller, now)
+            everywhere = await people.everywhere(connection, caller)
+            await session_store.end_all(connection, everywhere, "password", now)
         return email
 
     async def verify_email(self, token: str, now: datetime) -> None:
@@ -175,7 +181,7 @@ class AccountStore:
             if used is None:
                 raise MailedTokenInvalid
             caller, _ = used
-            await _mark_verified(connection, caller, now)
+            await mark_verified(connection, caller, now)
 
     async def replace_hash(self, user_id: UUID, outdated: str, renewed: str) -> None:
         """Store the password under another hash, unless the password changed meanwhile."""
@@ -211,7 +217,8 @@ async def _record(connection: Connection, caller: Caller, action: str) -> None:
     await audit.record(connection, caller, action, ids.show(ids.USER, caller.user_id))
 
 
-async def _mark_verified(connection: Connection, caller: Caller, now: datetime) -> None:
+async def mark_verified(connection: Connection, caller: Caller, now: datetime) -> None:
+    """Note that somebody showed that the email of their account reaches them."""
     verified = await connection.fetchval(
         """
         UPDATE users
@@ -254,7 +261,7 @@ async def _accept(connection: Connection, user: NewUser, now: datetime) -> None:
     await audit.record(
         connection, user.caller, "invitation.accept", ids.show(ids.INVITATION, accepted)
     )
-    await _mark_verified(connection, user.caller, now)
+    await mark_verified(connection, user.caller, now)
 
 
 async def _insert_user(connection: Connection, user: NewUser, now: datetime) -> None:

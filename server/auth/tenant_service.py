@@ -1,10 +1,8 @@
 """Serves kimberly.auth.v1.TenantService."""
 
-from datetime import datetime
 from typing import Any, Final, TypeAlias
 
 import grpc
-from google.protobuf import timestamp_pb2
 from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
@@ -13,19 +11,13 @@ from server.access import Role
 from server.auth import emails
 from server.auth.member_store import MemberStore
 from server.auth.members import Invitation, Member
+from server.auth.messages import role_from, role_to, timestamp
 from server.caller import current_caller
 from server.clock import Clock, utc_now
 from server.errors import InvalidArgument
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-_ROLES: Final = {
-    pb.ROLE_OWNER: Role.OWNER,
-    pb.ROLE_ADMIN: Role.ADMIN,
-    pb.ROLE_MEMBER: Role.MEMBER,
-    pb.ROLE_AUDITOR: Role.AUDITOR,
-}
-_ENUM_VALUES: Final = {role: value for value, role in _ROLES.items()}
 _MEMBER_LIST: Final = "members"
 
 
@@ -55,7 +47,7 @@ class TenantService(rpc.TenantServiceServicer):
         self, request: pb.AssignRoleRequest, context: Context
     ) -> pb.AssignRoleResponse:
         user_id = ids.parse(ids.USER, request.user_id, "user_id")
-        role = _role(request.role)
+        role = role_from(request.role)
         member = await self._members.assign(current_caller(), user_id, role)
         return pb.AssignRoleResponse(member=_member_to(member))
 
@@ -73,6 +65,13 @@ class TenantService(rpc.TenantServiceServicer):
         member = await self._members.enable(current_caller(), user_id)
         return pb.EnableMemberResponse(member=_member_to(member))
 
+    async def RemoveMember(
+        self, request: pb.RemoveMemberRequest, context: Context
+    ) -> pb.RemoveMemberResponse:
+        user_id = ids.parse(ids.USER, request.user_id, "user_id")
+        receipt_id = await self._members.remove(current_caller(), user_id)
+        return pb.RemoveMemberResponse(receipt_id=ids.show(ids.RECEIPT, receipt_id))
+
     async def LogOutMember(
         self, request: pb.LogOutMemberRequest, context: Context
     ) -> pb.LogOutMemberResponse:
@@ -83,7 +82,7 @@ class TenantService(rpc.TenantServiceServicer):
     async def CreateInvitation(
         self, request: pb.CreateInvitationRequest, context: Context
     ) -> pb.CreateInvitationResponse:
-        email, role = emails.normalize(request.email, "email"), _role(request.role)
+        email, role = emails.normalize(request.email, "email"), role_from(request.role)
         if role is Role.OWNER:
             raise InvalidArgument("role", "nobody is invited as an owner; assign it afterwards")
         invitation = await self._members.invite(current_caller(), email, role, self._clock())
@@ -103,22 +102,17 @@ class TenantService(rpc.TenantServiceServicer):
         return pb.RevokeInvitationResponse()
 
 
-def _role(asked: pb.Role.ValueType) -> Role:
-    if asked not in _ROLES:
-        raise InvalidArgument("role", "must be one of the named roles")
-    return _ROLES[asked]
-
-
 def _member_to(member: Member) -> pb.Member:
     disabled_at = member.disabled_at
     return pb.Member(
         user_id=ids.show(ids.USER, member.user_id),
         email=member.email,
         display_name=member.display_name,
-        role=_ENUM_VALUES[member.role],
-        join_time=_timestamp(member.joined_at),
+        role=role_to(member.role),
+        join_time=timestamp(member.joined_at),
         email_verified=member.email_verified,
-        disable_time=_timestamp(disabled_at) if disabled_at else None,
+        disable_time=timestamp(disabled_at) if disabled_at else None,
+        home=member.is_home,
     )
 
 
@@ -126,14 +120,8 @@ def _invitation_to(invitation: Invitation) -> pb.Invitation:
     return pb.Invitation(
         id=ids.show(ids.INVITATION, invitation.id),
         email=invitation.email,
-        role=_ENUM_VALUES[invitation.role],
+        role=role_to(invitation.role),
         inviter_id=ids.show(ids.USER, invitation.inviter_id),
-        create_time=_timestamp(invitation.created_at),
-        expire_time=_timestamp(invitation.expires_at),
+        create_time=timestamp(invitation.created_at),
+        expire_time=timestamp(invitation.expires_at),
     )
-
-
-def _timestamp(instant: datetime) -> timestamp_pb2.Timestamp:
-    timestamp = timestamp_pb2.Timestamp()
-    timestamp.FromDatetime(instant)
-    return timestamp

@@ -31,11 +31,13 @@ class Dump:
 _BY_ID: Final = {"id": "uuid"}
 
 DUMPS: Final[Mapping[str, Dump]] = {
-    "users": Dump(_BY_ID, ids={"id": ids.USER}, owner_column="id"),
+    "users": Dump(_BY_ID, ids={"id": ids.USER, "home_id": ids.USER}, owner_column="id"),
     "settings": Dump({"version": "bigint"}),
     "consents": Dump({"purpose": "text", "version": "bigint"}),
     "subscriptions": Dump({"plan": "text"}),
-    "sessions": Dump(_BY_ID, ids={"id": ids.SESSION}, is_behind_wall=True),
+    "sessions": Dump(
+        _BY_ID, ids={"id": ids.SESSION, "switched_from": ids.SESSION}, is_behind_wall=True
+    ),
     "api_keys": Dump(_BY_ID, ids={"id": ids.API_KEY, "agent_id": ids.AGENT}, is_behind_wall=True),
     "agents": Dump(_BY_ID, ids={"id": ids.AGENT}),
     "invitations": Dump(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
 from uuid import UUID, uuid4
@@ -26,7 +26,10 @@ _TRIES_WITHIN: Final = timedelta(hours=1)
 
 _COLUMNS: Final = """
     id, tenant_id, user_id, receipt_id, state, requested_at, erased_at, confirmed_at, removed,
-    rounds
+    rounds, ARRAY(SELECT receipt_id
+                    FROM erasures AS other
+                   WHERE other.begun_with = erasures.id
+                   ORDER BY id) AS membership_receipt_ids
 """
 
 
@@ -68,36 +71,40 @@ class ErasureStore:
         return _erasure(row)
 
     async def password_hash(self, caller: Caller) -> str | None:
-        """Return what a user's password is proved by, before it is tried.
+        """Return what the password of a user's account is proved by, before it is tried.
 
-        The try is written down first, so that no number of them at once gets past the limit.
+        The try is written down first, so that no number of them at once gets past the limit,
+        nor in how many tenants they are made.
 
         Raises:
             RateLimited: There were too many within the hour.
         """
         async with self._database.transaction() as connection:
+            home_id = await connection.fetchval(
+                "SELECT coalesce(home_id, id) FROM users WHERE tenant_id = $1 AND id = $2",
+                caller.tenant_id,
+                caller.user_id,
+            )
             await connection.execute(
-                "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))",
-                f"erasure proof/{caller.user_id}",
+                "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"erasure proof/{home_id}"
             )
             tries = await connection.fetchval(
                 """
                 SELECT count(*)
-                  FROM audit_events
-                 WHERE tenant_id = $1 AND user_id = $2 AND action = 'user.prove'
-                   AND id > (SELECT uuidv7(-$3::interval))
+                  FROM users
+                  JOIN audit_events USING (tenant_id)
+                 WHERE $1 IN (users.id, users.home_id) AND audit_events.user_id = users.id
+                   AND action = 'user.prove'
+                   AND audit_events.id > (SELECT uuidv7(-$2::interval))
                 """,
-                caller.tenant_id,
-                caller.user_id,
+                home_id,
                 _TRIES_WITHIN,
             )
             if tries >= _TRIES:
                 raise RateLimited("wrong passwords", _TRIES_WITHIN)
             await audit.record(connection, caller, "user.prove", ids.show(ids.USER, caller.user_id))
             stored: str | None = await connection.fetchval(
-                "SELECT password_hash FROM accounts WHERE tenant_id = $1 AND user_id = $2",
-                caller.tenant_id,
-                caller.user_id,
+                "SELECT password_hash FROM accounts WHERE user_id = $1", home_id
             )
         return stored
 
@@ -105,7 +112,8 @@ class ErasureStore:
         """Begin to erase a user, or return the erasure that has begun.
 
         With the commit nobody logs in as the user, their refresh tokens are gone, no consent of
-        theirs stands, and whatever they write is refused, in whichever process.
+        theirs stands, and whatever they write is refused, in whichever process. With the home of
+        an account all that the account is in other tenants is erased as well.
 
         Raises:
             StoreUnavailable: A writer of theirs takes too long.
@@ -115,27 +123,68 @@ class ErasureStore:
             begun = await _find_of(connection, caller)
             return begun or await self._begin(connection, caller)
 
-    async def _begin(self, connection: Connection, caller: Caller) -> Erasure:
+    async def begin_within(self, connection: Connection, caller: Caller, actor: str) -> UUID:
+        """Begin to erase a user in the transaction of what ends them, as somebody asks.
+
+        Returns:
+            Id of the receipt.
+
+        Raises:
+            StoreUnavailable: A writer of theirs takes too long.
+        """
+        await _wait_for_writers(connection, caller)
+        return (await self._begin(connection, caller, actor)).receipt_id
+
+    async def _begin(
+        self,
+        connection: Connection,
+        caller: Caller,
+        actor: str | None = None,
+        begun_with: UUID | None = None,
+    ) -> Erasure:
         row = await connection.fetchrow(
             f"""
-            INSERT INTO erasures (id, tenant_id, user_id, receipt_id) VALUES ($1, $2, $3, $4)
+            INSERT INTO erasures (id, tenant_id, user_id, receipt_id, begun_with)
+            VALUES ($1, $2, $3, $4, $5)
             RETURNING {_COLUMNS}
             """,  # noqa: S608 - constants
             ids.new_id(),
             caller.tenant_id,
             caller.user_id,
             uuid4(),
+            begun_with,
         )
+        erasure = _erasure(row)
+        receipt_ids = await self._begin_memberships(connection, erasure, actor)
         for statement in (
             "DELETE FROM sessions WHERE tenant_id = $1 AND user_id = $2",
             "DELETE FROM accounts WHERE tenant_id = $1 AND user_id = $2",
             "DELETE FROM jobs WHERE tenant_id = $1 AND user_id = $2 AND state = 'waiting'",
         ):
             await connection.execute(statement, caller.tenant_id, caller.user_id)
+        await _part(connection, caller)
         await _withdraw_consents(connection, caller)
-        await audit.record(connection, caller, "user.erase", ids.show(ids.USER, caller.user_id))
+        user_id = ids.show(ids.USER, caller.user_id)
+        await audit.record_all(connection, caller, "user.erase", [user_id], actor=actor)
         await self._ask_for_work(connection, caller, self._patience.settle)
-        return _erasure(row)
+        return replace(erasure, membership_receipt_ids=receipt_ids)
+
+    async def _begin_memberships(
+        self, connection: Connection, erasure: Erasure, actor: str | None
+    ) -> Sequence[UUID]:
+        """Begin to erase what an account is in other tenants than that of its home."""
+        rows = await connection.fetch(
+            "SELECT tenant_id, id AS user_id FROM users WHERE home_id = $1 ORDER BY id",
+            erasure.caller.user_id,
+        )
+        receipt_ids = []
+        for membership in [Caller(**row) for row in rows]:
+            await _wait_for_writers(connection, membership)
+            begun = await _find_of(connection, membership) or await self._begin(
+                connection, membership, actor, begun_with=erasure.id
+            )
+            receipt_ids.append(begun.receipt_id)
+        return receipt_ids
 
     async def begin_again(self, erasure: Erasure) -> None:
         """Erase a user anew whom a restored backup has brought back."""
@@ -147,7 +196,8 @@ class ErasureStore:
                                       archived_at)
                 VALUES ($1, $2, $3, $4, $5, now())
                     ON CONFLICT (user_id) DO UPDATE
-                   SET state = 'erasing', store = 'postgres', place = '', found = 0,
+                   SET id = excluded.id, receipt_id = excluded.receipt_id,
+                       state = 'erasing', store = 'postgres', place = '', found = 0,
                        erased_at = NULL, confirm_after = NULL, confirmed_at = NULL,
                        archived_at = coalesce(erasures.archived_at, now())
                 """,
@@ -157,6 +207,8 @@ class ErasureStore:
                 erasure.receipt_id,
                 erasure.requested_at,
             )
+            await self._begin_memberships(connection, erasure, audit.SYSTEM)
+            await _part(connection, erasure.caller)
             user_id = ids.show(ids.USER, erasure.caller.user_id)
             await audit.record_all(
                 connection, erasure.caller, "user.erase", [user_id], actor=audit.SYSTEM
@@ -296,6 +348,15 @@ async def _wait_for_writers(connection: Connection, caller: Caller) -> None:
         raise StoreUnavailable("a writer of the user's") from error
 
 
+async def _part(connection: Connection, caller: Caller) -> None:
+    """Part a user from an account that is at home elsewhere, and may join the tenant again."""
+    await connection.execute(
+        "DELETE FROM users WHERE tenant_id = $1 AND id = $2 AND home_id IS NOT NULL",
+        caller.tenant_id,
+        caller.user_id,
+    )
+
+
 async def _find_of(connection: Connection, caller: Caller) -> Erasure | None:
     row = await connection.fetchrow(
         f"SELECT {_COLUMNS} FROM erasures WHERE tenant_id = $1 AND user_id = $2",  # noqa: S608 - constants
@@ -331,4 +392,5 @@ def _erasure(row: asyncpg.Record) -> Erasure:
         confirmed_at=row["confirmed_at"],
         removed=json.loads(row["removed"]),
         rounds=row["rounds"],
+        membership_receipt_ids=row["membership_receipt_ids"],
     )

@@ -1,7 +1,7 @@
 """An erasure as a value, and how a round goes through the stores."""
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -41,6 +41,8 @@ class Erasure:
     removed: Mapping[str, int]
     """How much, by store and place."""
     rounds: int
+    membership_receipt_ids: Sequence[UUID] = ()
+    """Of the erasures of what the account was in other tenants, if they began with this one."""
 
 
 @dataclass(frozen=True, slots=True)

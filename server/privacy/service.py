@@ -141,6 +141,9 @@ class PrivacyService(rpc.PrivacyServiceServicer):
             ),
             rounds=erasure.rounds,
             receipt_id=ids.show(ids.RECEIPT, erasure.receipt_id),
+            membership_receipt_ids=(
+                ids.show(ids.RECEIPT, each) for each in erasure.membership_receipt_ids
+            ),
         )
         if erasure.state is not ErasureState.ERASING:
             key = await self._signer()

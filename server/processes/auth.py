@@ -22,6 +22,7 @@ from server.auth.keyring import Keyring
 from server.auth.mail import Mailer, Outbox, Smtp
 from server.auth.mail_store import MailStore
 from server.auth.member_store import MemberStore
+from server.auth.membership_store import MembershipStore
 from server.auth.metrics import AuthReadings
 from server.auth.passwords import Passwords
 from server.auth.postman import Postman
@@ -85,6 +86,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         lifetime=timedelta(seconds=settings.access_token_seconds),
     )
     session_lifetime = timedelta(seconds=settings.refresh_token_seconds)
+    erasures = ErasureStore(system, patience(settings))
     attempts, mails, api_keys = AttemptStore(system), MailStore(system), ApiKeyStore(system)
     auth = AuthService(
         AccountStore(system),
@@ -92,12 +94,13 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         attempts,
         mails,
         api_keys,
+        MembershipStore(system, erasures.begin_within),
         keyring,
         hashing,
         Issuer(keyring, mint, session_lifetime, utc_now),
     )
     ended = await known_ended_grants(system)
-    members = MemberStore(system)
+    members = MemberStore(system, erasures.begin_within)
     tenants = TenantService(members)
     checkpoint_store = CheckpointStore(system)
     audit_keys = AuditKeys(checkpoint_store, kms)
@@ -109,7 +112,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     billing_readings = BillingReadings(system)
     billing = BillingService(billing_store, ManualPayments(billing_store))
     erased = ErasedUsers(system)
-    erasures = ErasureStore(system, patience(settings))
     erasure_archive = ErasureArchive(
         erasures,
         blobs,

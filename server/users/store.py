@@ -119,8 +119,10 @@ class UserStore:
         async with self._database.transaction(caller) as connection:
             row = await connection.fetchrow(
                 """
-                SELECT id, tenant_id, email, display_name, created_at
+                SELECT id, tenant_id, coalesce(users.email, own_home.email) AS email,
+                       display_name, created_at
                   FROM users
+                  LEFT JOIN own_home ON true
                  WHERE tenant_id = $1 AND id = $2
                 """,
                 caller.tenant_id,

@@ -74,7 +74,13 @@ class TenantAudits:
 
 async def _check_may_look(connection: Connection, caller: Caller) -> None:
     role = await connection.fetchval(
-        "SELECT role FROM users WHERE tenant_id = $1 AND id = $2 AND disabled_at IS NULL",
+        """
+        SELECT users.role
+          FROM users
+          LEFT JOIN users AS home ON home.id = users.home_id
+         WHERE users.tenant_id = $1 AND users.id = $2
+           AND users.disabled_at IS NULL AND home.disabled_at IS NULL
+        """,
         caller.tenant_id,
         caller.user_id,
     )

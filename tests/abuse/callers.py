@@ -15,7 +15,7 @@ from local.mesh import Mesh
 from server.access import METHODS, ROLES, Access, Role, Scope, scope_of
 from server.auth.api_keys import GRANTABLE
 from tests.abuse.estates import agree
-from tests.mesh import PASSWORD, User, acting, bearer, mailed_token, sign_up
+from tests.mesh import PASSWORD, User, acting, bearer, join_too, mailed_token, sign_up
 from tests.transports import Grpc, Metadata
 
 
@@ -76,6 +76,15 @@ def _asked_in_as(role: auth.Role.ValueType) -> Callable[[Scene], Awaitable[Metad
     return become
 
 
+def _at_home_elsewhere(role: auth.Role.ValueType) -> Callable[[Scene], Awaitable[Metadata]]:
+    async def become(scene: Scene) -> Metadata:
+        owner = await sign_up(scene.http, scene.channel)
+        away = await join_too(scene.mesh, scene.http, scene.channel, owner, scene.host, role)
+        return bearer(away.token)
+
+    return become
+
+
 def _key(*scopes: Scope) -> Callable[[Scene], Awaitable[Metadata]]:
     async def become(scene: Scene) -> Metadata:
         request = auth.CreateApiKeyRequest(name="a script", scopes=[each.value for each in scopes])
@@ -116,6 +125,12 @@ PEOPLE = (
     Caller("admin", _asked_in_as(auth.ROLE_ADMIN), opened_to(Role.ADMIN)),
     Caller("auditor", _asked_in_as(auth.ROLE_AUDITOR), opened_to(Role.AUDITOR)),
     Caller("member", _asked_in_as(auth.ROLE_MEMBER), opened_to(Role.MEMBER)),
+    # Whoever owns a tenant is in another one what they were asked to be.
+    Caller("owner elsewhere, admin", _at_home_elsewhere(auth.ROLE_ADMIN), opened_to(Role.ADMIN)),
+    Caller(
+        "owner elsewhere, auditor", _at_home_elsewhere(auth.ROLE_AUDITOR), opened_to(Role.AUDITOR)
+    ),
+    Caller("owner elsewhere, member", _at_home_elsewhere(auth.ROLE_MEMBER), opened_to(Role.MEMBER)),
 )
 KEYS = tuple(_keys())
 AGENTS = tuple(_agents())

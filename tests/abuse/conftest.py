@@ -28,7 +28,7 @@ from tests.abuse.doors import Doors
 from tests.abuse.estates import agree
 from tests.abuse.forgery import Forger
 from tests.abuse.wire import Wire
-from tests.mesh import User, acting, channel, http, join, mesh, sign_up, trust
+from tests.mesh import User, acting, channel, http, join, join_too, mesh, sign_up, trust
 
 __all__ = ["channel", "http", "mesh", "trust"]
 
@@ -49,6 +49,14 @@ async def bob(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
 async def cy(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
     """Wants it too, and is of Ann's tenant."""
     return await join(mesh, http, channel, ann)
+
+
+@pytest_asyncio.fixture(scope="session")
+async def ann_at_bobs(
+    mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User, bob: User
+) -> User:
+    """Whom Ann is in Bob's tenant: what is hers at home is not for whoever runs that."""
+    return await join_too(mesh, http, channel, ann, bob)
 
 
 @pytest_asyncio.fixture(scope="session")

@@ -155,6 +155,11 @@ async def idle(user: User) -> str:
     return agent_id
 
 
+async def belong(user: User) -> str:
+    """Return the tenant that a user is at home in."""
+    return user.tenant_id
+
+
 STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.MEMORY: {
         "long-term": keep,
@@ -178,6 +183,7 @@ STATES: Final[Mapping[Means, Mapping[str, Make]]] = {
     Means.AGENT: {"enabled": employ, "disabled": idle},
     Means.LOG_IN: {"going on": log_in},
     Means.EXPORT: {"asked for": export},
+    Means.TENANT: {"belonged to": belong},
     Means.SESSION: {"begun": talk, "ended": write_down},
     Means.TRANSCRIPT: {"written": write_down},
     Means.IMPORT: {"begun": import_},

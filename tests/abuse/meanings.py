@@ -17,6 +17,7 @@ from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.memory.v1 import memory_pb2 as pb
 
+from tests.mesh import PASSWORD
 from tests.transports import public_methods
 
 
@@ -33,6 +34,7 @@ class Means(enum.Enum):
     API_KEY = "key"
     AGENT = "agt"
     EXPORT = "exp"
+    TENANT = "ten"
     SESSION = "a conversation that was begun"
     TRANSCRIPT = "a conversation that was written down"
     IMPORT = "an import that was begun"
@@ -58,6 +60,7 @@ IDS: Final = (
     Means.API_KEY,
     Means.AGENT,
     Means.EXPORT,
+    Means.TENANT,
 )
 """What the server names, by ids that say the kind."""
 NAMED: Final = (Means.SESSION, Means.TRANSCRIPT, Means.IMPORT)
@@ -109,9 +112,13 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "AssignRole": {"user_id": Means.MEMBER},
     "DisableMember": {"user_id": Means.MEMBER},
     "EnableMember": {"user_id": Means.MEMBER},
+    "RemoveMember": {"user_id": Means.MEMBER},
     "LogOutMember": {"user_id": Means.MEMBER},
     "RevokeInvitation": {"id": Means.MEMBER},
     "RevokeSession": {"id": Means.LOG_IN},
+    "AcceptInvitation": {"invitation": Means.SECRET},
+    "SwitchTenant": {"tenant_id": Means.TENANT},
+    "LeaveTenant": {"tenant_id": Means.TENANT},
     "CreateApiKey": {"request_id": Means.FREE},
     "RotateApiKey": {"id": Means.API_KEY},
     "RevokeApiKey": {"id": Means.API_KEY},
@@ -222,6 +229,7 @@ FILLED: Final[Mapping[str, Message]] = {
         size_bytes=1,
         sha256=hashlib.sha256(b"x").hexdigest(),
     ),
+    "LeaveTenant": auth.LeaveTenantRequest(password=PASSWORD),
     "CreateApiKey": auth.CreateApiKeyRequest(name="a script", scopes=["memory.read"]),
     "RegisterAgent": agents.RegisterAgentRequest(
         name="a helper", kind=agents.AGENT_KIND_EXTERNAL, scopes=["memory.read"]

@@ -12,6 +12,7 @@ import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Final, Literal
 
 import grpc
@@ -43,11 +44,13 @@ from tests.transports import method_taking, path_of, refusal_in, rule_of
 
 COLLEAGUE: Final = "of the same tenant"
 STRANGER: Final = "of another tenant"
-Whose = Literal["of the same tenant", "of another tenant"]
+SELF: Final = "the same person in another tenant"
+Whose = Literal["of the same tenant", "of another tenant", "the same person in another tenant"]
 
 REFERENCES: Final = fields_that_mean(*IDS, *NAMED)
 OWN_REFUSALS: Final = {
     "CompleteAttachment": "UPLOAD_MISMATCH",
+    "LeaveTenant": "STATE_CONFLICT",
     "RetryJob": "STATE_CONFLICT",
     "CancelJob": "STATE_CONFLICT",
 }
@@ -148,11 +151,13 @@ async def before(anns: Estate) -> list[object]:
 
 
 @pytest_asyncio.fixture(scope="module")
-async def others(cy: User, bob: User, before: list[object]) -> Mapping[str, User]:
+async def others(
+    cy: User, bob: User, ann_at_bobs: User, before: list[object]
+) -> Mapping[str, User]:
     """Who wants it. They consented to all that Ann did."""
-    for other in (cy, bob):
+    for other in (cy, bob, ann_at_bobs):
         await embed(other)
-    return {COLLEAGUE: cy, STRANGER: bob}
+    return {COLLEAGUE: cy, STRANGER: bob, SELF: ann_at_bobs}
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -210,7 +215,7 @@ async def test_what_is_ones_own_is_served(
     assert (told.refusal.reason if told.refusal else None) == OWN_REFUSALS.get(method), told
 
 
-@pytest.mark.parametrize("whose", [COLLEAGUE, STRANGER])
+@pytest.mark.parametrize("whose", [COLLEAGUE, STRANGER, SELF])
 @pytest.mark.parametrize(("method", "path"), REFERENCES)
 async def test_what_is_anothers_is_as_good_as_missing(
     anns: Estate, others: Mapping[str, User], ask: Ask, whose: Whose, method: str, path: str
@@ -219,11 +224,16 @@ async def test_what_is_anothers_is_as_good_as_missing(
     nothing = await ask(others[whose], naming(method, path, missing(means)))
     expect_nothing(nothing, path)
     for state, name in anns.names[means].items():
-        if not is_shown(method, state, whose):
+        if not is_shown(method, means, state, whose):
             assert await ask(others[whose], naming(method, path, name)) == nothing, state
 
 
-def is_shown(method: str, state: str, whose: Whose) -> bool:
+def is_shown(method: str, means: Means, state: str, whose: Whose) -> bool:
+    if means is Means.LOG_IN:
+        # A person has the sessions of their account, wherever they are.
+        return whose == SELF
+    if means is Means.TENANT:
+        return whose != STRANGER
     return (method, state, whose) == ("GetMemory", SHARED, COLLEAGUE)
 
 
@@ -458,8 +468,15 @@ READING: Final = sorted(
 )
 
 
-@pytest.mark.parametrize("whose", [COLLEAGUE, STRANGER])
-@pytest.mark.parametrize("method", READING)
+LISTS: Final = [
+    (whose, method)
+    for whose, method in product([COLLEAGUE, STRANGER, SELF], READING)
+    # That one shows whom the same person is elsewhere.
+    if (whose, method) != (SELF, "ListTenants")
+]
+
+
+@pytest.mark.parametrize(("whose", "method"), LISTS)
 async def test_no_list_or_stream_shows_what_is_anothers(
     anns: Estate, others: Mapping[str, User], ask: Ask, whose: Whose, method: str
 ) -> None:
@@ -478,7 +495,8 @@ async def test_of_anothers_memories_only_the_shared_ones_are_listed_and_found(
         pb.ListMemoriesRequest(shared=True, page_size=1000),
         pb.QueryMemoriesRequest(query="mine", include_shared=True, top_k=100),
     ):
-        assert (await ask(others[STRANGER], request)).ids().isdisjoint(anns.ids())
+        for other in (STRANGER, SELF):
+            assert (await ask(others[other], request)).ids().isdisjoint(anns.ids())
         seen = (await ask(others[COLLEAGUE], request)).ids() & anns.ids()
         assert seen == {anns.names[Means.MEMORY][SHARED]}
 

@@ -37,6 +37,7 @@ key_store, keyring, mint, issuer = (
 )
 mails, service, channel = of_auth.mails, of_auth.service, of_auth.channel
 auth, ended, verifier = of_auth.auth, of_auth.ended, of_auth.verifier
+erasures, members, memberships = of_auth.erasures, of_auth.members, of_auth.memberships
 
 
 @pytest_asyncio.fixture

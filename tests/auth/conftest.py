@@ -1,6 +1,7 @@
 """The auth service of one test, behind the real chain."""
 
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -14,6 +15,7 @@ from grpc_status import rpc_status
 from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
+from server import ids
 from server.auth.access_tokens import Mint
 from server.auth.api_key_store import ApiKeyStore
 from server.auth.attempt_store import AttemptStore
@@ -23,17 +25,21 @@ from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.auth.mail_store import MailStore
 from server.auth.member_store import MemberStore
+from server.auth.membership_store import MembershipStore
 from server.auth.passwords import Passwords
+from server.auth.postman import Postman
 from server.auth.service import AuthService
 from server.auth.session_store import SessionStore
 from server.auth.store import AccountStore
 from server.auth.tenant_service import TenantService
+from server.caller import Credentials
 from server.database import SystemDatabase
 from server.grants import EndedGrants
 from server.kms.local import LocalKms
+from server.privacy.erasure_store import ErasureStore, Patience
 from server.tokens import TokenVerifier
-from tests.auth.mails import outbox, postman
-from tests.conftest import FakeClock, Serve
+from tests.auth.mails import mailed, outbox, postman
+from tests.conftest import FakeClock, Serve, bearer
 from tests.kms.key_files import key_file
 
 __all__ = ["outbox", "postman"]
@@ -47,6 +53,14 @@ ISSUER = "https://auth.test"
 AUDIENCE = "kimberly"
 ACCESS_TOKEN_SECONDS = 600
 SESSION_LIFETIME = timedelta(days=30)
+
+As = tuple[tuple[str, str], ...]
+ENUM = {
+    "owner": pb.ROLE_OWNER,
+    "admin": pb.ROLE_ADMIN,
+    "member": pb.ROLE_MEMBER,
+    "auditor": pb.ROLE_AUDITOR,
+}
 
 
 class CountingHasher(argon2.PasswordHasher):
@@ -104,9 +118,25 @@ def mails(system_database: SystemDatabase) -> MailStore:
 
 
 @pytest.fixture
+def erasures(system_database: SystemDatabase) -> ErasureStore:
+    return ErasureStore(system_database, Patience(timedelta(), timedelta(hours=1)))
+
+
+@pytest.fixture
+def members(system_database: SystemDatabase, erasures: ErasureStore) -> MemberStore:
+    return MemberStore(system_database, erasures.begin_within)
+
+
+@pytest.fixture
+def memberships(system_database: SystemDatabase, erasures: ErasureStore) -> MembershipStore:
+    return MembershipStore(system_database, erasures.begin_within)
+
+
+@pytest.fixture
 def service(
     system_database: SystemDatabase,
     mails: MailStore,
+    memberships: MembershipStore,
     keyring: Keyring,
     hashing: Passwords,
     issuer: Issuer,
@@ -118,6 +148,7 @@ def service(
         AttemptStore(system_database),
         mails,
         ApiKeyStore(system_database),
+        memberships,
         keyring,
         hashing,
         issuer,
@@ -127,10 +158,10 @@ def service(
 
 @pytest_asyncio.fixture
 async def channel(
-    serve: Serve, service: AuthService, system_database: SystemDatabase, clock: FakeClock
+    serve: Serve, service: AuthService, members: MemberStore, clock: FakeClock
 ) -> grpc.aio.Channel:
     """A channel to what the auth process serves of kimberly.auth."""
-    tenants = TenantService(MemberStore(system_database), clock=clock)
+    tenants = TenantService(members, clock=clock)
 
     def register(server: grpc.aio.Server) -> None:
         rpc.add_AuthServiceServicer_to_server(service, server)
@@ -160,6 +191,85 @@ def ended(system_database: SystemDatabase, clock: FakeClock) -> EndedGrants:
 def verifier(keyring: Keyring, ended: EndedGrants, clock: FakeClock) -> TokenVerifier:
     """Verifies as the auth process itself does."""
     return TokenVerifier(keyring, issuer=ISSUER, audience=AUDIENCE, ended=ended, clock=clock)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody in a tenant."""
+
+    id: str
+    email: str
+    tokens: pb.Tokens
+    credentials: Credentials
+
+    @property
+    def tenant_id(self) -> str:
+        """The tenant, as the API shows it."""
+        return ids.show(ids.TENANT, self.credentials.caller.tenant_id)
+
+    @property
+    def as_(self) -> As:
+        """What their calls carry: the role and the session that their access token names."""
+        said = self.credentials
+        return bearer(said.caller, role=said.role, grant_id=said.grant_id)
+
+
+Meet = Callable[..., Awaitable[Person]]
+Invite = Callable[..., Awaitable[str]]
+Join = Callable[[str], Awaitable[Person]]
+
+
+@pytest.fixture
+def meet(auth: Auth, verifier: TokenVerifier) -> Meet:
+    """Have somebody sign up, by an invitation if there is one, and return them."""
+
+    async def meet(email: str, invitation: str = "") -> Person:
+        request = pb.SignUpRequest(email=email, password=PASSWORD, invitation=invitation)
+        answer = await auth.SignUp(request)
+        credentials = await verifier.verify(answer.tokens.access_token)
+        return Person(answer.user_id, email, answer.tokens, credentials)
+
+    return meet
+
+
+@pytest_asyncio.fixture
+async def ada(meet: Meet) -> AsyncIterator[Person]:
+    """Owns a tenant."""
+    yield await meet("ada@example.com")
+
+
+@pytest_asyncio.fixture
+async def bob(meet: Meet) -> Person:
+    """Owns another tenant."""
+    return await meet("bob@example.com")
+
+
+@pytest.fixture
+def invite(tenants: Tenants, postman: Postman, outbox: Path) -> Invite:
+    """Have somebody ask somebody else to join them, and return the token from the mail."""
+
+    async def invite(host: Person, email: str, role: str = "member") -> str:
+        request = pb.CreateInvitationRequest(email=email, role=ENUM[role])
+        await tenants.CreateInvitation(request, metadata=host.as_)
+        return await mailed(outbox, postman, "invited")
+
+    return invite
+
+
+@pytest.fixture
+def join(tenants: Tenants, ada: Person, invite: Invite, meet: Meet) -> Join:
+    """Have somebody sign up to Ada's tenant in a role, and return them."""
+
+    async def join(role: str) -> Person:
+        email = f"{ids.new_id().hex}@example.com"
+        invited = role if role != "owner" else "member"
+        person = await meet(email, await invite(ada, email, invited))
+        if role == "owner":
+            assign = pb.AssignRoleRequest(user_id=person.id, role=pb.ROLE_OWNER)
+            await tenants.AssignRole(assign, metadata=ada.as_)
+        return person
+
+    return join
 
 
 async def sign_up(auth: Auth, email: str = "ada@example.com") -> pb.Tokens:

@@ -1,15 +1,12 @@
 """Tenants of several people: who joins, who may do what, and that it is written down."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
-import pytest_asyncio
 from kimberly.auth.v1 import auth_pb2 as pb
 
 from server import ids
@@ -19,82 +16,26 @@ from server.auth.member_store import MemberStore
 from server.auth.members import may_change
 from server.auth.postman import Postman
 from server.auth.session_store import SessionStore
-from server.caller import Caller, Credentials
+from server.caller import Caller
 from server.database import SystemDatabase
 from server.errors import Unauthenticated
 from server.grants import EndedGrants
 from server.tokens import TokenVerifier
-from tests.auth.conftest import PASSWORD, Auth, Tenants, reason_of, refresh, sign_up
+from tests.auth.conftest import (
+    PASSWORD,
+    Auth,
+    Join,
+    Meet,
+    Person,
+    Tenants,
+    reason_of,
+    refresh,
+    sign_up,
+)
 from tests.auth.mails import deliver, mailed, read
 from tests.conftest import FakeClock, bearer
 
-As = tuple[tuple[str, str], ...]
 ROUNDS = 20
-ENUM = {
-    "owner": pb.ROLE_OWNER,
-    "admin": pb.ROLE_ADMIN,
-    "member": pb.ROLE_MEMBER,
-    "auditor": pb.ROLE_AUDITOR,
-}
-
-
-@dataclass(frozen=True)
-class Person:
-    """Somebody with an account."""
-
-    id: str
-    email: str
-    tokens: pb.Tokens
-    credentials: Credentials
-
-    @property
-    def as_(self) -> As:
-        """What their calls carry: the role that their access token names."""
-        return bearer(self.credentials.caller, role=self.credentials.role)
-
-
-Join = Callable[[str], Awaitable[Person]]
-
-
-@pytest.fixture
-def meet(auth: Auth, verifier: TokenVerifier) -> Callable[..., Awaitable[Person]]:
-    async def meet(email: str, invitation: str = "") -> Person:
-        request = pb.SignUpRequest(email=email, password=PASSWORD, invitation=invitation)
-        answer = await auth.SignUp(request)
-        credentials = await verifier.verify(answer.tokens.access_token)
-        return Person(answer.user_id, email, answer.tokens, credentials)
-
-    return meet
-
-
-@pytest_asyncio.fixture
-async def ada(meet: Callable[..., Awaitable[Person]]) -> AsyncIterator[Person]:
-    """Owns a tenant."""
-    yield await meet("ada@example.com")
-
-
-@pytest.fixture
-def join(
-    tenants: Tenants,
-    ada: Person,
-    postman: Postman,
-    outbox: Path,
-    meet: Callable[..., Awaitable[Person]],
-) -> Join:
-    """Have somebody join Ada's tenant in a role, and return them."""
-
-    async def join(role: str) -> Person:
-        email = f"{ids.new_id().hex}@example.com"
-        invited = role if role != "owner" else "member"
-        request = pb.CreateInvitationRequest(email=email, role=ENUM[invited])
-        await tenants.CreateInvitation(request, metadata=ada.as_)
-        person = await meet(email, await mailed(outbox, postman, "invited"))
-        if role == "owner":
-            assign = pb.AssignRoleRequest(user_id=person.id, role=pb.ROLE_OWNER)
-            await tenants.AssignRole(assign, metadata=ada.as_)
-        return person
-
-    return join
 
 
 async def log_in(auth: Auth, person: Person) -> pb.LogInResponse:
@@ -295,7 +236,7 @@ async def test_only_who_runs_the_tenant_changes_it(
 
 
 async def test_somebody_of_another_tenant_is_nobody(
-    tenants: Tenants, ada: Person, meet: Callable[..., Awaitable[Person]]
+    tenants: Tenants, ada: Person, meet: Meet
 ) -> None:
     bob = await meet("bob@example.com")
     for user_id in (ada.id, ids.show(ids.USER, ids.new_id())):
@@ -360,9 +301,13 @@ async def owners(connection: asyncpg.Connection, count: int) -> list[Caller]:
 
 
 async def test_of_log_ins_and_a_disabling_at_once_no_session_is_left(
-    system_database: SystemDatabase, issuer: Issuer, owner: asyncpg.Connection, clock: FakeClock
+    system_database: SystemDatabase,
+    members: MemberStore,
+    issuer: Issuer,
+    owner: asyncpg.Connection,
+    clock: FakeClock,
 ) -> None:
-    members, sessions = MemberStore(system_database), SessionStore(system_database)
+    sessions = SessionStore(system_database)
     for _ in range(ROUNDS):
         boss, bob = await owners(owner, 2)
         news = [issuer.begin(bob, "member", "") for _ in range(8)]
@@ -373,9 +318,8 @@ async def test_of_log_ins_and_a_disabling_at_once_no_session_is_left(
 
 
 async def test_owners_who_unmake_each_other_at_once_leave_one(
-    system_database: SystemDatabase, owner: asyncpg.Connection
+    members: MemberStore, owner: asyncpg.Connection
 ) -> None:
-    members = MemberStore(system_database)
     for _ in range(ROUNDS):
         one, other = await owners(owner, 2)
         await asyncio.gather(

@@ -50,10 +50,12 @@ FIXED: Final[Mapping[str, Mapping[str, object]]] = {
     "mailed_tokens": {"kind": "password_reset"},
     "sessions": {"expires_at": "infinity"},
     "subscriptions": {"plan": "free"},
+    "users": {"email": lambda: f"{secrets.token_hex(16)}@example.com"},
     "user_schedules": {"cron": "0 0 * * *", "time_zone": "UTC", "missed": "run_once"},
     "usage_by_month": {"month": "2026-05-01"},
 }
-"""What the checks of a table want to see in it; everything else is made up by type."""
+"""What the checks of a table want to see in it; everything else is made up by type. What differs
+from row to row is called for each."""
 
 ARCHIVED: Final = {"archived_at": "now", "archived_by": "user", "delete_after": "now"}
 VARIANTS: Final[Mapping[str, Sequence[Mapping[str, object]]]] = {
@@ -106,6 +108,7 @@ class Table:
         for variant in VARIANTS.get(self.name, [{}]):
             row = {name: _MADE_UP[kind]() for name, kind in self.columns.items()}
             row |= {**FIXED.get(self.name, {}), **variant}
+            row |= {name: value() for name, value in row.items() if callable(value)}
             row |= {"tenant_id": str(caller.tenant_id)}
             if self.user:
                 row |= {self.user: str(caller.user_id)}

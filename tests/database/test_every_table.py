@@ -259,7 +259,8 @@ async def give_away(population: Population, described: Table, to: tuple[UUID, ..
 # --- what a tenant is shown --------------------------------------------------------------------
 
 SHOWN: Final = "SELECT user_id, scope, archived_at FROM shown_memories"
-VIEWS: Final = frozenset({"shown_memories"})
+HOME: Final = "SELECT * FROM own_home"
+VIEWS: Final = frozenset({"own_home", "shown_memories"})
 
 
 async def test_no_other_view_and_no_function_has_more_rights_than_who_asks(
@@ -312,5 +313,24 @@ async def test_nobody_is_shown_nothing(urls: Urls, population: Population) -> No
     connection = await asyncpg.connect(urls.application)
     try:
         assert not await connection.fetch(SHOWN)
+        assert not await connection.fetch(HOME)
     finally:
         await connection.close()
+
+
+async def test_of_a_home_the_same_account_alone_is_shown_and_only_what_it_is_called(
+    population: Population, database: Database
+) -> None:
+    mine, stranger = population.mine, population.stranger
+    await population.owner.execute(
+        "UPDATE users SET email = NULL, home_id = $2 WHERE id = $1", mine.user_id, stranger.user_id
+    )
+    email = "SELECT email FROM users WHERE id = $1"
+    shown = [dict(row) for row in await in_transaction(database, mine, HOME)]
+    assert shown == [{"email": await population.owner.fetchval(email, stranger.user_id)}]
+    # Neither the home itself is shown anything, nor who is of the tenants that it belongs to.
+    for other in (stranger, population.colleague, Caller(stranger.tenant_id, mine.user_id)):
+        assert not await in_transaction(database, other, HOME)
+    for role in ("kimberly_app", "kimberly_system"):
+        may_write = "SELECT has_table_privilege($1, 'own_home', 'INSERT, UPDATE, DELETE')"
+        assert not await population.owner.fetchval(may_write, role)

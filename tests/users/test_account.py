@@ -46,6 +46,29 @@ async def test_users_see_themselves(
     assert user.create_time.ToJsonString() == "2026-01-02T03:04:05Z"
 
 
+async def test_users_are_called_the_same_in_all_tenants_of_their_account(
+    users: Users, owner: asyncpg.Connection, database: Database
+) -> None:
+    ada = await named(owner, await new_caller(database), "ada@example.com")
+    bob = await named(owner, await new_caller(database), "bob@example.com")
+    away = Caller(bob.tenant_id, ids.new_id())
+    await owner.execute(
+        """
+        INSERT INTO users (tenant_id, id, display_name, created_at, role, home_id)
+        VALUES ($1, $2, 'Ada', now(), 'member', $3)
+        """,
+        away.tenant_id,
+        away.user_id,
+        ada.user_id,
+    )
+    user = (await users.GetUser(pb.GetUserRequest(), metadata=bearer(away))).user
+    assert (user.id, user.email) == (ids.show(ids.USER, away.user_id), "ada@example.com")
+    assert user.tenant_id == ids.show(ids.TENANT, bob.tenant_id)
+    # Of what they decided at home nothing counts elsewhere.
+    listed = await users.ListConsents(pb.ListConsentsRequest(), metadata=bearer(away))
+    assert not listed.consents
+
+
 async def test_a_token_that_outlives_its_account_finds_no_user(
     users: Users, caller: Caller
 ) -> None:

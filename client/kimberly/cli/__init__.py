@@ -2,7 +2,7 @@
 
 import typer
 
-from kimberly.cli import agents, audit, jobs, meditations
+from kimberly.cli import agents, audit, jobs, meditations, tenants
 
 app = typer.Typer(
     help=(
@@ -16,6 +16,8 @@ app = typer.Typer(
 )
 app.add_typer(agents.app, name="agents")
 app.add_typer(audit.app, name="audit")
+app.add_typer(tenants.invitations, name="invitations")
 app.add_typer(jobs.app, name="jobs")
 app.command()(meditations.meditate)
 app.add_typer(meditations.app, name="meditations")
+app.add_typer(tenants.app, name="tenants")

@@ -95,6 +95,26 @@ class AuthServiceStub:
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.SerializeToString,
                 response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.FromString,
                 _registered_method=True)
+        self.AcceptInvitation = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/AcceptInvitation',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AcceptInvitationRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AcceptInvitationResponse.FromString,
+                _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/ListTenants',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
+        self.SwitchTenant = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/SwitchTenant',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.SwitchTenantRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.SwitchTenantResponse.FromString,
+                _registered_method=True)
+        self.LeaveTenant = channel.unary_unary(
+                '/kimberly.auth.v1.AuthService/LeaveTenant',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LeaveTenantRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LeaveTenantResponse.FromString,
+                _registered_method=True)
         self.CreateApiKey = channel.unary_unary(
                 '/kimberly.auth.v1.AuthService/CreateApiKey',
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.CreateApiKeyRequest.SerializeToString,
@@ -142,7 +162,8 @@ class AuthServiceServicer:
     """
 
     def SignUp(self, request, context):
-        """Creates an account and its personal tenant, and signs the new user in.
+        """Creates an account and its personal tenant, or by an invitation one at home in the tenant of
+        whoever invites, and signs the new user in.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -172,29 +193,30 @@ class AuthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LogOutEverywhere(self, request, context):
-        """Ends every session of the signed-in user, the one that asks included.
+        """Ends every session of the signed-in user in all their tenants, the one that asks included.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
-        oldest one ends when another starts.
+        """Lists the living sessions of the signed-in user in all their tenants, the newest first. There
+        are 100 at most: the oldest one ends when another starts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RevokeSession(self, request, context):
-        """Ends one session of the signed-in user. Within seconds every service refuses its tokens.
+        """Ends one session of the signed-in user, and those that were switched to from it. Within seconds
+        every service refuses their tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ChangePassword(self, request, context):
-        """Changes the password of the signed-in user, and ends every other session.
+        """Changes the password of the signed-in user, and ends every other session in all their tenants.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -225,6 +247,41 @@ class AuthServiceServicer:
 
     def VerifyEmail(self, request, context):
         """Marks the email of an account as verified, by a mailed token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcceptInvitation(self, request, context):
+        """Joins the tenant of an invitation, as the account that is signed in: the invitation must have
+        been mailed to its email, which is verified by that. In the other tenant the account is another
+        user with another id, who has memories, settings, consents, keys and a plan of their own, and
+        starts as whoever signs up does. Asked again it answers the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """Lists the tenants that the signed-in account belongs to: the one it is at home in, then the
+        others in the order in which it joined them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SwitchTenant(self, request, context):
+        """Starts a session in another tenant of the signed-in account. It expires when the session does
+        that asks, and ends with it; that one goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaveTenant(self, request, context):
+        """Leaves a tenant, for good: what the account kept there is erased, and nothing of what it has
+        elsewhere. The password proves that it is the user who wants it. The tenant that the account is
+        at home in cannot be left, nor can one by its last owner.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -354,6 +411,26 @@ def add_AuthServiceServicer_to_server(servicer, server):
                     servicer.VerifyEmail,
                     request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailRequest.FromString,
                     response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.VerifyEmailResponse.SerializeToString,
+            ),
+            'AcceptInvitation': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcceptInvitation,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AcceptInvitationRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.AcceptInvitationResponse.SerializeToString,
+            ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListTenantsRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.ListTenantsResponse.SerializeToString,
+            ),
+            'SwitchTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwitchTenant,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.SwitchTenantRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.SwitchTenantResponse.SerializeToString,
+            ),
+            'LeaveTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaveTenant,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LeaveTenantRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LeaveTenantResponse.SerializeToString,
             ),
             'CreateApiKey': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateApiKey,
@@ -732,6 +809,114 @@ class AuthService:
             _registered_method=True)
 
     @staticmethod
+    def AcceptInvitation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/AcceptInvitation',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.AcceptInvitationRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.AcceptInvitationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/ListTenants',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListTenantsRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.ListTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwitchTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/SwitchTenant',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.SwitchTenantRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.SwitchTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaveTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.AuthService/LeaveTenant',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LeaveTenantRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.LeaveTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CreateApiKey(request,
             target,
             options=(),
@@ -979,6 +1164,11 @@ class TenantServiceStub:
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberRequest.SerializeToString,
                 response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberResponse.FromString,
                 _registered_method=True)
+        self.RemoveMember = channel.unary_unary(
+                '/kimberly.auth.v1.TenantService/RemoveMember',
+                request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RemoveMemberRequest.SerializeToString,
+                response_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RemoveMemberResponse.FromString,
+                _registered_method=True)
         self.LogOutMember = channel.unary_unary(
                 '/kimberly.auth.v1.TenantService/LogOutMember',
                 request_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.LogOutMemberRequest.SerializeToString,
@@ -1022,29 +1212,39 @@ class TenantServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DisableMember(self, request, context):
-        """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds.
+        """Keeps somebody out of the tenant, and ends their sessions and API keys' tokens here within
+        seconds. Whose account is at home here can log in nowhere then, and is out of every other
+        tenant as well; everybody else keeps their account and their other tenants.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EnableMember(self, request, context):
-        """Lets somebody log in again who was disabled. Their API keys are good again.
+        """Lets somebody in again who was disabled. Their API keys are good again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveMember(self, request, context):
+        """Takes somebody out of the tenant, for good: what they kept here is erased, and nothing of what
+        they have elsewhere. Whose account is at home here can only be disabled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LogOutMember(self, request, context):
-        """Ends every session of somebody. They may log in again.
+        """Ends every session that somebody has in the tenant. They may log in again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateInvitation(self, request, context):
-        """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
-        account already keeps that one.
+        """Invites somebody, by a mail with a token. Who signs up with it is at home in the tenant; who has
+        an account already accepts it as that one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1086,6 +1286,11 @@ def add_TenantServiceServicer_to_server(servicer, server):
                     servicer.EnableMember,
                     request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberRequest.FromString,
                     response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberResponse.SerializeToString,
+            ),
+            'RemoveMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveMember,
+                    request_deserializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RemoveMemberRequest.FromString,
+                    response_serializer=kimberly_dot_auth_dot_v1_dot_auth__pb2.RemoveMemberResponse.SerializeToString,
             ),
             'LogOutMember': grpc.unary_unary_rpc_method_handler(
                     servicer.LogOutMember,
@@ -1218,6 +1423,33 @@ class TenantService:
             '/kimberly.auth.v1.TenantService/EnableMember',
             kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberRequest.SerializeToString,
             kimberly_dot_auth_dot_v1_dot_auth__pb2.EnableMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.auth.v1.TenantService/RemoveMember',
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RemoveMemberRequest.SerializeToString,
+            kimberly_dot_auth_dot_v1_dot_auth__pb2.RemoveMemberResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,9 @@ class AuthServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AuthServiceAsyncStub: ...
     SignUp: _grpc.UnaryUnaryMultiCallable[_auth_pb2.SignUpRequest, _auth_pb2.SignUpResponse]
-    """Creates an account and its personal tenant, and signs the new user in."""
+    """Creates an account and its personal tenant, or by an invitation one at home in the tenant of
+    whoever invites, and signs the new user in.
+    """
     LogIn: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]
     """Signs a user in with email and password."""
     RefreshToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RefreshTokenRequest, _auth_pb2.RefreshTokenResponse]
@@ -45,15 +47,17 @@ class AuthServiceStub:
     LogOut: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
     LogOutEverywhere: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutEverywhereRequest, _auth_pb2.LogOutEverywhereResponse]
-    """Ends every session of the signed-in user, the one that asks included."""
+    """Ends every session of the signed-in user in all their tenants, the one that asks included."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListSessionsRequest, _auth_pb2.ListSessionsResponse]
-    """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
-    oldest one ends when another starts.
+    """Lists the living sessions of the signed-in user in all their tenants, the newest first. There
+    are 100 at most: the oldest one ends when another starts.
     """
     RevokeSession: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RevokeSessionRequest, _auth_pb2.RevokeSessionResponse]
-    """Ends one session of the signed-in user. Within seconds every service refuses its tokens."""
+    """Ends one session of the signed-in user, and those that were switched to from it. Within seconds
+    every service refuses their tokens.
+    """
     ChangePassword: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ChangePasswordRequest, _auth_pb2.ChangePasswordResponse]
-    """Changes the password of the signed-in user, and ends every other session."""
+    """Changes the password of the signed-in user, and ends every other session in all their tenants."""
     RequestPasswordReset: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]
     """Has a token mailed that resets the password. Answers alike whether or not the email names an
     account; one mail a minute is sent at most.
@@ -66,6 +70,25 @@ class AuthServiceStub:
     """
     VerifyEmail: _grpc.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]
     """Marks the email of an account as verified, by a mailed token."""
+    AcceptInvitation: _grpc.UnaryUnaryMultiCallable[_auth_pb2.AcceptInvitationRequest, _auth_pb2.AcceptInvitationResponse]
+    """Joins the tenant of an invitation, as the account that is signed in: the invitation must have
+    been mailed to its email, which is verified by that. In the other tenant the account is another
+    user with another id, who has memories, settings, consents, keys and a plan of their own, and
+    starts as whoever signs up does. Asked again it answers the same.
+    """
+    ListTenants: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListTenantsRequest, _auth_pb2.ListTenantsResponse]
+    """Lists the tenants that the signed-in account belongs to: the one it is at home in, then the
+    others in the order in which it joined them.
+    """
+    SwitchTenant: _grpc.UnaryUnaryMultiCallable[_auth_pb2.SwitchTenantRequest, _auth_pb2.SwitchTenantResponse]
+    """Starts a session in another tenant of the signed-in account. It expires when the session does
+    that asks, and ends with it; that one goes on.
+    """
+    LeaveTenant: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LeaveTenantRequest, _auth_pb2.LeaveTenantResponse]
+    """Leaves a tenant, for good: what the account kept there is erased, and nothing of what it has
+    elsewhere. The password proves that it is the user who wants it. The tenant that the account is
+    at home in cannot be left, nor can one by its last owner.
+    """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]
     """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
     the only one that shows it: a retry under the same request_id returns the key without its
@@ -98,7 +121,9 @@ class AuthServiceAsyncStub(AuthServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     SignUp: _aio.UnaryUnaryMultiCallable[_auth_pb2.SignUpRequest, _auth_pb2.SignUpResponse]  # type: ignore[assignment]
-    """Creates an account and its personal tenant, and signs the new user in."""
+    """Creates an account and its personal tenant, or by an invitation one at home in the tenant of
+    whoever invites, and signs the new user in.
+    """
     LogIn: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]  # type: ignore[assignment]
     """Signs a user in with email and password."""
     RefreshToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.RefreshTokenRequest, _auth_pb2.RefreshTokenResponse]  # type: ignore[assignment]
@@ -109,15 +134,17 @@ class AuthServiceAsyncStub(AuthServiceStub):
     LogOut: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]  # type: ignore[assignment]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
     LogOutEverywhere: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutEverywhereRequest, _auth_pb2.LogOutEverywhereResponse]  # type: ignore[assignment]
-    """Ends every session of the signed-in user, the one that asks included."""
+    """Ends every session of the signed-in user in all their tenants, the one that asks included."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListSessionsRequest, _auth_pb2.ListSessionsResponse]  # type: ignore[assignment]
-    """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
-    oldest one ends when another starts.
+    """Lists the living sessions of the signed-in user in all their tenants, the newest first. There
+    are 100 at most: the oldest one ends when another starts.
     """
     RevokeSession: _aio.UnaryUnaryMultiCallable[_auth_pb2.RevokeSessionRequest, _auth_pb2.RevokeSessionResponse]  # type: ignore[assignment]
-    """Ends one session of the signed-in user. Within seconds every service refuses its tokens."""
+    """Ends one session of the signed-in user, and those that were switched to from it. Within seconds
+    every service refuses their tokens.
+    """
     ChangePassword: _aio.UnaryUnaryMultiCallable[_auth_pb2.ChangePasswordRequest, _auth_pb2.ChangePasswordResponse]  # type: ignore[assignment]
-    """Changes the password of the signed-in user, and ends every other session."""
+    """Changes the password of the signed-in user, and ends every other session in all their tenants."""
     RequestPasswordReset: _aio.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]  # type: ignore[assignment]
     """Has a token mailed that resets the password. Answers alike whether or not the email names an
     account; one mail a minute is sent at most.
@@ -130,6 +157,25 @@ class AuthServiceAsyncStub(AuthServiceStub):
     """
     VerifyEmail: _aio.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]  # type: ignore[assignment]
     """Marks the email of an account as verified, by a mailed token."""
+    AcceptInvitation: _aio.UnaryUnaryMultiCallable[_auth_pb2.AcceptInvitationRequest, _auth_pb2.AcceptInvitationResponse]  # type: ignore[assignment]
+    """Joins the tenant of an invitation, as the account that is signed in: the invitation must have
+    been mailed to its email, which is verified by that. In the other tenant the account is another
+    user with another id, who has memories, settings, consents, keys and a plan of their own, and
+    starts as whoever signs up does. Asked again it answers the same.
+    """
+    ListTenants: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListTenantsRequest, _auth_pb2.ListTenantsResponse]  # type: ignore[assignment]
+    """Lists the tenants that the signed-in account belongs to: the one it is at home in, then the
+    others in the order in which it joined them.
+    """
+    SwitchTenant: _aio.UnaryUnaryMultiCallable[_auth_pb2.SwitchTenantRequest, _auth_pb2.SwitchTenantResponse]  # type: ignore[assignment]
+    """Starts a session in another tenant of the signed-in account. It expires when the session does
+    that asks, and ends with it; that one goes on.
+    """
+    LeaveTenant: _aio.UnaryUnaryMultiCallable[_auth_pb2.LeaveTenantRequest, _auth_pb2.LeaveTenantResponse]  # type: ignore[assignment]
+    """Leaves a tenant, for good: what the account kept there is erased, and nothing of what it has
+    elsewhere. The password proves that it is the user who wants it. The tenant that the account is
+    at home in cannot be left, nor can one by its last owner.
+    """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
     the only one that shows it: a retry under the same request_id returns the key without its
@@ -165,7 +211,9 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.SignUpRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.SignUpResponse, _abc.Awaitable[_auth_pb2.SignUpResponse]]:
-        """Creates an account and its personal tenant, and signs the new user in."""
+        """Creates an account and its personal tenant, or by an invitation one at home in the tenant of
+        whoever invites, and signs the new user in.
+        """
 
     @_abc_1.abstractmethod
     def LogIn(
@@ -200,7 +248,7 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.LogOutEverywhereRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.LogOutEverywhereResponse, _abc.Awaitable[_auth_pb2.LogOutEverywhereResponse]]:
-        """Ends every session of the signed-in user, the one that asks included."""
+        """Ends every session of the signed-in user in all their tenants, the one that asks included."""
 
     @_abc_1.abstractmethod
     def ListSessions(
@@ -208,8 +256,8 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.ListSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.ListSessionsResponse, _abc.Awaitable[_auth_pb2.ListSessionsResponse]]:
-        """Lists the living sessions of the signed-in user, the newest first. There are 100 at most: the
-        oldest one ends when another starts.
+        """Lists the living sessions of the signed-in user in all their tenants, the newest first. There
+        are 100 at most: the oldest one ends when another starts.
         """
 
     @_abc_1.abstractmethod
@@ -218,7 +266,9 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.RevokeSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.RevokeSessionResponse, _abc.Awaitable[_auth_pb2.RevokeSessionResponse]]:
-        """Ends one session of the signed-in user. Within seconds every service refuses its tokens."""
+        """Ends one session of the signed-in user, and those that were switched to from it. Within seconds
+        every service refuses their tokens.
+        """
 
     @_abc_1.abstractmethod
     def ChangePassword(
@@ -226,7 +276,7 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.ChangePasswordRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.ChangePasswordResponse, _abc.Awaitable[_auth_pb2.ChangePasswordResponse]]:
-        """Changes the password of the signed-in user, and ends every other session."""
+        """Changes the password of the signed-in user, and ends every other session in all their tenants."""
 
     @_abc_1.abstractmethod
     def RequestPasswordReset(
@@ -263,6 +313,49 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.VerifyEmailResponse, _abc.Awaitable[_auth_pb2.VerifyEmailResponse]]:
         """Marks the email of an account as verified, by a mailed token."""
+
+    @_abc_1.abstractmethod
+    def AcceptInvitation(
+        self,
+        request: _auth_pb2.AcceptInvitationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.AcceptInvitationResponse, _abc.Awaitable[_auth_pb2.AcceptInvitationResponse]]:
+        """Joins the tenant of an invitation, as the account that is signed in: the invitation must have
+        been mailed to its email, which is verified by that. In the other tenant the account is another
+        user with another id, who has memories, settings, consents, keys and a plan of their own, and
+        starts as whoever signs up does. Asked again it answers the same.
+        """
+
+    @_abc_1.abstractmethod
+    def ListTenants(
+        self,
+        request: _auth_pb2.ListTenantsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.ListTenantsResponse, _abc.Awaitable[_auth_pb2.ListTenantsResponse]]:
+        """Lists the tenants that the signed-in account belongs to: the one it is at home in, then the
+        others in the order in which it joined them.
+        """
+
+    @_abc_1.abstractmethod
+    def SwitchTenant(
+        self,
+        request: _auth_pb2.SwitchTenantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.SwitchTenantResponse, _abc.Awaitable[_auth_pb2.SwitchTenantResponse]]:
+        """Starts a session in another tenant of the signed-in account. It expires when the session does
+        that asks, and ends with it; that one goes on.
+        """
+
+    @_abc_1.abstractmethod
+    def LeaveTenant(
+        self,
+        request: _auth_pb2.LeaveTenantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.LeaveTenantResponse, _abc.Awaitable[_auth_pb2.LeaveTenantResponse]]:
+        """Leaves a tenant, for good: what the account kept there is erased, and nothing of what it has
+        elsewhere. The password proves that it is the user who wants it. The tenant that the account is
+        at home in cannot be left, nor can one by its last owner.
+        """
 
     @_abc_1.abstractmethod
     def CreateApiKey(
@@ -355,14 +448,21 @@ class TenantServiceStub:
     once on what the person does here, and elsewhere when their access token is refreshed.
     """
     DisableMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.DisableMemberRequest, _auth_pb2.DisableMemberResponse]
-    """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds."""
+    """Keeps somebody out of the tenant, and ends their sessions and API keys' tokens here within
+    seconds. Whose account is at home here can log in nowhere then, and is out of every other
+    tenant as well; everybody else keeps their account and their other tenants.
+    """
     EnableMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.EnableMemberRequest, _auth_pb2.EnableMemberResponse]
-    """Lets somebody log in again who was disabled. Their API keys are good again."""
+    """Lets somebody in again who was disabled. Their API keys are good again."""
+    RemoveMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RemoveMemberRequest, _auth_pb2.RemoveMemberResponse]
+    """Takes somebody out of the tenant, for good: what they kept here is erased, and nothing of what
+    they have elsewhere. Whose account is at home here can only be disabled.
+    """
     LogOutMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutMemberRequest, _auth_pb2.LogOutMemberResponse]
-    """Ends every session of somebody. They may log in again."""
+    """Ends every session that somebody has in the tenant. They may log in again."""
     CreateInvitation: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateInvitationRequest, _auth_pb2.CreateInvitationResponse]
-    """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
-    account already keeps that one.
+    """Invites somebody, by a mail with a token. Who signs up with it is at home in the tenant; who has
+    an account already accepts it as that one.
     """
     ListInvitations: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListInvitationsRequest, _auth_pb2.ListInvitationsResponse]
     """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most."""
@@ -383,14 +483,21 @@ class TenantServiceAsyncStub(TenantServiceStub):
     once on what the person does here, and elsewhere when their access token is refreshed.
     """
     DisableMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.DisableMemberRequest, _auth_pb2.DisableMemberResponse]  # type: ignore[assignment]
-    """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds."""
+    """Keeps somebody out of the tenant, and ends their sessions and API keys' tokens here within
+    seconds. Whose account is at home here can log in nowhere then, and is out of every other
+    tenant as well; everybody else keeps their account and their other tenants.
+    """
     EnableMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.EnableMemberRequest, _auth_pb2.EnableMemberResponse]  # type: ignore[assignment]
-    """Lets somebody log in again who was disabled. Their API keys are good again."""
+    """Lets somebody in again who was disabled. Their API keys are good again."""
+    RemoveMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.RemoveMemberRequest, _auth_pb2.RemoveMemberResponse]  # type: ignore[assignment]
+    """Takes somebody out of the tenant, for good: what they kept here is erased, and nothing of what
+    they have elsewhere. Whose account is at home here can only be disabled.
+    """
     LogOutMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutMemberRequest, _auth_pb2.LogOutMemberResponse]  # type: ignore[assignment]
-    """Ends every session of somebody. They may log in again."""
+    """Ends every session that somebody has in the tenant. They may log in again."""
     CreateInvitation: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateInvitationRequest, _auth_pb2.CreateInvitationResponse]  # type: ignore[assignment]
-    """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
-    account already keeps that one.
+    """Invites somebody, by a mail with a token. Who signs up with it is at home in the tenant; who has
+    an account already accepts it as that one.
     """
     ListInvitations: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListInvitationsRequest, _auth_pb2.ListInvitationsResponse]  # type: ignore[assignment]
     """Lists the invitations that were neither accepted nor revoked, the newest first: 100 at most."""
@@ -426,7 +533,10 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.DisableMemberRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.DisableMemberResponse, _abc.Awaitable[_auth_pb2.DisableMemberResponse]]:
-        """Keeps somebody from logging in, and ends their sessions and API keys' tokens within seconds."""
+        """Keeps somebody out of the tenant, and ends their sessions and API keys' tokens here within
+        seconds. Whose account is at home here can log in nowhere then, and is out of every other
+        tenant as well; everybody else keeps their account and their other tenants.
+        """
 
     @_abc_1.abstractmethod
     def EnableMember(
@@ -434,7 +544,17 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.EnableMemberRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.EnableMemberResponse, _abc.Awaitable[_auth_pb2.EnableMemberResponse]]:
-        """Lets somebody log in again who was disabled. Their API keys are good again."""
+        """Lets somebody in again who was disabled. Their API keys are good again."""
+
+    @_abc_1.abstractmethod
+    def RemoveMember(
+        self,
+        request: _auth_pb2.RemoveMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_auth_pb2.RemoveMemberResponse, _abc.Awaitable[_auth_pb2.RemoveMemberResponse]]:
+        """Takes somebody out of the tenant, for good: what they kept here is erased, and nothing of what
+        they have elsewhere. Whose account is at home here can only be disabled.
+        """
 
     @_abc_1.abstractmethod
     def LogOutMember(
@@ -442,7 +562,7 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.LogOutMemberRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.LogOutMemberResponse, _abc.Awaitable[_auth_pb2.LogOutMemberResponse]]:
-        """Ends every session of somebody. They may log in again."""
+        """Ends every session that somebody has in the tenant. They may log in again."""
 
     @_abc_1.abstractmethod
     def CreateInvitation(
@@ -450,8 +570,8 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.CreateInvitationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.CreateInvitationResponse, _abc.Awaitable[_auth_pb2.CreateInvitationResponse]]:
-        """Invites somebody, by a mail with a token. Who signs up with it joins the tenant; who has an
-        account already keeps that one.
+        """Invites somebody, by a mail with a token. Who signs up with it is at home in the tenant; who has
+        an account already accepts it as that one.
         """
 
     @_abc_1.abstractmethod

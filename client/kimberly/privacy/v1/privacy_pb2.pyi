@@ -176,6 +176,7 @@ class Erasure(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     RECEIPT_KEY_FIELD_NUMBER: _builtins.int
     RECEIPT_ID_FIELD_NUMBER: _builtins.int
+    MEMBERSHIP_RECEIPT_IDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`era_…`."""
     tenant_id: _builtins.str
@@ -211,6 +212,12 @@ class Erasure(_message.Message):
     def removed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Removed]:
         """What was removed so far, by place."""
 
+    @_builtins.property
+    def membership_receipt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`rcp_…` of the erasures that began with this one: of what the account had in other tenants. They
+        are not in the receipt, which each of them has of its own.
+        """
+
     def __init__(
         self,
         *,
@@ -226,10 +233,11 @@ class Erasure(_message.Message):
         receipt: _builtins.str = ...,
         receipt_key: _builtins.str = ...,
         receipt_id: _builtins.str = ...,
+        membership_receipt_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["confirm_time", b"confirm_time", "create_time", b"create_time", "erase_time", b"erase_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm_time", b"confirm_time", "create_time", b"create_time", "erase_time", b"erase_time", "id", b"id", "receipt", b"receipt", "receipt_id", b"receipt_id", "receipt_key", b"receipt_key", "removed", b"removed", "rounds", b"rounds", "state", b"state", "tenant_id", b"tenant_id", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm_time", b"confirm_time", "create_time", b"create_time", "erase_time", b"erase_time", "id", b"id", "membership_receipt_ids", b"membership_receipt_ids", "receipt", b"receipt", "receipt_id", b"receipt_id", "receipt_key", b"receipt_key", "removed", b"removed", "rounds", b"rounds", "state", b"state", "tenant_id", b"tenant_id", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -90,6 +90,9 @@ class PrivacyServiceServicer:
         second. The rest follows in minutes, whatever crashes. Kept are the events of the audit log,
         which hold no text, and that this id was erased, so that a restored backup is erased again.
 
+        In the tenant that the account is at home in, this is the end of the account, and of what it has
+        in every other tenant; anywhere else it is the end of what it has there.
+
         Asked again by the same user, with a token that is still good, it returns the same erasure.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -48,6 +48,9 @@ class PrivacyServiceStub:
     second. The rest follows in minutes, whatever crashes. Kept are the events of the audit log,
     which hold no text, and that this id was erased, so that a restored backup is erased again.
 
+    In the tenant that the account is at home in, this is the end of the account, and of what it has
+    in every other tenant; anywhere else it is the end of what it has there.
+
     Asked again by the same user, with a token that is still good, it returns the same erasure.
     """
     GetErasure: _grpc.UnaryUnaryMultiCallable[_privacy_pb2.GetErasureRequest, _privacy_pb2.GetErasureResponse]
@@ -76,6 +79,9 @@ class PrivacyServiceAsyncStub(PrivacyServiceStub):
     writes nothing more and nobody logs in; access tokens that are out open nothing within a
     second. The rest follows in minutes, whatever crashes. Kept are the events of the audit log,
     which hold no text, and that this id was erased, so that a restored backup is erased again.
+
+    In the tenant that the account is at home in, this is the end of the account, and of what it has
+    in every other tenant; anywhere else it is the end of what it has there.
 
     Asked again by the same user, with a token that is still good, it returns the same erasure.
     """
@@ -120,6 +126,9 @@ class PrivacyServiceServicer(metaclass=_abc_1.ABCMeta):
         writes nothing more and nobody logs in; access tokens that are out open nothing within a
         second. The rest follows in minutes, whatever crashes. Kept are the events of the audit log,
         which hold no text, and that this id was erased, so that a restored backup is erased again.
+
+        In the tenant that the account is at home in, this is the end of the account, and of what it has
+        in every other tenant; anywhere else it is the end of what it has there.
 
         Asked again by the same user, with a token that is still good, it returns the same erasure.
         """

@@ -1,0 +1,972 @@
+"""One account in several tenants: how it joins them, what it is there, and how it ends."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from kimberly.auth.v1 import auth_pb2 as pb
+
+from server import ids
+from server.auth import membership_store, people, session_store
+from server.auth.issuing import Issuer
+from server.auth.member_store import MemberStore
+from server.auth.members import Membership
+from server.auth.membership_store import MembershipStore
+from server.auth.refresh_tokens import GRACE, Session, hash_of, new_token
+from server.auth.session_store import SessionStore
+from server.database import SystemDatabase
+from server.errors import AccountErased, PermissionDenied, StateConflict, Unauthenticated
+from server.grants import EndedGrants
+from server.privacy.erasure_store import ErasureStore
+from server.tokens import TokenVerifier
+from tests.auth.conftest import (
+    PASSWORD,
+    SESSION_LIFETIME,
+    Auth,
+    Invite,
+    Meet,
+    Person,
+    Tenants,
+    reason_of,
+    refresh,
+)
+from tests.auth.mails import mailed
+from tests.auth.test_members import log_in, owners
+from tests.conftest import FakeClock, bearer
+
+ROUNDS = 20
+Switch = Callable[[Person, str], Awaitable[Person]]
+Join = Callable[..., Awaitable[pb.Membership]]
+
+
+@dataclass(frozen=True)
+class Guest:
+    """Bob, who has a tenant of his own and joined Ada's."""
+
+    home: Person
+    """Bob where he logs in."""
+    away: Person
+    """Bob in Ada's tenant."""
+
+
+async def accept(auth: Auth, person: Person, token: str) -> pb.Membership:
+    request = pb.AcceptInvitationRequest(invitation=token)
+    return (await auth.AcceptInvitation(request, metadata=person.as_)).membership
+
+
+async def tenants_of(auth: Auth, person: Person) -> list[pb.Membership]:
+    answer = await auth.ListTenants(pb.ListTenantsRequest(), metadata=person.as_)
+    return list(answer.memberships)
+
+
+async def sessions_of(auth: Auth, person: Person) -> list[pb.Session]:
+    answer = await auth.ListSessions(pb.ListSessionsRequest(), metadata=person.as_)
+    return list(answer.sessions)
+
+
+def leaving(auth: Auth, person: Person, tenant_id: str, password: str = PASSWORD) -> Awaitable[Any]:
+    request = pb.LeaveTenantRequest(tenant_id=tenant_id, password=password)
+    return auth.LeaveTenant(request, metadata=person.as_)
+
+
+@pytest.fixture
+def switch(auth: Auth, verifier: TokenVerifier) -> Switch:
+    """Have somebody switch to a tenant, and return them as they are there."""
+
+    async def switch(person: Person, tenant_id: str) -> Person:
+        request = pb.SwitchTenantRequest(tenant_id=tenant_id)
+        answer = await auth.SwitchTenant(request, metadata=person.as_)
+        credentials = await verifier.verify(answer.tokens.access_token)
+        return Person(answer.user_id, person.email, answer.tokens, credentials)
+
+    return switch
+
+
+@pytest.fixture
+def join(auth: Auth, invite: Invite, switch: Switch) -> Callable[..., Awaitable[Person]]:
+    """Have somebody join somebody's tenant, and return them as they are there."""
+
+    async def join(person: Person, host: Person, role: str = "member") -> Person:
+        await accept(auth, person, await invite(host, person.email, role))
+        return await switch(person, host.tenant_id)
+
+    return join
+
+
+@pytest_asyncio.fixture
+async def guest(ada: Person, bob: Person, join: Callable[..., Awaitable[Person]]) -> Guest:
+    return Guest(bob, await join(bob, ada))
+
+
+# --- joining -----------------------------------------------------------------------------------
+
+
+async def test_who_has_an_account_joins_with_it_and_is_another_user_there(
+    auth: Auth, tenants: Tenants, ada: Person, bob: Person, invite: Invite
+) -> None:
+    joined = await accept(auth, bob, await invite(ada, bob.email, "auditor"))
+    assert (joined.tenant_id, joined.role) == (ada.tenant_id, pb.ROLE_AUDITOR)
+    assert (joined.home, joined.current) == (False, False)
+    assert joined.user_id not in {ada.id, bob.id}
+    listed = await tenants.ListMembers(pb.ListMembersRequest(), metadata=ada.as_)
+    assert [(each.user_id, each.email, each.role, each.home) for each in listed.members] == [
+        (ada.id, ada.email, pb.ROLE_OWNER, True),
+        (joined.user_id, bob.email, pb.ROLE_AUDITOR, False),
+    ]
+    # Who has the token reads the mails of the account.
+    assert [each.email_verified for each in listed.members] == [False, True]
+    open_ = await tenants.ListInvitations(pb.ListInvitationsRequest(), metadata=ada.as_)
+    assert not open_.invitations
+
+
+async def test_what_is_asked_of_a_member_starts_as_it_does_for_whoever_signs_up(
+    guest: Guest, owner: asyncpg.Connection
+) -> None:
+    there = guest.away.credentials.caller.user_id
+    for table in ("consents", "settings", "subscriptions", "api_keys", "agents"):
+        count = f"SELECT count(*) FROM {table} WHERE user_id = $1"
+        assert not await owner.fetchval(count, there), table
+
+
+async def test_an_invitation_to_somebody_else_is_as_good_as_none(
+    auth: Auth, ada: Person, bob: Person, invite: Invite, owner: asyncpg.Connection
+) -> None:
+    token = await invite(ada, "cy@example.com")
+    for shown in (token, "", "unknown", "\0", "a" * 10_000):
+        assert await reason_of(accept(auth, bob, shown)) == "MAILED_TOKEN_INVALID"
+    # Nor is it used up by that.
+    assert await owner.fetchval("SELECT accepted_at IS NULL FROM invitations")
+    assert len(await tenants_of(auth, bob)) == 1
+
+
+async def test_an_invitation_that_was_revoked_has_expired_or_is_used_is_none(
+    auth: Auth, tenants: Tenants, ada: Person, bob: Person, invite: Invite, clock: FakeClock
+) -> None:
+    revoked = await invite(ada, bob.email)
+    listed = await tenants.ListInvitations(pb.ListInvitationsRequest(), metadata=ada.as_)
+    revoke = pb.RevokeInvitationRequest(id=listed.invitations[0].id)
+    await tenants.RevokeInvitation(revoke, metadata=ada.as_)
+    late = await invite(ada, bob.email)
+    clock.advance(days=7)
+    used = await invite(ada, bob.email)
+    await accept(auth, bob, used)
+    await leaving(auth, bob, ada.tenant_id)
+    for token in (revoked, late, used):
+        assert await reason_of(accept(auth, bob, token)) == "MAILED_TOKEN_INVALID"
+    assert len(await tenants_of(auth, bob)) == 1
+
+
+async def test_asked_again_it_answers_what_it_answered_first(
+    auth: Auth, ada: Person, bob: Person, invite: Invite, switch: Switch, clock: FakeClock
+) -> None:
+    token = await invite(ada, bob.email)
+    first = await accept(auth, bob, token)
+    clock.advance(days=8)
+    assert await accept(auth, bob, token) == first
+    away = await switch(bob, ada.tenant_id)
+    assert (await accept(auth, away, token)).user_id == first.user_id
+
+
+async def test_of_many_acceptances_at_once_one_makes_a_member(
+    ada: Person,
+    meet: Meet,
+    invite: Invite,
+    memberships: MembershipStore,
+    clock: FakeClock,
+    owner: asyncpg.Connection,
+) -> None:
+    for number in range(5):
+        person = await meet(f"{number}@example.com")
+        token = await invite(ada, person.email)
+        caller = person.credentials.caller
+        joined = await asyncio.gather(
+            *(memberships.accept(caller, token, clock.now) for _ in range(8))
+        )
+        assert len({each.caller.user_id for each in joined}) == 1
+        made = "SELECT count(*) FROM users WHERE home_id = $1"
+        assert await owner.fetchval(made, caller.user_id) == 1
+    told = "SELECT count(*) FROM audit_events WHERE action = 'invitation.accept'"
+    assert await owner.fetchval(told) == 5
+
+
+async def test_whoever_signed_up_by_an_invitation_belongs_already(
+    auth: Auth, ada: Person, meet: Meet, invite: Invite
+) -> None:
+    token = await invite(ada, "cy@example.com")
+    cy = await meet("cy@example.com", token)
+    again = await accept(auth, cy, token)
+    assert (again.user_id, again.home, again.current) == (cy.id, True, True)
+
+
+async def test_who_belongs_to_a_tenant_is_not_asked_into_it(
+    tenants: Tenants, ada: Person, guest: Guest
+) -> None:
+    request = pb.CreateInvitationRequest(email=guest.home.email, role=pb.ROLE_ADMIN)
+    refused = tenants.CreateInvitation(request, metadata=ada.as_)
+    assert await reason_of(refused) == "RESOURCE_EXISTS"
+
+
+async def test_an_account_joins_a_number_of_tenants_and_no_more(
+    auth: Auth,
+    meet: Meet,
+    bob: Person,
+    guest: Guest,
+    invite: Invite,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(membership_store, "MOST_MEMBERSHIPS", 1)
+    cy = await meet("cy@example.com")
+    token = await invite(cy, bob.email)
+    assert await reason_of(accept(auth, bob, token)) == "QUOTA_EXCEEDED"
+    await leaving(auth, bob, guest.away.tenant_id)
+    await accept(auth, bob, token)
+
+
+async def test_who_is_being_erased_joins_nothing(
+    auth: Auth, ada: Person, bob: Person, invite: Invite, erasures: ErasureStore
+) -> None:
+    token = await invite(ada, bob.email)
+    await erasures.begin(bob.credentials.caller)
+    assert await reason_of(accept(auth, bob, token)) == "ACCOUNT_ERASED"
+
+
+async def test_of_an_acceptance_and_an_erasure_at_once_nobody_is_left(
+    ada: Person,
+    meet: Meet,
+    invite: Invite,
+    memberships: MembershipStore,
+    erasures: ErasureStore,
+    clock: FakeClock,
+    owner: asyncpg.Connection,
+) -> None:
+    for number in range(ROUNDS):
+        person = await meet(f"{number}@example.com")
+        token, caller = await invite(ada, person.email), person.credentials.caller
+        joining, erasing = await asyncio.gather(
+            memberships.accept(caller, token, clock.now),
+            erasures.begin(caller),
+            return_exceptions=True,
+        )
+        assert not isinstance(erasing, BaseException)
+        assert isinstance(joining, Membership | AccountErased), joining
+        joined = isinstance(joining, Membership)
+        assert len(erasing.membership_receipt_ids) == joined
+    assert not await owner.fetchval("SELECT count(*) FROM users WHERE home_id IS NOT NULL")
+
+
+# --- belonging ---------------------------------------------------------------------------------
+
+
+async def test_the_tenants_of_an_account_are_the_same_from_each_of_them(
+    auth: Auth, ada: Person, guest: Guest
+) -> None:
+    expected = [
+        (guest.home.tenant_id, guest.home.id, pb.ROLE_OWNER, True),
+        (ada.tenant_id, guest.away.id, pb.ROLE_MEMBER, False),
+    ]
+    for person in (guest.home, guest.away):
+        listed = await tenants_of(auth, person)
+        shown = [(each.tenant_id, each.user_id, each.role, each.home) for each in listed]
+        assert shown == expected
+        assert [each.tenant_id for each in listed if each.current] == [person.tenant_id]
+    assert [each.tenant_id for each in await tenants_of(auth, ada)] == [ada.tenant_id]
+
+
+@pytest.mark.parametrize("role", ["admin", "member", "auditor"])
+async def test_a_role_counts_in_its_tenant_alone(
+    tenants: Tenants,
+    ada: Person,
+    bob: Person,
+    join: Callable[..., Awaitable[Person]],
+    role: str,
+) -> None:
+    away = await join(bob, ada, role)
+    assert (bob.credentials.role, away.credentials.role) == ("owner", role)
+    # An owner at home, and what was asked of them elsewhere; whatever a token said.
+    for as_ in (away.as_, bearer(away.credentials.caller, role="owner")):
+        request = pb.AssignRoleRequest(user_id=away.id, role=pb.ROLE_OWNER)
+        refused = tenants.AssignRole(request, metadata=as_)
+        assert await reason_of(refused) == "METHOD_NOT_ALLOWED"
+    # Whoever runs the tenant that Bob is at home in is nobody to others, and the reverse.
+    for person, by in ((ada, bob), (away, bob), (bob, ada)):
+        disable = pb.DisableMemberRequest(user_id=person.id)
+        disabling = tenants.DisableMember(disable, metadata=by.as_)
+        assert await reason_of(disabling) == "RESOURCE_NOT_FOUND"
+
+
+async def test_keys_belong_to_who_made_them_in_one_tenant(
+    auth: Auth, guest: Guest, verifier: TokenVerifier
+) -> None:
+    request = pb.CreateApiKeyRequest(name="a script", scopes=["memory.read"])
+    key = await auth.CreateApiKey(request, metadata=guest.away.as_)
+    exchanged = await auth.ExchangeToken(pb.ExchangeTokenRequest(api_key=key.secret))
+    credentials = await verifier.verify(exchanged.access_token)
+    assert credentials.caller == guest.away.credentials.caller
+    at_home = await auth.ListApiKeys(pb.ListApiKeysRequest(), metadata=guest.home.as_)
+    assert not at_home.api_keys
+    revoke = pb.RevokeApiKeyRequest(id=key.api_key.id)
+    refused = auth.RevokeApiKey(revoke, metadata=guest.home.as_)
+    assert await reason_of(refused) == "RESOURCE_NOT_FOUND"
+
+
+# --- switching ---------------------------------------------------------------------------------
+
+
+async def test_a_session_elsewhere_is_that_of_the_user_there_and_stays_it(
+    auth: Auth, ada: Person, guest: Guest, verifier: TokenVerifier
+) -> None:
+    there = guest.away.credentials
+    assert ids.show(ids.TENANT, there.caller.tenant_id) == ada.tenant_id
+    assert ids.show(ids.USER, there.caller.user_id) == guest.away.id
+    tokens = await refresh(auth, guest.away.tokens.refresh_token)
+    assert await verifier.verify(tokens.access_token) == there
+    # The one that it was begun from goes on, as who it was.
+    tokens = await refresh(auth, guest.home.tokens.refresh_token)
+    assert await verifier.verify(tokens.access_token) == guest.home.credentials
+
+
+async def test_sessions_are_listed_with_their_tenants_wherever_one_is(
+    auth: Auth, guest: Guest
+) -> None:
+    for person in (guest.home, guest.away):
+        listed = await sessions_of(auth, person)
+        assert [each.tenant_id for each in listed] == [
+            guest.away.tenant_id,
+            guest.home.tenant_id,
+        ]
+        assert [each.tenant_id for each in listed if each.current] == [person.tenant_id]
+
+
+async def test_there_is_a_way_back_home(guest: Guest, switch: Switch) -> None:
+    back = await switch(guest.away, guest.home.tenant_id)
+    assert back.credentials.caller == guest.home.credentials.caller
+    assert back.credentials.role == "owner"
+
+
+async def test_nobody_switches_to_where_they_do_not_belong(
+    auth: Auth, ada: Person, bob: Person
+) -> None:
+    for tenant_id in (ada.tenant_id, ids.show(ids.TENANT, ids.new_id())):
+        request = pb.SwitchTenantRequest(tenant_id=tenant_id)
+        refused = auth.SwitchTenant(request, metadata=bob.as_)
+        assert await reason_of(refused) == "RESOURCE_NOT_FOUND"
+        assert await reason_of(leaving(auth, bob, tenant_id)) == "RESOURCE_NOT_FOUND"
+    request = pb.SwitchTenantRequest(tenant_id=ada.id)
+    refused = auth.SwitchTenant(request, metadata=bob.as_)
+    assert await reason_of(refused) == "FIELD_INVALID tenant_id"
+    assert await reason_of(leaving(auth, bob, ada.id)) == "FIELD_INVALID tenant_id"
+
+
+async def test_switching_to_and_fro_makes_no_session_live_longer(
+    auth: Auth, guest: Guest, switch: Switch, clock: FakeClock
+) -> None:
+    clock.advance(days=20)
+    away = await switch(guest.home, guest.away.tenant_id)
+    back = await switch(away, guest.home.tenant_id)
+    expiries = {each.expire_time.seconds for each in await sessions_of(auth, back)}
+    assert len(expiries) == 1
+    clock.advance(seconds=SESSION_LIFETIME.total_seconds() - 20 * 86400)
+    assert await reason_of(refresh(auth, back.tokens.refresh_token)) == "REFRESH_TOKEN_INVALID"
+
+
+async def replay(auth: Auth, person: Person, clock: FakeClock) -> None:
+    """Use the refresh token of a session that is in use again."""
+    await refresh(auth, person.tokens.refresh_token)
+    clock.advance(seconds=GRACE.total_seconds() + 1)
+    refused = await reason_of(refresh(auth, person.tokens.refresh_token))
+    assert refused == "REFRESH_TOKEN_INVALID"
+
+
+async def log_out(auth: Auth, person: Person, _clock: FakeClock) -> None:
+    await auth.LogOut(pb.LogOutRequest(refresh_token=person.tokens.refresh_token))
+
+
+async def revoke(auth: Auth, person: Person, _clock: FakeClock) -> None:
+    session_id = ids.show(ids.SESSION, person.credentials.grant_id)
+    await auth.RevokeSession(pb.RevokeSessionRequest(id=session_id), metadata=person.as_)
+
+
+@pytest.mark.parametrize("end", [log_out, revoke, replay])
+async def test_what_was_switched_to_ends_with_what_it_was_begun_from(
+    auth: Auth,
+    guest: Guest,
+    switch: Switch,
+    verifier: TokenVerifier,
+    ended: EndedGrants,
+    clock: FakeClock,
+    end: Callable[[Auth, Person, FakeClock], Awaitable[None]],
+) -> None:
+    back = await switch(guest.away, guest.home.tenant_id)
+    again = await log_in(auth, guest.home)
+    await end(auth, guest.away, clock)
+    await ended.refresh()
+    for person in (guest.away, back):
+        with pytest.raises(Unauthenticated):
+            await verifier.verify(person.tokens.access_token)
+        refused = await reason_of(refresh(auth, person.tokens.refresh_token))
+        assert refused == "REFRESH_TOKEN_INVALID"
+    # Neither what it was itself begun from, nor another log-in.
+    await refresh(auth, guest.home.tokens.refresh_token)
+    await refresh(auth, again.tokens.refresh_token)
+
+
+async def test_a_session_that_has_ended_is_no_way_into_another(auth: Auth, guest: Guest) -> None:
+    await auth.LogOut(pb.LogOutRequest(refresh_token=guest.home.tokens.refresh_token))
+    request = pb.SwitchTenantRequest(tenant_id=guest.away.tenant_id)
+    refused = auth.SwitchTenant(request, metadata=guest.home.as_)
+    assert await reason_of(refused) == "TOKEN_INVALID"
+
+
+async def test_of_switches_and_the_end_of_a_session_at_once_nothing_is_left(
+    auth: Auth,
+    system_database: SystemDatabase,
+    memberships: MembershipStore,
+    guest: Guest,
+    issuer: Issuer,
+    clock: FakeClock,
+    owner: asyncpg.Connection,
+) -> None:
+    sessions = SessionStore(system_database)
+    there = guest.away.credentials.caller.tenant_id
+    for _ in range(ROUNDS):
+        new = issuer.begin(guest.home.credentials.caller, "owner", "")
+        await sessions.start(new.session, new.token_hash, clock.now)
+        asking = replace(guest.home.credentials, grant_id=new.session.id)
+        switches = [
+            memberships.switch(asking, there, hash_of(new_token()), "", clock.now) for _ in range(6)
+        ]
+        end = sessions.end_by_token(new.token_hash, clock.now)
+        outcomes = await asyncio.gather(*switches[:3], end, *switches[3:], return_exceptions=True)
+        assert {type(each) for each in outcomes} <= {type(None), Session, Unauthenticated}
+        left = "SELECT count(*) FROM sessions WHERE switched_from = $1 AND ended_at IS NULL"
+        assert not await owner.fetchval(left, new.session.id)
+
+
+async def test_of_switches_and_a_log_out_everywhere_at_once_nothing_is_left(
+    system_database: SystemDatabase,
+    memberships: MembershipStore,
+    guest: Guest,
+    issuer: Issuer,
+    clock: FakeClock,
+    owner: asyncpg.Connection,
+) -> None:
+    sessions, caller = SessionStore(system_database), guest.home.credentials.caller
+    there = guest.away.credentials.caller.tenant_id
+    for _ in range(ROUNDS):
+        new = issuer.begin(caller, "owner", "")
+        await sessions.start(new.session, new.token_hash, clock.now)
+        asking = replace(guest.home.credentials, grant_id=new.session.id)
+        switches = [
+            memberships.switch(asking, there, hash_of(new_token()), "", clock.now) for _ in range(6)
+        ]
+        end = sessions.end_everywhere(caller, clock.now)
+        outcomes = await asyncio.gather(*switches[:3], end, *switches[3:], return_exceptions=True)
+        assert {type(each) for each in outcomes} <= {int, Session, Unauthenticated}
+        left = "SELECT count(*) FROM sessions WHERE user_id = ANY ($1) AND ended_at IS NULL"
+        both = [caller.user_id, guest.away.credentials.caller.user_id]
+        assert not await owner.fetchval(left, both)
+
+
+async def test_a_person_has_a_number_of_sessions_in_all_tenants_together(
+    auth: Auth, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_store, "_MOST_LIVING", 3)
+    before = await sessions_of(auth, guest.home)
+    await log_in(auth, guest.home)
+    assert len(await sessions_of(auth, guest.home)) == len(before) + 1 == 3
+    again = await log_in(auth, guest.home)
+    # The oldest went, and with it what it was switched to.
+    left = {each.tenant_id for each in await sessions_of(auth, guest.home)}
+    assert left == {guest.home.tenant_id}
+    await refresh(auth, again.tokens.refresh_token)
+
+
+async def test_a_session_is_not_ended_to_make_room_for_what_is_begun_from_it(
+    auth: Auth, guest: Guest, switch: Switch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_store, "_MOST_LIVING", 2)
+    again = await switch(guest.home, guest.away.tenant_id)
+    assert len(await sessions_of(auth, guest.home)) == 2
+    for person in (guest.home, again):
+        await refresh(auth, person.tokens.refresh_token)
+
+
+# --- the account as a whole --------------------------------------------------------------------
+
+
+async def test_another_password_ends_every_session_but_the_one_that_asks(
+    auth: Auth, guest: Guest, switch: Switch
+) -> None:
+    other = await switch(guest.home, guest.away.tenant_id)
+    request = pb.ChangePasswordRequest(current_password=PASSWORD, new_password=f"new {PASSWORD}")
+    answer = await auth.ChangePassword(request, metadata=guest.away.as_)
+    assert answer.ended_sessions == 2
+    for person in (guest.home, other):
+        refused = await reason_of(refresh(auth, person.tokens.refresh_token))
+        assert refused == "REFRESH_TOKEN_INVALID"
+    await refresh(auth, guest.away.tokens.refresh_token)
+    assert await reason_of(log_in(auth, guest.home)) == "CREDENTIALS_INVALID"
+    await auth.LogIn(pb.LogInRequest(email=guest.home.email, password=f"new {PASSWORD}"))
+
+
+async def test_a_password_that_was_reset_ends_every_session(
+    auth: Auth, guest: Guest, postman: Any, outbox: Any
+) -> None:
+    await auth.RequestPasswordReset(pb.RequestPasswordResetRequest(email=guest.home.email))
+    token = await mailed(outbox, postman, "Reset")
+    request = pb.ResetPasswordRequest(token=token, new_password=f"new {PASSWORD}")
+    await auth.ResetPassword(request)
+    for person in (guest.home, guest.away):
+        refused = await reason_of(refresh(auth, person.tokens.refresh_token))
+        assert refused == "REFRESH_TOKEN_INVALID"
+
+
+@pytest.mark.parametrize("where", ["home", "away"])
+async def test_logging_out_everywhere_is_everywhere(
+    auth: Auth, ada: Person, guest: Guest, where: str
+) -> None:
+    asking: Person = getattr(guest, where)
+    answer = await auth.LogOutEverywhere(pb.LogOutEverywhereRequest(), metadata=asking.as_)
+    assert answer.ended == 2
+    for person in (guest.home, guest.away):
+        refused = await reason_of(refresh(auth, person.tokens.refresh_token))
+        assert refused == "REFRESH_TOKEN_INVALID"
+    await refresh(auth, ada.tokens.refresh_token)
+
+
+async def test_guesses_of_a_password_count_for_the_account_in_whichever_tenant(
+    auth: Auth, guest: Guest
+) -> None:
+    for person in [guest.home, guest.away] * 5:
+        refused = leaving(auth, person, guest.away.tenant_id, "wrong")
+        assert await reason_of(refused) == "PROOF_INVALID"
+    for person in (guest.home, guest.away):
+        refused = leaving(auth, person, guest.away.tenant_id)
+        assert await reason_of(refused) == "PROOF_INVALID"
+    assert await reason_of(log_in(auth, guest.home)) == "CREDENTIALS_INVALID"
+    assert len(await tenants_of(auth, guest.home)) == 2
+
+
+async def test_an_account_that_is_disabled_at_home_is_out_of_all_tenants(
+    auth: Auth,
+    tenants: Tenants,
+    ada: Person,
+    guest: Guest,
+    meet: Meet,
+    invite: Invite,
+    verifier: TokenVerifier,
+    ended: EndedGrants,
+) -> None:
+    # Cy runs the tenant that Bob is at home in.
+    boss = await meet("cy@example.com", await invite(guest.home, "cy@example.com", "admin"))
+    make = pb.AssignRoleRequest(user_id=boss.id, role=pb.ROLE_OWNER)
+    await tenants.AssignRole(make, metadata=guest.home.as_)
+    # And Bob runs Ada's beside her.
+    make = pb.AssignRoleRequest(user_id=guest.away.id, role=pb.ROLE_ADMIN)
+    await tenants.AssignRole(make, metadata=ada.as_)
+    request = pb.CreateApiKeyRequest(name="a script", scopes=["memory.read"])
+    key = await auth.CreateApiKey(request, metadata=guest.away.as_)
+    exchange = pb.ExchangeTokenRequest(api_key=key.secret)
+    exchanged = (await auth.ExchangeToken(exchange)).access_token
+    as_admin = bearer(guest.away.credentials.caller, role="admin")
+    await tenants.ListMembers(pb.ListMembersRequest(), metadata=as_admin)
+
+    disable = pb.DisableMemberRequest(user_id=guest.home.id)
+    await tenants.DisableMember(disable, metadata=boss.as_)
+    await ended.refresh()
+    for token in (
+        guest.home.tokens.access_token,
+        guest.away.tokens.access_token,
+        exchanged,
+    ):
+        with pytest.raises(Unauthenticated):
+            await verifier.verify(token)
+    for person in (guest.home, guest.away):
+        refused = await reason_of(refresh(auth, person.tokens.refresh_token))
+        assert refused == "REFRESH_TOKEN_INVALID"
+    assert await reason_of(log_in(auth, guest.home)) == "CREDENTIALS_INVALID"
+    assert await reason_of(auth.ExchangeToken(exchange)) == "API_KEY_INVALID"
+    # Not even in the seconds in which a token is still believed.
+    listing = tenants.ListMembers(pb.ListMembersRequest(), metadata=as_admin)
+    assert await reason_of(listing) == "METHOD_NOT_ALLOWED"
+
+    enable = pb.EnableMemberRequest(user_id=guest.home.id)
+    await tenants.EnableMember(enable, metadata=boss.as_)
+    await log_in(auth, guest.home)
+    await verifier.verify((await auth.ExchangeToken(exchange)).access_token)
+
+
+async def test_of_a_disabling_at_home_and_switches_at_once_no_session_is_left(
+    tenants: Tenants,
+    guest: Guest,
+    meet: Meet,
+    invite: Invite,
+    memberships: MembershipStore,
+    system_database: SystemDatabase,
+    issuer: Issuer,
+    clock: FakeClock,
+    owner: asyncpg.Connection,
+) -> None:
+    boss = await meet("cy@example.com", await invite(guest.home, "cy@example.com", "admin"))
+    make = pb.AssignRoleRequest(user_id=boss.id, role=pb.ROLE_OWNER)
+    await tenants.AssignRole(make, metadata=guest.home.as_)
+    sessions, there = SessionStore(system_database), guest.away.credentials.caller.tenant_id
+    for _ in range(ROUNDS):
+        new = issuer.begin(guest.home.credentials.caller, "owner", "")
+        await sessions.start(new.session, new.token_hash, clock.now)
+        asking = replace(guest.home.credentials, grant_id=new.session.id)
+        switches = [
+            memberships.switch(asking, there, hash_of(new_token()), "", clock.now) for _ in range(4)
+        ]
+        disable = pb.DisableMemberRequest(user_id=guest.home.id)
+        disabling = tenants.DisableMember(disable, metadata=boss.as_)
+        outcomes = await asyncio.gather(
+            *switches[:2], disabling, *switches[2:], return_exceptions=True
+        )
+        kinds = {type(each) for each in outcomes}
+        assert kinds <= {pb.DisableMemberResponse, Session, PermissionDenied, Unauthenticated}
+        assert isinstance(outcomes[2], pb.DisableMemberResponse)
+        left = "SELECT count(*) FROM sessions WHERE user_id = ANY ($1) AND ended_at IS NULL"
+        persons = [each.credentials.caller.user_id for each in (guest.home, guest.away)]
+        assert not await owner.fetchval(left, persons)
+        enable = pb.EnableMemberRequest(user_id=guest.home.id)
+        await tenants.EnableMember(enable, metadata=boss.as_)
+
+
+async def test_who_a_person_is_elsewhere_is_found_by_indexes_alone(
+    system_database: SystemDatabase, guest: Guest, owner: asyncpg.Connection
+) -> None:
+    await owner.execute(
+        """
+        INSERT INTO users (tenant_id, id, email, display_name, created_at)
+        SELECT tenant.id, uuidv7(), n || '@example.org', 'somebody', now()
+          FROM (SELECT id FROM tenants LIMIT 1) AS tenant, generate_series(1, 10_000) AS n
+        """
+    )
+    await owner.execute("ANALYZE users")
+    caller, noted = guest.away.credentials.caller, list[str]()
+    async with system_database.transaction() as connection:
+        with connection.query_logger(lambda query: noted.append(query.query)):
+            assert len(await people.everywhere(connection, caller)) == 2
+            assert len(await people.standing_with(connection, caller)) == 1
+    assert len(noted) == 2
+    await owner.execute("SET plan_cache_mode = force_generic_plan")
+    for number, query in enumerate(noted):
+        await owner.execute(f"PREPARE hot{number} AS {query}")
+        plan = await owner.fetch(f"EXPLAIN EXECUTE hot{number} (NULL, NULL)")
+        assert "Seq Scan" not in str(plan)
+
+
+# --- what a tenant does to a member of it ------------------------------------------------------
+
+
+async def test_who_is_disabled_in_a_tenant_keeps_the_account_and_the_other_tenants(
+    auth: Auth,
+    tenants: Tenants,
+    ada: Person,
+    guest: Guest,
+    verifier: TokenVerifier,
+    ended: EndedGrants,
+    switch: Switch,
+) -> None:
+    back = await switch(guest.away, guest.home.tenant_id)
+    disable = pb.DisableMemberRequest(user_id=guest.away.id)
+    await tenants.DisableMember(disable, metadata=ada.as_)
+    await ended.refresh()
+    with pytest.raises(Unauthenticated):
+        await verifier.verify(guest.away.tokens.access_token)
+    for person in (guest.home, back):
+        await verifier.verify(person.tokens.access_token)
+        await refresh(auth, person.tokens.refresh_token)
+    await log_in(auth, guest.home)
+    listed = await tenants_of(auth, guest.home)
+    assert [each.HasField("disable_time") for each in listed] == [False, True]
+    request = pb.SwitchTenantRequest(tenant_id=ada.tenant_id)
+    # Nor do they leave: what is kept there waits until the tenant lets them in again.
+    for refused in (
+        auth.SwitchTenant(request, metadata=guest.home.as_),
+        leaving(auth, guest.home, ada.tenant_id),
+    ):
+        assert await reason_of(refused) == "METHOD_NOT_ALLOWED"
+    enable = pb.EnableMemberRequest(user_id=guest.away.id)
+    await tenants.EnableMember(enable, metadata=ada.as_)
+    await switch(guest.home, ada.tenant_id)
+
+
+async def test_who_is_logged_out_of_a_tenant_stays_logged_in_elsewhere(
+    auth: Auth, tenants: Tenants, ada: Person, guest: Guest, switch: Switch
+) -> None:
+    back = await switch(guest.away, guest.home.tenant_id)
+    request = pb.LogOutMemberRequest(user_id=guest.away.id)
+    assert (await tenants.LogOutMember(request, metadata=ada.as_)).ended == 1
+    refused = await reason_of(refresh(auth, guest.away.tokens.refresh_token))
+    assert refused == "REFRESH_TOKEN_INVALID"
+    for person in (guest.home, back):
+        await refresh(auth, person.tokens.refresh_token)
+
+
+async def test_who_is_removed_is_out_of_this_tenant_and_of_no_other(
+    auth: Auth,
+    tenants: Tenants,
+    ada: Person,
+    guest: Guest,
+    invite: Invite,
+    owner: asyncpg.Connection,
+) -> None:
+    request = pb.RemoveMemberRequest(user_id=guest.away.id)
+    removed = await tenants.RemoveMember(request, metadata=ada.as_)
+    assert removed.receipt_id.startswith("rcp_")
+    listed = await tenants.ListMembers(pb.ListMembersRequest(), metadata=ada.as_)
+    assert [each.user_id for each in listed.members] == [ada.id]
+    refused = await reason_of(refresh(auth, guest.away.tokens.refresh_token))
+    assert refused == "REFRESH_TOKEN_INVALID"
+    await refresh(auth, guest.home.tokens.refresh_token)
+    assert [each.tenant_id for each in await tenants_of(auth, guest.home)] == [guest.home.tenant_id]
+    # What they kept there is being erased; that they were there stays told, and by whom it ended.
+    erased = [row["user_id"] for row in await owner.fetch("SELECT user_id FROM erasures")]
+    assert erased == [guest.away.credentials.caller.user_id]
+    told = await owner.fetch(
+        "SELECT action, actor FROM audit_events WHERE user_id = $1 ORDER BY id DESC LIMIT 2",
+        erased[0],
+    )
+    assert [tuple(row) for row in told] == [("user.erase", ada.id), ("member.remove", ada.id)]
+    gone = tenants.RemoveMember(request, metadata=ada.as_)
+    assert await reason_of(gone) == "RESOURCE_NOT_FOUND"
+    # They may come back, as somebody new.
+    again = await accept(auth, guest.home, await invite(ada, guest.home.email))
+    assert again.user_id != guest.away.id
+
+
+async def test_not_everybody_is_removed_by_everybody(
+    tenants: Tenants,
+    ada: Person,
+    guest: Guest,
+    meet: Meet,
+    invite: Invite,
+    join: Callable[..., Awaitable[Person]],
+) -> None:
+    cy = await meet("cy@example.com")
+    admin = await join(cy, ada, "admin")
+    local = await meet("dan@example.com", await invite(ada, "dan@example.com"))
+    make = pb.AssignRoleRequest(user_id=guest.away.id, role=pb.ROLE_OWNER)
+    await tenants.AssignRole(make, metadata=ada.as_)
+    for person, by, reason in (
+        (guest.away, local, "METHOD_NOT_ALLOWED"),
+        (guest.away, admin, "METHOD_NOT_ALLOWED"),
+        (admin, cy, "RESOURCE_NOT_FOUND"),
+        (admin, admin, "STATE_CONFLICT"),
+        (local, ada, "STATE_CONFLICT"),
+    ):
+        request = pb.RemoveMemberRequest(user_id=person.id)
+        refused = tenants.RemoveMember(request, metadata=by.as_)
+        assert await reason_of(refused) == reason
+    listed = await tenants.ListMembers(pb.ListMembersRequest(), metadata=ada.as_)
+    assert len(listed.members) == 4
+
+
+# --- leaving -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["home", "away"])
+async def test_whoever_leaves_is_out_and_what_they_kept_there_is_erased(
+    auth: Auth,
+    tenants: Tenants,
+    ada: Person,
+    guest: Guest,
+    where: str,
+    owner: asyncpg.Connection,
+) -> None:
+    there = guest.away.credentials.caller
+    left = await leaving(auth, getattr(guest, where), ada.tenant_id)
+    row = await owner.fetchrow("SELECT tenant_id, user_id, receipt_id, state FROM erasures")
+    assert (row["tenant_id"], row["user_id"]) == (there.tenant_id, there.user_id)
+    assert ids.show(ids.RECEIPT, row["receipt_id"]) == left.receipt_id
+    jobs = await owner.fetch("SELECT payload FROM jobs WHERE kind = 'user.erase'")
+    assert [guest.away.id in job["payload"] for job in jobs] == [True]
+    assert [each.home for each in await tenants_of(auth, guest.home)] == [True]
+    refused = await reason_of(refresh(auth, guest.away.tokens.refresh_token))
+    assert refused == "REFRESH_TOKEN_INVALID"
+    await refresh(auth, guest.home.tokens.refresh_token)
+    await log_in(auth, guest.home)
+    listed = await tenants.ListMembers(pb.ListMembersRequest(), metadata=ada.as_)
+    assert [each.user_id for each in listed.members] == [ada.id]
+    again = leaving(auth, guest.home, ada.tenant_id)
+    assert await reason_of(again) == "RESOURCE_NOT_FOUND"
+
+
+async def test_nobody_leaves_without_the_password(auth: Auth, guest: Guest) -> None:
+    for password in ("", "wrong", "a" * 1000):
+        refused = leaving(auth, guest.away, guest.away.tenant_id, password)
+        assert await reason_of(refused) == "PROOF_INVALID"
+    assert len(await tenants_of(auth, guest.home)) == 2
+
+
+async def test_nobody_leaves_the_tenant_that_their_account_is_at_home_in(
+    auth: Auth, guest: Guest
+) -> None:
+    for person in (guest.home, guest.away):
+        refused = leaving(auth, person, guest.home.tenant_id)
+        assert await reason_of(refused) == "STATE_CONFLICT"
+    await log_in(auth, guest.home)
+
+
+async def test_the_last_owner_does_not_leave(
+    auth: Auth, tenants: Tenants, ada: Person, guest: Guest
+) -> None:
+    make = pb.AssignRoleRequest(user_id=guest.away.id, role=pb.ROLE_OWNER)
+    await tenants.AssignRole(make, metadata=ada.as_)
+    step_down = pb.AssignRoleRequest(user_id=ada.id, role=pb.ROLE_ADMIN)
+    await tenants.AssignRole(step_down, metadata=ada.as_)
+    for person in (guest.home, guest.away):
+        refused = leaving(auth, person, ada.tenant_id)
+        assert await reason_of(refused) == "STATE_CONFLICT"
+    make = pb.AssignRoleRequest(user_id=ada.id, role=pb.ROLE_OWNER)
+    await tenants.AssignRole(make, metadata=bearer(guest.away.credentials.caller))
+    await leaving(auth, guest.away, ada.tenant_id)
+
+
+async def test_of_owners_who_leave_at_once_one_stays(
+    memberships: MembershipStore, owner: asyncpg.Connection
+) -> None:
+    for _ in range(ROUNDS):
+        homes = [(await owners(owner, 1))[0] for _ in range(2)]
+        tenant_id = ids.new_id()
+        await owner.execute("INSERT INTO tenants VALUES ($1, now())", tenant_id)
+        await owner.executemany(
+            """
+            INSERT INTO users (tenant_id, id, display_name, created_at, home_id)
+            VALUES ($1, uuidv7(), 'somebody', now(), $2)
+            """,
+            [(tenant_id, home.user_id) for home in homes],
+        )
+        outcomes = await asyncio.gather(
+            *(memberships.leave(home, tenant_id) for home in homes), return_exceptions=True
+        )
+        assert [type(each) for each in outcomes].count(StateConflict) == 1
+    left = "SELECT count(*) FROM users WHERE home_id IS NOT NULL"
+    assert await owner.fetchval(left) == ROUNDS
+
+
+# --- all or nothing ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fail_at(owner: asyncpg.Connection) -> Callable[[str], Awaitable[None]]:
+    """Have the database fail as an event is told: the transaction dies after all but that."""
+
+    async def fail_at(action: str) -> None:
+        await owner.execute(
+            f"""
+            CREATE OR REPLACE FUNCTION fail_here() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                IF new.action = '{action}' THEN RAISE EXCEPTION 'struck by lightning'; END IF;
+                RETURN new;
+            END $$;
+            CREATE OR REPLACE TRIGGER fail_here BEFORE INSERT ON audit_events
+                FOR EACH ROW EXECUTE FUNCTION fail_here();
+            """
+        )
+
+    return fail_at
+
+
+@pytest_asyncio.fixture
+async def lightning(owner: asyncpg.Connection) -> Any:
+    yield
+    await owner.execute("DROP TRIGGER IF EXISTS fail_here ON audit_events")
+    await owner.execute("DROP FUNCTION IF EXISTS fail_here")
+
+
+async def all_rows(owner: asyncpg.Connection) -> dict[str, int]:
+    """Count what a membership is made of."""
+    tables = ("users", "sessions", "refresh_tokens", "erasures", "jobs", "consents")
+    counts = {table: await owner.fetchval(f"SELECT count(*) FROM {table}") for table in tables}
+    living = "SELECT count(*) FROM sessions WHERE ended_at IS NULL"
+    accepted = "SELECT count(*) FROM invitations WHERE accepted_at IS NOT NULL"
+    return {
+        **counts,
+        "living": await owner.fetchval(living),
+        "accepted": await owner.fetchval(accepted),
+    }
+
+
+@pytest.mark.usefixtures("lightning")
+async def test_whatever_fails_half_way_leaves_nothing_half(
+    ada: Person,
+    bob: Person,
+    invite: Invite,
+    memberships: MembershipStore,
+    members: MemberStore,
+    clock: FakeClock,
+    fail_at: Callable[[str], Awaitable[None]],
+    owner: asyncpg.Connection,
+) -> None:
+    token, caller = await invite(ada, bob.email), bob.credentials.caller
+    there = ada.credentials.caller.tenant_id
+
+    async def switch() -> None:
+        await memberships.switch(bob.credentials, there, hash_of(new_token()), "", clock.now)
+
+    async def remove() -> None:
+        away = (await memberships.list_all(caller))[1]
+        await members.remove(ada.credentials.caller, away.caller.user_id)
+
+    steps: list[tuple[str, Callable[[], Awaitable[object]]]] = [
+        ("invitation.accept", lambda: memberships.accept(caller, token, clock.now)),
+        ("session.switch", switch),
+        ("user.erase", lambda: memberships.leave(caller, there)),
+        ("user.erase", remove),
+    ]
+    for action, step in steps:
+        before = await all_rows(owner)
+        await fail_at(action)
+        with pytest.raises(asyncpg.RaiseError, match="struck by lightning"):
+            await step()
+        assert await all_rows(owner) == before
+        await fail_at("nothing")
+        if action != "user.erase":
+            await step()
+    await remove()
+
+
+async def test_what_an_account_does_is_told_in_the_tenant_that_it_does_it_in(
+    auth: Auth, ada: Person, guest: Guest, owner: asyncpg.Connection
+) -> None:
+    await leaving(auth, guest.home, ada.tenant_id)
+
+    async def told(person: Person) -> list[str]:
+        rows = await owner.fetch(
+            """
+            SELECT action FROM audit_events
+             WHERE tenant_id = $1 AND user_id = $2 AND actor = $3
+             ORDER BY id
+            """,
+            person.credentials.caller.tenant_id,
+            person.credentials.caller.user_id,
+            person.id,
+        )
+        return [row["action"] for row in rows]
+
+    assert await told(guest.away) == [
+        "invitation.accept",
+        "session.switch",
+        "member.leave",
+        "user.erase",
+    ]
+    # At home nobody learns of other tenants.
+    assert set(await told(guest.home)) == {
+        "user.create",
+        "session.start",
+        "email_verification.mail",
+        "email.verify",
+    }
+    shown = await owner.fetchval(
+        "SELECT count(*) FROM audit_events WHERE tenant_id = $1 AND (resource = $2 OR actor = $2)",
+        ada.credentials.caller.tenant_id,
+        guest.home.id,
+    )
+    assert not shown
