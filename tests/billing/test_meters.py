@@ -34,6 +34,7 @@ EXCEPTED: Final = {
     f"{AGENTS}/RotateAgentKey": "as RegisterAgent",
     f"{AGENTS}/CancelAgentTask": "gives back what was asked for",
     f"{PRIVACY}/CreateErasure": "a right, and who is erased uses nothing",
+    f"{USERS}/UpdateUser": "one row of a user",
     f"{USERS}/UpdateSettings": "one row of a user, and what it reads anew is the mesh's doing",
     f"{USERS}/RecordConsent": "a right",
     f"{BILLING}/ChangeSubscription": "pays for itself",

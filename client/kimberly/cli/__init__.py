@@ -2,7 +2,7 @@
 
 import typer
 
-from kimberly.cli import agents, audit, jobs, meditations
+from kimberly.cli import agents, audit, jobs, meditations, profile
 
 app = typer.Typer(
     help=(
@@ -19,3 +19,4 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(jobs.app, name="jobs")
 app.command()(meditations.meditate)
 app.add_typer(meditations.app, name="meditations")
+app.add_typer(profile.app, name="profile")
