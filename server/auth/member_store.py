@@ -49,7 +49,7 @@ class MemberStore:
         Raises:
             PermissionDenied: The caller is no auditor, admin or owner.
         """
-        async with self._looking(caller) as connection:
+        async with self._looking(caller, "members.read") as connection:
             rows = await connection.fetch(
                 f"""
                 SELECT {_MEMBER}
@@ -119,8 +119,10 @@ class MemberStore:
             await _record(connection, caller, user_id, "member.enable")
         return changed
 
-    async def log_out(self, caller: Caller, user_id: UUID, now: datetime) -> int:
-        """End every session of a member and return how many that were.
+    async def log_out(
+        self, caller: Caller, user_id: UUID, now: datetime, *, with_keys: bool
+    ) -> tuple[int, int]:
+        """End every session of a member, and the keys if asked; return how many of each those were.
 
         Raises:
             NotFound: The tenant has no such member.
@@ -132,7 +134,11 @@ class MemberStore:
                 raise PermissionDenied
             target = Caller(caller.tenant_id, user_id)
             await _record(connection, caller, user_id, "member.log_out")
-            return await session_store.end_all(connection, target, "admin", now)
+            revoked = 0
+            if with_keys:
+                revoked = await api_key_store.end_all(connection, target, now, actor=caller.actor)
+            ended = await session_store.end_all(connection, target, "admin", now)
+        return ended, revoked
 
     async def invite(self, caller: Caller, email: str, role: Role, now: datetime) -> Invitation:
         """Ask somebody to join, and have the token mailed.
@@ -163,7 +169,7 @@ class MemberStore:
         Raises:
             PermissionDenied: The caller is no auditor, admin or owner.
         """
-        async with self._looking(caller) as connection:
+        async with self._looking(caller, "invitations.read") as connection:
             rows = await connection.fetch(
                 f"""
                 SELECT {_INVITATION}
@@ -213,10 +219,13 @@ class MemberStore:
             )
 
     @asynccontextmanager
-    async def _looking(self, caller: Caller) -> AsyncIterator[Connection]:
+    async def _looking(self, caller: Caller, action: str) -> AsyncIterator[Connection]:
+        """Open a transaction for who may look at the tenant, and tell their log that they did."""
         async with self._database.transaction() as connection:
             await _check_role(connection, caller, Access.AUDITOR)
             yield connection
+            tenant = ids.show(ids.TENANT, caller.tenant_id)
+            await audit.record(connection, caller, action, tenant)
 
     @asynccontextmanager
     async def _changing(self, caller: Caller) -> AsyncIterator[tuple[Connection, Role]]:

@@ -7,6 +7,7 @@ from typing import Final, assert_never
 from uuid import UUID
 
 from server import audit, ids
+from server.auth import api_key_store
 from server.auth.refresh_tokens import Presented, Session, Verdict, judge
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
@@ -140,10 +141,14 @@ class SessionStore:
                 raise NotFound("session")
             await _end(connection, caller, [session_id], "revoked", now)
 
-    async def end_everywhere(self, caller: Caller, now: datetime) -> int:
-        """End every session of a user and return how many that were."""
+    async def end_everywhere(
+        self, caller: Caller, now: datetime, *, with_keys: bool
+    ) -> tuple[int, int]:
+        """End every session of a user, and the keys if asked; return how many of each that were."""
         async with self._database.transaction() as connection:
-            return await end_all(connection, caller, "log_out_everywhere", now)
+            revoked = await api_key_store.end_all(connection, caller, now) if with_keys else 0
+            ended = await end_all(connection, caller, "log_out_everywhere", now)
+        return ended, revoked
 
 
 async def end_all(
