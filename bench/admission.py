@@ -2,8 +2,10 @@
 
 One service that does nothing is served by four chains beside each other: everybody is believed; the
 token is checked, which was seen before; another one for every call; and the call is counted and
-its user's limit kept besides. The rounds alternate, so that what else the machine does hits all
-four alike, and a figure is the median of the differences of the rounds, with their spread.
+its user's limit kept besides. Of the calls one half writes and the other asks: either is counted,
+and what was counted is added up in PostgreSQL meanwhile. The rounds alternate, so that
+what else the machine does hits all four alike, and a figure is the median of the differences of the
+rounds, with their spread.
 """
 
 import asyncio
@@ -15,7 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import grpc
 import structlog
@@ -24,7 +26,6 @@ from joserfc.jwk import ECKey
 from kimberly.memory.v1 import memory_pb2, memory_pb2_grpc
 from rich.console import Console
 
-from bench.echo import Echo
 from bench.logging_in import OneKey
 from bench.table import Row, for_eyes, for_readme
 from local.layout import Layout
@@ -33,12 +34,14 @@ from local.postgres import SYSTEM
 from server import ids
 from server.access import Scope
 from server.auth.access_tokens import Mint
+from server.billing.plans import Usage
 from server.billing.store import BillingStore
 from server.billing.toll import Toll
 from server.cache import open_cache
 from server.caller import Caller, Credentials
 from server.clock import utc_now
 from server.database import SystemDatabase, open_pool
+from server.metering import ledger
 from server.rpc.interceptors import Gate, Verifier, chain
 from server.rpc.serving import Server
 from server.tokens import TokenVerifier
@@ -67,6 +70,22 @@ def main(
     print(for_readme(rows)) if markdown else Console().print(for_eyes(rows))
 
 
+class _Idle(memory_pb2_grpc.MemoryServiceServicer):
+    """Does nothing, and says that it wrote what it was given."""
+
+    async def CreateMemory(
+        self, request: memory_pb2.CreateMemoryRequest, context: Any
+    ) -> memory_pb2.CreateMemoryResponse:
+        if noted := ledger():
+            noted.committed(1)
+        return memory_pb2.CreateMemoryResponse()
+
+    async def QueryMemories(
+        self, request: memory_pb2.QueryMemoriesRequest, context: Any
+    ) -> memory_pb2.QueryMemoriesResponse:
+        return memory_pb2.QueryMemoriesResponse()
+
+
 class _Believing:
     """Believes everybody to be the same user."""
 
@@ -84,7 +103,7 @@ async def _measure() -> list[Row]:
     verifier = TokenVerifier(OneKey(key), issuer=NAME, audience="bench", ended=())
     async with AsyncExitStack() as stack:
         state = Path(stack.enter_context(TemporaryDirectory(prefix="kimberly-bench-")))
-        toll = await stack.enter_async_context(_toll(state / "mesh"))
+        toll, billing = await stack.enter_async_context(_toll(state / "mesh"))
         chains: Mapping[str, tuple[Verifier, Gate | None]] = {
             "believed": (believing, None),
             "known": (verifier, None),
@@ -96,6 +115,9 @@ async def _measure() -> list[Row]:
             for name, parts in chains.items()
         }
         times = await _alternate(stubs, caller, key)
+        await toll.flush()
+        (month,) = await billing.used(caller)
+        _check(month.used)
     return [
         Row(
             "a call whose token nobody checks: p50",
@@ -108,15 +130,16 @@ async def _measure() -> list[Row]:
 
 
 @asynccontextmanager
-async def _toll(state: Path) -> AsyncIterator[Toll]:
-    """Run a mesh for its stores, and return what counts and limits calls by them."""
+async def _toll(state: Path) -> AsyncIterator[tuple[Toll, BillingStore]]:
+    """Run a mesh for its stores, and return what counts and limits calls by them, and where."""
     async with Mesh(Layout(state), workers=0) as mesh:
         await mesh.wait_ready()
         pool = await open_pool(mesh.stores.dsn(SYSTEM), size=2, name="bench")
         redis = open_cache(mesh.stores.valkey.url)
-        toll = Toll(redis, BillingStore(SystemDatabase(pool)), scale=50)
+        billing = BillingStore(SystemDatabase(pool))
+        toll = Toll(redis, billing, scale=50)
         flushing = asyncio.create_task(toll.run())
-        yield toll
+        yield toll, billing
         flushing.cancel()
         await asyncio.gather(flushing, return_exceptions=True)
         await redis.aclose()
@@ -128,8 +151,8 @@ async def _serving(directory: Path, verifier: Verifier, gate: Gate | None) -> As
     directory.mkdir(mode=0o700)
     layers = chain(verifier, worker_id="", unary_seconds=10, stream_seconds=10, gate=gate)
     server = Server(directory / "s", layers, services=())
-    echo = Echo(memory_pb2.GetMemoryResponse())  # type: ignore[abstract] # one method is called
-    memory_pb2_grpc.add_MemoryServiceServicer_to_server(echo, server.grpc)
+    idle = _Idle()  # type: ignore[abstract] # two methods are called
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(idle, server.grpc)
     await server.start()
     async with grpc.aio.insecure_channel(f"unix:{directory / 's'}") as channel:
         yield memory_pb2_grpc.MemoryServiceStub(channel)
@@ -155,13 +178,28 @@ async def _alternate(
 
 async def _call(stub: Stub, tokens: Sequence[str], calls: int) -> list[float]:
     taken = []
-    request = memory_pb2.GetMemoryRequest(id="mem_1")
+    write = memory_pb2.CreateMemoryRequest(memory=memory_pb2.Memory(content="tea, not coffee"))
+    ask = memory_pb2.QueryMemoriesRequest(query="tea or coffee")
     for number in range(calls):
         metadata = (("authorization", f"Bearer {tokens[number % len(tokens)]}"),)
         started = time.perf_counter()
-        await stub.GetMemory(request, metadata=metadata)
+        if number % 2:
+            await stub.QueryMemories(ask, metadata=metadata)
+        else:
+            await stub.CreateMemory(write, metadata=metadata)
         taken.append((time.perf_counter() - started) * 1000)
     return taken
+
+
+def _check(used: Usage) -> None:
+    """Make sure that the calls of one chain were counted, and of no other.
+
+    Raises:
+        RuntimeError: Others were, or too few: what was measured is not metering.
+    """
+    expected = (WARM_UP + ROUNDS * CALLS) // 2
+    if (used.writes, used.queries) != (expected, expected):
+        raise RuntimeError(f"{expected} writes and as many queries, and counted were {used}")
 
 
 def _tokens(caller: Caller, key: ECKey, count: int) -> list[str]:

@@ -95,6 +95,7 @@ METHODS: Mapping[str, Access] = {
     "/kimberly.auth.v1.TenantService/ListInvitations": Access.AUDITOR,
     "/kimberly.auth.v1.TenantService/RevokeInvitation": Access.ADMIN,
     "/kimberly.users.v1.UserService/GetUser": Access.USER,
+    "/kimberly.users.v1.UserService/UpdateUser": Access.USER,
     "/kimberly.users.v1.UserService/GetSettings": Access.USER,
     "/kimberly.users.v1.UserService/UpdateSettings": Access.USER,
     "/kimberly.users.v1.UserService/RecordConsent": Access.USER,

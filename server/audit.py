@@ -6,10 +6,14 @@ from uuid import UUID
 from server import ids
 from server.caller import Caller
 from server.database import Connection
+from server.metering import ledger
 from server.metrics import count_changes
 
 SYSTEM: Final = "system"
 """Who acts when the mesh does something of its own accord."""
+
+_READ: Final = ".read"
+"""Ends actions that change nothing."""
 
 
 async def record(connection: Connection, caller: Caller, action: str, resource: str) -> None:
@@ -56,3 +60,6 @@ async def record_all(
         action,
     )
     count_changes(action, len(resources))
+    changes = len(resources) if actor is None and not action.endswith(_READ) else 0
+    if changes and (noted := ledger()):
+        noted.note(connection, changes)

@@ -18,6 +18,7 @@ from asyncpg.pool import PoolConnectionProxy as Connection
 from server import tracing
 from server.caller import ActingAgent, Caller
 from server.errors import AccountErased, AgentDisabled, ConsentMissing, Problem, StoreUnavailable
+from server.metering import ledger
 
 type_codecs = pgvector.asyncpg.register_vector
 
@@ -243,6 +244,8 @@ async def _transaction(pool: asyncpg.Pool, opening: str) -> AsyncIterator[Connec
                     await _roll_back(connection)
                     raise
                 await connection.execute("COMMIT")
+                if noted := ledger():
+                    noted.settle(connection)
 
 
 @contextmanager

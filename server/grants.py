@@ -16,7 +16,7 @@ import structlog
 from server.caller import Caller
 from server.clock import Clock, utc_now
 from server.database import Connection, SystemDatabase
-from server.errors import StoreUnavailable
+from server.errors import StoreUnavailable, Unauthenticated
 from server.tokens import LEEWAY_SECONDS, LONGEST_LIFETIME_SECONDS
 
 log = structlog.get_logger()
@@ -40,6 +40,22 @@ async def end_grants(connection: Connection, caller: Caller, grant_ids: Sequence
         caller.user_id,
         list(grant_ids),
     )
+
+
+async def check_living(connection: Connection, caller: Caller, grant_id: UUID) -> None:
+    """Make sure that a grant has not ended, whatever this process has read of that.
+
+    Raises:
+        Unauthenticated: It has.
+    """
+    has_ended = await connection.fetchval(
+        "SELECT true FROM ended_grants WHERE tenant_id = $1 AND user_id = $2 AND id = $3",
+        caller.tenant_id,
+        caller.user_id,
+        grant_id,
+    )
+    if has_ended:
+        raise Unauthenticated("what the call was made with has ended")
 
 
 class EndedGrants:

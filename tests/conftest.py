@@ -28,7 +28,7 @@ from server.errors import Unauthenticated
 from server.kms import Kms
 from server.kms.local import LocalKms
 from server.migrate import migrate, read_migrations
-from server.rpc.interceptors import chain
+from server.rpc.interceptors import Gate, chain
 from server.rpc.serving import Server
 from tests.canaries import (
     overheard,
@@ -263,8 +263,14 @@ Register = Callable[[grpc.aio.Server], None]
 Serve = Callable[[Register], Awaitable[grpc.aio.Channel]]
 
 
+@pytest.fixture
+def gate() -> Gate | None:
+    """What admits calls of users and counts them; a test that is about that says otherwise."""
+    return None
+
+
 @pytest_asyncio.fixture
-async def serve() -> AsyncIterator[Serve]:
+async def serve(gate: Gate | None) -> AsyncIterator[Serve]:
     """Serve servicers through the real chain on a Unix socket; returns a channel to them."""
     directory = Path(mkdtemp(prefix="kimberly-"))
     running: list[tuple[Server, grpc.aio.Channel]] = []
@@ -277,6 +283,7 @@ async def serve() -> AsyncIterator[Serve]:
             edge_id=EDGE_ID,
             unary_seconds=10,
             stream_seconds=60,
+            gate=gate,
         )
         server = Server(socket, layers, services=())
         register(server.grpc)

@@ -21,7 +21,7 @@ from server.agents.messages import (
 from server.agents.model import Agent, check_name, check_scopes
 from server.agents.store import AgentStore
 from server.agents.task_store import TaskStore
-from server.caller import Caller, current_caller
+from server.caller import Caller, current_caller, current_credentials
 from server.clock import Clock, utc_now
 from server.errors import NotFound, StateConflict
 from server.requests import check_request_id
@@ -57,8 +57,14 @@ class AgentService(rpc.AgentServiceServicer):
         if request.HasField("key_expire_time"):
             expire_at = instant_from(request.key_expire_time, "key_expire_time")
         contents = request.SerializeToString(deterministic=True)
+        credentials = current_credentials()
         registered, key = await self._store.register(
-            current_caller(), agent, expire_at, request.request_id, contents
+            credentials.caller,
+            agent,
+            expire_at,
+            request.request_id,
+            contents,
+            credentials.grant_id,
         )
         return pb.RegisterAgentResponse(agent=agent_to(registered), key=key)
 
@@ -100,12 +106,14 @@ class AgentService(rpc.AgentServiceServicer):
         expire_at = None
         if request.HasField("key_expire_time"):
             expire_at = instant_from(request.key_expire_time, "key_expire_time")
+        credentials = current_credentials()
         agent, key = await self._store.rotate(
-            current_caller(),
+            credentials.caller,
             ids.parse(ids.AGENT, request.id, "id"),
             self._clock(),
             overlap_from(request.overlap),
             expire_at,
+            credentials.grant_id,
         )
         return pb.RotateAgentKeyResponse(agent=agent_to(agent), key=key)
 

@@ -26,6 +26,9 @@ _AGENT: Final = """
 class Keys(Protocol):
     """Makes the keys of agents and ends them, inside the transaction of a change."""
 
+    async def hold_grant(self, connection: Connection, caller: Caller, grant_id: UUID) -> None:
+        """Make sure that what a call was made with has not ended, or raise Unauthenticated."""
+
     async def create(
         self,
         connection: Connection,
@@ -72,6 +75,7 @@ class AgentStore:
         key_expires_at: datetime | None,
         request_id: str,
         contents: bytes,
+        grant_id: UUID,
     ) -> tuple[Agent, str]:
         """Keep a new agent with its key.
 
@@ -81,6 +85,7 @@ class AgentStore:
             key_expires_at: When its key ends; None: after the usual time.
             request_id: Chosen by the client; empty for none.
             contents: The request, to recognise a retry by.
+            grant_id: What the call was made with.
 
         Returns:
             The agent and its key; the one that an earlier request of the same id made has none.
@@ -89,6 +94,7 @@ class AgentStore:
             InvalidArgument: The key would have ended already, or live for too long.
             QuotaExceeded: The user has as many agents as one may have.
             RequestIdReused: The earlier request had other contents.
+            Unauthenticated: The grant has ended.
         """
         async with self._database.transaction() as connection:
             if request_id:
@@ -97,6 +103,7 @@ class AgentStore:
                 )
                 if first_id != agent.id:
                     return await _get(connection, caller, first_id), ""
+            await self._keys.hold_grant(connection, caller, grant_id)
             await _check_room(connection, caller)
             await _insert(connection, caller, agent)
             key = await self._keys.create(
@@ -203,14 +210,17 @@ class AgentStore:
         now: datetime,
         overlap: timedelta,
         key_expires_at: datetime | None,
+        grant_id: UUID,
     ) -> tuple[Agent, str]:
-        """Give an agent another key, and return both.
+        """Give an agent another key, by a call made with a grant, and return both.
 
         Raises:
             InvalidArgument: The old key would stay for too long, or the new one.
             NotFound: There is none that is not deleted, or it is not the caller's.
+            Unauthenticated: The grant has ended.
         """
         async with self._database.transaction() as connection:
+            await self._keys.hold_grant(connection, caller, grant_id)
             await _lock(connection, caller, agent_id)
             key = await self._keys.rotate(
                 connection, caller, ActingAgent(agent_id), now, overlap, key_expires_at

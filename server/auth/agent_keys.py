@@ -6,6 +6,7 @@ Every method is a part of a transaction of the system role, that of the change i
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
+from uuid import UUID
 
 from server import ids
 from server.auth import api_key_store
@@ -18,6 +19,14 @@ _EXPIRY: Final = "key_expire_time"
 
 class AgentKeys:
     """Each agent has one key, and is who acts in what is told of it."""
+
+    async def hold_grant(self, connection: Connection, caller: Caller, grant_id: UUID) -> None:
+        """Make sure that what a call was made with may make keys until this transaction ends.
+
+        Raises:
+            Unauthenticated: It has ended.
+        """
+        await api_key_store.hold_grant(connection, caller, grant_id)
 
     async def create(
         self,

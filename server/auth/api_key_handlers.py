@@ -14,7 +14,7 @@ from server.auth.api_keys import ApiKey, Secret, check_expiry, check_overlap, ch
 from server.auth.issuing import Issuer, seconds
 from server.auth.messages import timestamp
 from server.auth.metrics import TOKENS
-from server.caller import current_caller
+from server.caller import current_caller, current_credentials
 from server.clock import Clock
 from server.errors import ApiKeyInvalid, InvalidArgument
 from server.requests import check_request_id
@@ -47,7 +47,9 @@ class ApiKeyHandlers:
             expires_at=check_expiry(asked, "expire_time", now),
         )
         contents = request.SerializeToString(deterministic=True)
-        kept, is_new = await self._api_keys.create(key, secret, request.request_id, contents)
+        kept, is_new = await self._api_keys.create(
+            key, secret, request.request_id, contents, current_credentials().grant_id
+        )
         return pb.CreateApiKeyResponse(api_key=_key_to(kept), secret=secret.text if is_new else "")
 
     async def ListApiKeys(

@@ -1,6 +1,6 @@
 """API keys in Postgres, as the system role: a key is shown before anybody is known."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
@@ -13,7 +13,7 @@ from server.auth.refresh_tokens import hash_of
 from server.caller import ActingAgent, Caller
 from server.database import Connection, SystemDatabase
 from server.errors import NotFound, QuotaExceeded
-from server.grants import end_grants
+from server.grants import check_living, end_grants
 
 _KEPT: Final = timedelta(days=30)
 _USE_NOTED_EVERY: Final = timedelta(minutes=1)
@@ -30,14 +30,22 @@ class ApiKeyStore:
         self._database = database
 
     async def create(
-        self, key: ApiKey, secret: Secret, request_id: str, contents: bytes
+        self, key: ApiKey, secret: Secret, request_id: str, contents: bytes, grant_id: UUID
     ) -> tuple[ApiKey, bool]:
         """Store a key with its first secret.
+
+        Args:
+            key: The key.
+            secret: What opens it.
+            request_id: Chosen by the client; empty for none.
+            contents: The request, to recognise a retry by.
+            grant_id: What the call was made with.
 
         Returns:
             The key, or the one that an earlier request of the same id made; and whether it is new.
 
         Raises:
+            Unauthenticated: The grant has ended.
             NotFound: What an earlier request made is revoked.
             QuotaExceeded: The user has as many keys as one may have.
             RequestIdReused: The request id stands for other contents.
@@ -49,7 +57,7 @@ class ApiKeyStore:
                 )
                 if first_id != key.id:
                     return await _lock(connection, key.caller, first_id), False
-            await _take_turns(connection, key.caller)
+            await hold_grant(connection, key.caller, grant_id)
             await _check_room(connection, key.caller, key.created_at)
             await insert_key(connection, key)
             await insert_secret(connection, key, secret)
@@ -140,6 +148,19 @@ class ApiKeyStore:
             )
 
 
+async def hold_grant(connection: Connection, caller: Caller, grant_id: UUID) -> None:
+    """Make sure that what a call was made with has not ended, nor does it with all keys meanwhile.
+
+    A log-in that has just ended, and every key with it, must not leave a new one behind: processes
+    learn of the end seconds later.
+
+    Raises:
+        Unauthenticated: It has ended.
+    """
+    await _take_turns(connection, caller)
+    await check_living(connection, caller, grant_id)
+
+
 async def insert_key(connection: Connection, key: ApiKey) -> None:
     """Store a key, which nothing opens yet. It is the agent's if one acts for the user."""
     await connection.execute(
@@ -215,6 +236,67 @@ async def end_key(connection: Connection, key: ApiKey, now: datetime) -> None:
         key.id,
         now,
     )
+
+
+async def end_all(
+    connection: Connection, callers: Iterable[Caller], now: datetime, *, actor: str | None = None
+) -> int:
+    """End every key of some users, and return how many scripts' keys those were.
+
+    It waits for whoever makes a key, and comes ahead of ending sessions: both lock the user first.
+    The keys of scripts are revoked. Those of agents are emptied: nothing opens them until their
+    user rotates them, one by one.
+
+    Args:
+        connection: The transaction that gives the reason.
+        callers: The users.
+        now: When.
+        actor: Who has them ended; None: the user.
+    """
+    in_order = sorted(callers, key=lambda caller: caller.user_id)  # two at once do not cross
+    return sum([await _end_all_of(connection, each, now, actor) for each in in_order])
+
+
+async def _end_all_of(
+    connection: Connection, caller: Caller, now: datetime, actor: str | None
+) -> int:
+    await _take_turns(connection, caller)
+    rows = await connection.fetch(
+        """
+        UPDATE api_keys
+           SET revoked_at = $3
+         WHERE tenant_id = $1 AND user_id = $2 AND revoked_at IS NULL AND agent_id IS NULL
+        RETURNING id
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        now,
+    )
+    revoked = [ids.show(ids.API_KEY, row["id"]) for row in rows]
+    await audit.record_all(connection, caller, "api_key.revoke", revoked, actor=actor)
+    emptied = [ids.show(ids.AGENT, each) for each in await _empty(connection, caller)]
+    await audit.record_all(connection, caller, "agent.end_key", emptied, actor=actor)
+    return len(revoked)
+
+
+async def _empty(connection: Connection, caller: Caller) -> list[UUID]:
+    """End the secrets of all keys of a user, and return the agents whose keys had some."""
+    rows = await connection.fetch(
+        """
+        WITH ended AS (
+            DELETE FROM api_key_secrets
+             WHERE tenant_id = $1 AND user_id = $2
+            RETURNING grant_id, key_id
+        )
+        SELECT ended.grant_id, key.agent_id
+          FROM ended
+          JOIN api_keys AS key ON key.id = ended.key_id
+        """,
+        caller.tenant_id,
+        caller.user_id,
+    )
+    await end_grants(connection, caller, [row["grant_id"] for row in rows])
+    return sorted({row["agent_id"] for row in rows} - {None})
 
 
 async def replace_grants(

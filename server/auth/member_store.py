@@ -57,7 +57,7 @@ class MemberStore:
         Raises:
             PermissionDenied: The caller is no auditor, admin or owner.
         """
-        async with self._looking(caller) as connection:
+        async with self._looking(caller, "members.read") as connection:
             rows = await connection.fetch(
                 f"""
                 SELECT {_MEMBER}
@@ -152,8 +152,13 @@ class MemberStore:
             await check_owner_left(connection, caller)
         return receipt_id
 
-    async def log_out(self, caller: Caller, user_id: UUID, now: datetime) -> int:
-        """End every session that a member has in the tenant, and return how many that were.
+    async def log_out(
+        self, caller: Caller, user_id: UUID, now: datetime, *, with_keys: bool
+    ) -> tuple[int, int]:
+        """End every session that a member has in the tenant, and the keys there if asked.
+
+        Returns:
+            How many of each those were.
 
         Raises:
             NotFound: The tenant has no such member.
@@ -165,7 +170,11 @@ class MemberStore:
                 raise PermissionDenied
             target = Caller(caller.tenant_id, user_id)
             await _record(connection, caller, user_id, "member.log_out")
-            return await session_store.end_all(connection, [target], "admin", now)
+            revoked = 0
+            if with_keys:
+                revoked = await api_key_store.end_all(connection, [target], now, actor=caller.actor)
+            ended = await session_store.end_all(connection, [target], "admin", now)
+        return ended, revoked
 
     async def invite(self, caller: Caller, email: str, role: Role, now: datetime) -> Invitation:
         """Ask somebody to join, and have the token mailed.
@@ -196,7 +205,7 @@ class MemberStore:
         Raises:
             PermissionDenied: The caller is no auditor, admin or owner.
         """
-        async with self._looking(caller) as connection:
+        async with self._looking(caller, "invitations.read") as connection:
             rows = await connection.fetch(
                 f"""
                 SELECT {_INVITATION}
@@ -246,10 +255,13 @@ class MemberStore:
             )
 
     @asynccontextmanager
-    async def _looking(self, caller: Caller) -> AsyncIterator[Connection]:
+    async def _looking(self, caller: Caller, action: str) -> AsyncIterator[Connection]:
+        """Open a transaction for who may look at the tenant, and tell their log that they did."""
         async with self._database.transaction() as connection:
             await _check_role(connection, caller, Access.AUDITOR)
             yield connection
+            tenant = ids.show(ids.TENANT, caller.tenant_id)
+            await audit.record(connection, caller, action, tenant)
 
     @asynccontextmanager
     async def _changing(self, caller: Caller) -> AsyncIterator[tuple[Connection, Role]]:

@@ -38,10 +38,14 @@ class PasswordHandlers:
         if not await self.proves(account, request.current_password):
             raise CredentialsInvalid
         renewed = await self._hashing.hash(request.new_password)
-        ended = await self._accounts.change_password(
-            account, renewed, self._clock(), kept=credentials.grant_id
+        ended, revoked = await self._accounts.change_password(
+            account,
+            renewed,
+            self._clock(),
+            kept=credentials.grant_id,
+            with_keys=request.revoke_api_keys,
         )
-        return pb.ChangePasswordResponse(ended_sessions=ended)
+        return pb.ChangePasswordResponse(ended_sessions=ended, revoked_api_keys=revoked)
 
     async def proves(self, account: Account, password: str) -> bool:
         """Tell whether a password is that of a signed-in account.
@@ -71,10 +75,12 @@ class PasswordHandlers:
         if not await self._mails.is_living(request.token, Kind.PASSWORD_RESET, self._clock()):
             raise MailedTokenInvalid
         renewed = await self._hashing.hash(request.new_password)
-        email = await self._accounts.reset_password(request.token, renewed, self._clock())
+        email, revoked = await self._accounts.reset_password(
+            request.token, renewed, self._clock(), with_keys=not request.keep_api_keys
+        )
         # Whoever guessed in vain until then need not wait any longer.
         await self._attempts.succeed(email, current_place(), self._clock())
-        return pb.ResetPasswordResponse()
+        return pb.ResetPasswordResponse(revoked_api_keys=revoked)
 
     async def RequestEmailVerification(
         self, request: pb.RequestEmailVerificationRequest, context: Context

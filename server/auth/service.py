@@ -1,8 +1,7 @@
 """Serves kimberly.auth.v1.AuthService."""
 
-import unicodedata
 from collections.abc import Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import grpc
@@ -28,12 +27,11 @@ from server.auth.session_store import SessionStore
 from server.auth.store import Account, AccountStore, NewUser
 from server.caller import Caller
 from server.clock import Clock, utc_now
-from server.errors import CredentialsInvalid, InvalidArgument, StoreUnavailable
+from server.display_names import check_display_name
+from server.errors import CredentialsInvalid, StoreUnavailable
 from server.places import current_place
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
-_LONGEST_NAME: Final = 100
 
 
 class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthServiceServicer):
@@ -67,7 +65,8 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthSer
     async def SignUp(self, request: pb.SignUpRequest, context: Context) -> pb.SignUpResponse:
         """Create a user in a tenant of their own, and start a session."""
         email = emails.normalize(request.email, "email")
-        display_name = _display_name(request.display_name, email)
+        asked = request.display_name.strip() or email.partition("@")[0]
+        display_name = check_display_name(asked, "display_name")
         names = [email, email.partition("@")[0], display_name]
         await self._hashing.check_new(request.password, "password", names=names)
         tenant_id, role = await self._place(request.invitation, email)
@@ -127,15 +126,6 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthSer
             await self._accounts.replace_hash(
                 account.caller.user_id, account.password_hash, renewed
             )
-
-
-def _display_name(requested: str, email: str) -> str:
-    name = requested.strip() or email.partition("@")[0]
-    if len(name) > _LONGEST_NAME:
-        raise InvalidArgument("display_name", f"must have at most {_LONGEST_NAME} characters")
-    if any(unicodedata.category(character) == "Cc" for character in name):
-        raise InvalidArgument("display_name", "must have no control characters")
-    return name
 
 
 def _to_proto(keys: Mapping[str, ECKey]) -> list[pb.JsonWebKey]:

@@ -39,8 +39,10 @@ class SessionHandlers:
     async def LogOutEverywhere(
         self, request: pb.LogOutEverywhereRequest, context: Context
     ) -> pb.LogOutEverywhereResponse:
-        ended = await self._sessions.end_everywhere(current_caller(), self._clock())
-        return pb.LogOutEverywhereResponse(ended=ended)
+        ended, revoked = await self._sessions.end_everywhere(
+            current_caller(), self._clock(), with_keys=request.revoke_api_keys
+        )
+        return pb.LogOutEverywhereResponse(ended=ended, revoked_api_keys=revoked)
 
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context

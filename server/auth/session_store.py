@@ -8,7 +8,7 @@ from typing import Final, assert_never
 from uuid import UUID
 
 from server import audit, ids
-from server.auth import people
+from server.auth import api_key_store, people
 from server.auth.refresh_tokens import Presented, Session, Verdict, judge
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
@@ -134,11 +134,19 @@ class SessionStore:
                 raise NotFound("session")
             await _end_with_others(connection, [session_id], "revoked", now)
 
-    async def end_everywhere(self, caller: Caller, now: datetime) -> int:
-        """End every session of the person that a user is, and return how many that were."""
+    async def end_everywhere(
+        self, caller: Caller, now: datetime, *, with_keys: bool
+    ) -> tuple[int, int]:
+        """End every session of the person that a user is, and the keys if asked.
+
+        Returns:
+            How many of each those were.
+        """
         async with self._database.transaction() as connection:
             everywhere = await people.everywhere(connection, caller)
-            return await end_all(connection, everywhere, "log_out_everywhere", now)
+            revoked = await api_key_store.end_all(connection, everywhere, now) if with_keys else 0
+            ended = await end_all(connection, everywhere, "log_out_everywhere", now)
+        return ended, revoked
 
 
 async def end_all(

@@ -9,7 +9,7 @@ import asyncpg
 
 from server import audit, ids
 from server.access import Role
-from server.auth import mail_store, people, session_store
+from server.auth import api_key_store, mail_store, people, session_store
 from server.auth.mail import Kind
 from server.auth.refresh_tokens import Session, hash_of
 from server.caller import Caller
@@ -119,9 +119,12 @@ class AccountStore:
         return _account(row)
 
     async def change_password(
-        self, account: Account, renewed: str, now: datetime, *, kept: UUID
-    ) -> int:
-        """Store another password and end every session but one; return how many those were.
+        self, account: Account, renewed: str, now: datetime, *, kept: UUID, with_keys: bool
+    ) -> tuple[int, int]:
+        """Store another password and end every session but one, and the keys if asked.
+
+        Returns:
+            How many sessions ended, and how many keys.
 
         Raises:
             CredentialsInvalid: The password changed meanwhile.
@@ -142,13 +145,21 @@ class AccountStore:
             if changed is None:
                 raise CredentialsInvalid
             await _record(connection, account.caller, "password.change")
-            everywhere = await people.everywhere(connection, account.caller)
-            return await session_store.end_all(connection, everywhere, "password", now, kept=kept)
+            everywhere, revoked = await people.everywhere(connection, account.caller), 0
+            if with_keys:
+                revoked = await api_key_store.end_all(connection, everywhere, now)
+            ended = await session_store.end_all(connection, everywhere, "password", now, kept=kept)
+        return ended, revoked
 
-    async def reset_password(self, token: str, renewed: str, now: datetime) -> str:
-        """Store another password by a mailed token, end every session, and return the email.
+    async def reset_password(
+        self, token: str, renewed: str, now: datetime, *, with_keys: bool
+    ) -> tuple[str, int]:
+        """Store another password by a mailed token, end every session, and the keys if asked.
 
         Whoever has the token reads the user's mail: the email is verified, too.
+
+        Returns:
+            The email, and how many keys ended.
 
         Raises:
             MailedTokenInvalid: There is no such token any more.
@@ -167,8 +178,9 @@ class AccountStore:
             await _record(connection, caller, "password.reset")
             await mark_verified(connection, caller, now)
             everywhere = await people.everywhere(connection, caller)
+            revoked = await api_key_store.end_all(connection, everywhere, now) if with_keys else 0
             await session_store.end_all(connection, everywhere, "password", now)
-        return email
+        return email, revoked
 
     async def verify_email(self, token: str, now: datetime) -> None:
         """Mark the email of a user as verified by a mailed token.
@@ -182,6 +194,19 @@ class AccountStore:
                 raise MailedTokenInvalid
             caller, _ = used
             await mark_verified(connection, caller, now)
+
+    async def one_hash_of_each_cost(self) -> list[str]:
+        """Return a hash for each choice of parameters that hashes of accounts have."""
+        async with self._database.transaction() as connection:
+            rows = await connection.fetch(
+                r"""
+                SELECT min(password_hash) AS hash
+                  FROM accounts
+                 WHERE password_hash ~ '^\$argon2id\$v=\d+\$m=\d+,t=\d+,p=\d+\$'
+                 GROUP BY split_part(password_hash, '$', 3), split_part(password_hash, '$', 4)
+                """
+            )
+        return [row["hash"] for row in rows]
 
     async def replace_hash(self, user_id: UUID, outdated: str, renewed: str) -> None:
         """Store the password under another hash, unless the password changed meanwhile."""

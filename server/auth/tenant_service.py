@@ -76,8 +76,10 @@ class TenantService(rpc.TenantServiceServicer):
         self, request: pb.LogOutMemberRequest, context: Context
     ) -> pb.LogOutMemberResponse:
         user_id = ids.parse(ids.USER, request.user_id, "user_id")
-        ended = await self._members.log_out(current_caller(), user_id, self._clock())
-        return pb.LogOutMemberResponse(ended=ended)
+        ended, revoked = await self._members.log_out(
+            current_caller(), user_id, self._clock(), with_keys=request.revoke_api_keys
+        )
+        return pb.LogOutMemberResponse(ended=ended, revoked_api_keys=revoked)
 
     async def CreateInvitation(
         self, request: pb.CreateInvitationRequest, context: Context

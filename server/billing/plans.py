@@ -79,27 +79,41 @@ METERS: Final[Mapping[str, str]] = {
         "GiveFeedback",
         "ImportMemories",
         "UploadEmbeddings",
+        "DeleteEmbeddings",
         "CreateAttachment",
+        "CompleteAttachment",
+        "DeleteAttachment",
         "AppendToSession",
         "EndSession",
+        "DeleteTranscript",
+        "UndoMeditation",
+        "CreateGoal",
+        "UpdateGoal",
+        "DeleteGoal",
     )
 } | {
     "/kimberly.memory.v1.MemoryService/QueryMemories": "queries",
     "/kimberly.memory.v1.MemoryService/Meditate": "jobs",
+    "/kimberly.jobs.v1.JobService/CreateJob": "jobs",
+    "/kimberly.jobs.v1.JobService/RetryJob": "jobs",
     "/kimberly.privacy.v1.PrivacyService/CreateExport": "jobs",
     "/kimberly.agents.v1.AgentService/RunAgentTask": "jobs",
 }
-"""What a call counts as, by method. What is not here counts as nothing."""
+"""What is counted of a call, by method. What is not here counts as nothing.
+
+Of a call that writes, each thing that it changed; of one that asks for a job, the job; and queries
+that were answered.
+"""
+
+QUERY: Final = Usage(queries=1)
+JOB: Final = Usage(jobs=1)
+
+_CHANGES_PER_CALL: Final = 100
 
 
-def usage_of(method: str, received_bytes: int) -> Usage:
-    """Return what one call uses."""
-    match METERS.get(method):
-        case "writes":
-            return Usage(writes=1, bytes=received_bytes)
-        case "queries":
-            return Usage(queries=1)
-        case "jobs":
-            return Usage(jobs=1)
-        case _:
-            return Usage()
+def calls_beside(changes: int) -> int:
+    """Return how many further calls a transaction costs its user for what it changed.
+
+    The call itself pays for the first hundred changes: a batch of a thousand is no one call.
+    """
+    return max(changes - 1, 0) // _CHANGES_PER_CALL

@@ -5,9 +5,11 @@ empties none. A process takes a few calls at a time out of it, so that most call
 it took and nobody used within a second is lost to the user, which is little beside the burst.
 Where Valkey does not answer nobody is refused: the limit is there for the many, not against them.
 
-What was used is counted here and added in Postgres every few seconds, one statement for many
-users: no call writes, and no row is written often. A process that is killed takes the counts of
-its last seconds with it.
+What was used is counted here, as it is committed, and added in Postgres every few seconds, one
+statement for many users: no call writes, and no row is written often. A call that changed more than
+a hundred things costs calls besides, which are taken out of the bucket at the same time: an import
+is not refused for its size, and its user waits for it afterwards, no longer than the bucket takes
+to fill. A process that is killed takes the counts of its last seconds with it.
 """
 
 import asyncio
@@ -22,13 +24,14 @@ from typing import Final, TypeVar
 import asyncpg
 import structlog
 
-from server.billing.plans import Usage, usage_of
+from server.billing.plans import JOB, METERS, QUERY, Usage, calls_beside
 from server.billing.store import BillingStore
 from server.buckets import Buckets, Rate, Taken
 from server.cache import Redis, prefix_of
 from server.caller import Caller
 from server.clock import Clock, utc_now
 from server.errors import RateLimited, StoreUnavailable
+from server.metering import Count
 from server.metrics import RATE_LIMITED
 
 T = TypeVar("T")
@@ -75,6 +78,7 @@ class Toll:
         self._purses: OrderedDict[Caller, _Purse] = OrderedDict()
         self._rates: OrderedDict[Caller, tuple[Rate, float]] = OrderedDict()
         self._used: defaultdict[tuple[Caller, date], Usage] = defaultdict(Usage)
+        self._owed: dict[Caller, int] = {}
 
     async def admit(self, caller: Caller) -> None:
         """Let a call of a user pass.
@@ -87,15 +91,51 @@ class Toll:
             purse = await self._fetch(caller)
         purse.calls -= 1
 
-    def note(self, caller: Caller, method: str, received_bytes: int) -> None:
+    def meter(self, caller: Caller, method: str, received: Callable[[], int]) -> Count | None:
+        """Return what counts the changes of a call; None: they count as nothing.
+
+        Args:
+            caller: Whose call it is.
+            method: Its full name.
+            received: Returns how many bytes of it have come.
+        """
+        match METERS.get(method):
+            case "writes":
+                return _Writes(self, caller, received).count
+            case "jobs":
+                return _Asking(self, caller).count
+            case _:
+                return None
+
+    def note(self, caller: Caller, method: str) -> None:
         """Count a call that was served."""
-        used = usage_of(method, received_bytes)
+        if METERS.get(method) == "queries":
+            self.add(caller, QUERY)
+
+    def note_job(self, caller: Caller) -> None:
+        """Count a job that was asked for without a call."""
+        self.add(caller, JOB)
+
+    def add(self, caller: Caller, used: Usage) -> None:
+        """Count what a user used."""
         key = caller, self._clock().date().replace(day=1)
-        if used != Usage() and (key in self._used or len(self._used) < _MOST_COUNTED):
+        if key in self._used or len(self._used) < _MOST_COUNTED:
             self._used[key] += used
 
+    def owe(self, caller: Caller, calls: int) -> None:
+        """Have calls taken out of a user's bucket that were made already."""
+        if calls:
+            self._owed[caller] = self._owed.get(caller, 0) + calls
+
     async def flush(self) -> None:
-        """Add what was counted. What cannot be added is kept for the next time."""
+        """Add what was counted and take what is owed.
+
+        What cannot be added is kept for the next time; what cannot be taken is forgotten.
+        """
+        await self._add_up()
+        await self._charge()
+
+    async def _add_up(self) -> None:
         used = dict(self._used)
         self._used.clear()
         if not used:
@@ -106,6 +146,15 @@ class Toll:
             log.warning("usage waits", error=repr(error))
             for key, usage in used.items():
                 self._used[key] += usage
+
+    async def _charge(self) -> None:
+        owed, self._owed = self._owed, {}
+        try:
+            for caller, calls in owed.items():
+                rate = (await self._rate(caller)).times(self._scale)
+                await self._buckets.charge(_bucket_of(caller), rate, calls)
+        except (StoreUnavailable, TimeoutError, asyncpg.PostgresError) as error:
+            log.warning("calls are not charged", error=repr(error))
 
     async def run(self) -> None:
         """Add counts every few seconds, and once more when cancelled."""
@@ -123,7 +172,7 @@ class Toll:
         rate = (await self._rate(caller)).times(self._scale)
         wanted = max(1, min(_TAKEN_AT_ONCE, rate.burst // _PART_OF_BURST))
         try:
-            taken = await self._buckets.take(f"{prefix_of(caller)}calls", rate, wanted)
+            taken = await self._buckets.take(_bucket_of(caller), rate, wanted)
         except StoreUnavailable:
             taken = Taken(wanted, timedelta(0))
         if not taken.calls:
@@ -141,6 +190,45 @@ class Toll:
         rate = (await self._store.plan_of(caller)).rate
         _remember(self._rates, caller, (rate, self._seconds() + _RATE_SECONDS))
         return rate
+
+
+class _Writes:
+    """Counts what one call changes, and the bytes of it that have come by then."""
+
+    __slots__ = ("_caller", "_counted_bytes", "_received", "_toll")
+
+    def __init__(self, toll: Toll, caller: Caller, received: Callable[[], int]) -> None:
+        self._toll = toll
+        self._caller = caller
+        self._received = received
+        self._counted_bytes = 0
+
+    def count(self, changes: int, uploaded_bytes: int) -> None:
+        received = self._received()
+        fresh = received - self._counted_bytes
+        self._counted_bytes = received
+        self._toll.add(self._caller, Usage(writes=changes, bytes=fresh + uploaded_bytes))
+        self._toll.owe(self._caller, calls_beside(changes))
+
+
+class _Asking:
+    """Counts that one call asked for a job, whatever else changed with that."""
+
+    __slots__ = ("_caller", "_has_asked", "_toll")
+
+    def __init__(self, toll: Toll, caller: Caller) -> None:
+        self._toll = toll
+        self._caller = caller
+        self._has_asked = False
+
+    def count(self, _changes: int, _uploaded_bytes: int) -> None:
+        if not self._has_asked:
+            self._has_asked = True
+            self._toll.note_job(self._caller)
+
+
+def _bucket_of(caller: Caller) -> str:
+    return f"{prefix_of(caller)}calls"
 
 
 def _remember(kept: "OrderedDict[Caller, T]", caller: Caller, value: T) -> None:

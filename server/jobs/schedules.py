@@ -1,13 +1,14 @@
 """Cron schedules: each tick makes one job, whatever the number of replicas."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 import structlog
 
+from server.caller import Caller
 from server.database import Connection, SystemDatabase
 from server.errors import Problem, StoreUnavailable
 from server.jobs.own_schedules import enqueue_tick
@@ -36,7 +37,11 @@ class Planner:
     """Enqueues a job at every tick."""
 
     def __init__(
-        self, database: SystemDatabase, schedules: Sequence[Schedule], users: ScheduleStore
+        self,
+        database: SystemDatabase,
+        schedules: Sequence[Schedule],
+        users: ScheduleStore,
+        count: Callable[[Caller], None] | None = None,
     ) -> None:
         """Serve schedules.
 
@@ -44,10 +49,12 @@ class Planner:
             database: Where those of the mesh are.
             schedules: The mesh's own.
             users: Those of users.
+            count: Is told of each job that a user's schedule has asked for.
         """
         self._database = database
         self._schedules = tuple(schedules)
         self._users = users
+        self._count = count
 
     async def run(self) -> None:
         """Store the schedules, then tick until cancelled."""
@@ -122,6 +129,8 @@ class Planner:
     async def _tick_for(self, due: Due) -> None:
         try:
             if job_id := await self._users.tick(due):
+                if self._count:
+                    self._count(due.caller)
                 log.info("schedule ticked", schedule=str(due.id), job=str(job_id))
         except StoreUnavailable:
             raise

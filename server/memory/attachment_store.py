@@ -13,6 +13,7 @@ from server.caller import Caller
 from server.database import Connection, Database
 from server.errors import NotFound
 from server.memory.objects import Kind, ObjectName, doom
+from server.metering import ledger
 
 
 class AttachmentState(enum.StrEnum):
@@ -164,21 +165,23 @@ class AttachmentStore:
         """
         async with self._database.transaction(caller) as connection:
             await consent.require(connection, consent.MEMORY_STORE)
-            completed = await connection.fetchval(
+            size_bytes = await connection.fetchval(
                 """
                 UPDATE attachments
                    SET state = 'complete', version_id = $4, upload_id = NULL
                  WHERE tenant_id = $1 AND user_id = $2 AND id = $3 AND state = 'pending'
-                RETURNING true
+                RETURNING size_bytes
                 """,
                 caller.tenant_id,
                 caller.user_id,
                 attachment_id,
                 version_id,
             )
-            if completed:
+            if size_bytes is not None:
                 shown = ids.show(ids.ATTACHMENT, attachment_id)
                 await audit.record(connection, caller, "attachment.complete", shown)
+                if noted := ledger():
+                    noted.note(connection, 0, uploaded_bytes=size_bytes)
             return await _get(connection, caller, attachment_id)
 
     async def delete(self, caller: Caller, attachment_id: UUID) -> None:

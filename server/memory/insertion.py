@@ -21,6 +21,7 @@ from server.database import Connection, Database
 from server.memory.conversation import Surroundings
 from server.memory.model import Author, Draft, Memory
 from server.memory.writing import within_quota
+from server.metering import ledger
 from server.metrics import count_changes
 from server.preferences import Language
 from server.requests import fingerprint_of
@@ -170,6 +171,8 @@ class AtOnce:
         if not rows:
             return None
         count_changes("memory.create", 1)
+        if noted := ledger():
+            noted.committed(1)
         return new_memory(caller, memory_id, draft, rows[0]["consent_version"], now)
 
     def learn(self, caller: Caller, language: Language) -> None:

@@ -31,7 +31,12 @@ class Dump:
 _BY_ID: Final = {"id": "uuid"}
 
 DUMPS: Final[Mapping[str, Dump]] = {
-    "users": Dump(_BY_ID, ids={"id": ids.USER, "home_id": ids.USER}, owner_column="id"),
+    "users": Dump(
+        _BY_ID,
+        without=("version",),
+        ids={"id": ids.USER, "home_id": ids.USER},
+        owner_column="id",
+    ),
     "settings": Dump({"version": "bigint"}),
     "consents": Dump({"purpose": "text", "version": "bigint"}),
     "subscriptions": Dump({"plan": "text"}),

@@ -15,6 +15,7 @@ from server.auth.access_tokens import Mint
 from server.auth.api_key_store import ApiKeyStore
 from server.auth.attempt_store import AttemptStore
 from server.auth.breached import Breached, Commonplace, HashFile
+from server.auth.hash_costs import HashCosts
 from server.auth.housekeeping import Housekeeping
 from server.auth.issuing import Issuer
 from server.auth.key_store import KeyStore
@@ -88,8 +89,11 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     session_lifetime = timedelta(seconds=settings.refresh_token_seconds)
     erasures = ErasureStore(system, patience(settings))
     attempts, mails, api_keys = AttemptStore(system), MailStore(system), ApiKeyStore(system)
+    accounts = AccountStore(system)
+    costs = HashCosts(accounts, hashing)
+    await costs.refresh()
     auth = AuthService(
-        AccountStore(system),
+        accounts,
         SessionStore(system),
         attempts,
         mails,
@@ -151,6 +155,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             audit_log.run,
             erasure_archive.run,
             housekeeping.run,
+            costs.run,
             *delivery,
         ],
         readings=[

@@ -70,7 +70,8 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     )
     own = [nightly, rewrapping, sweeping, retention, promotion, checkpoints]
     schedules = ScheduleStore(database, system, KINDS)
-    planner = Planner(system, own, schedules)
+    toll = open_toll(settings, stack, system)
+    planner = Planner(system, own, schedules, toll.note_job if toll else None)
     store = JobStore(database, system, KINDS)
     feed = JobFeed(store, session_seconds=watch_seconds(settings))
     jobs = JobService(store, feed, schedules, KINDS)
@@ -95,7 +96,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         keys,
         ended,
         erased,
-        open_toll(settings, stack, system),
+        toll,
         loops=[
             workers.run,
             planner.run,

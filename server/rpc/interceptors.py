@@ -15,7 +15,7 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Container, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Protocol, assert_never
 from uuid import UUID
@@ -41,6 +41,7 @@ from server.errors import (
     ScopeMissing,
     Unauthenticated,
 )
+from server.metering import Count, open_ledger
 from server.places import current_place, set_address
 from server.rpc.around import Call, Layer
 from server.rpc.status import Internal, code_of, metadata_of
@@ -68,7 +69,16 @@ class Gate(Protocol):
     async def admit(self, caller: Caller) -> None:
         """Let a call pass, or raise RateLimited."""
 
-    def note(self, caller: Caller, method: str, received_bytes: int) -> None:
+    def meter(self, caller: Caller, method: str, received: Callable[[], int]) -> Count | None:
+        """Return what counts the changes of a call; None: they count as nothing.
+
+        Args:
+            caller: Whose call it is.
+            method: Its full name.
+            received: Returns how many bytes of it have come.
+        """
+
+    def note(self, caller: Caller, method: str) -> None:
         """Count a call that was served."""
 
 
@@ -333,7 +343,7 @@ class _Look:
 
 
 class _Toll:
-    """Has calls of users admitted, and counts those that were served."""
+    """Has calls of users admitted and counted: what they changed, and that they were served."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -345,8 +355,9 @@ class _Toll:
             return
         caller = current_caller()
         await self._gate.admit(caller)
+        open_ledger(self._gate.meter(caller, call.method, lambda: call.received_bytes))
         yield
-        self._gate.note(caller, call.method, call.received_bytes)
+        self._gate.note(caller, call.method)
 
 
 def workload_id(call: Call) -> str | None:

@@ -9,8 +9,9 @@ from google.protobuf import timestamp_pb2
 from kimberly.users.v1 import users_pb2 as pb
 from kimberly.users.v1 import users_pb2_grpc as rpc
 
-from server import consent, ids, paging
+from server import consent, etags, ids, paging
 from server.caller import Caller, current_caller
+from server.display_names import check_display_name
 from server.errors import InvalidArgument
 from server.users.audit_keys import public_jwk
 from server.users.audit_log import AuditLog, Verification
@@ -30,6 +31,7 @@ _PURPOSES: Final = {
     pb.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS: consent.MEMORY_AGENT_ACCESS,
 }
 _ENUM_VALUES: Final = {purpose: value for value, purpose in _PURPOSES.items()}
+_CHANGEABLE: Final = "display_name"
 _EVENT_LIST: Final = "audit events"
 _EVERYBODY: Final = "-"
 _LINK_LIST: Final = "audit links"
@@ -52,6 +54,17 @@ class UserService(rpc.UserServiceServicer):
         """Return the signed-in user."""
         user = await self._store.get(current_caller())
         return pb.GetUserResponse(user=_user(user))
+
+    async def UpdateUser(
+        self, request: pb.UpdateUserRequest, context: Context
+    ) -> pb.UpdateUserResponse:
+        """Change what the user chose about themselves."""
+        if set(request.update_mask.paths) != {_CHANGEABLE}:
+            raise InvalidArgument("update_mask", f"must name {_CHANGEABLE}, and nothing else")
+        display_name = check_display_name(request.user.display_name, f"user.{_CHANGEABLE}")
+        version = etags.parse(request.user.etag)
+        user = await self._store.rename(current_caller(), display_name, version)
+        return pb.UpdateUserResponse(user=_user(user))
 
     async def GetSettings(
         self, request: pb.GetSettingsRequest, context: Context
@@ -145,6 +158,7 @@ def _user(user: User) -> pb.User:
         email=user.email,
         display_name=user.display_name,
         create_time=_timestamp(user.created_at),
+        etag=etags.show(user.version),
     )
 
 
@@ -166,6 +180,7 @@ def _audit_event(event: AuditEvent) -> pb.AuditEvent:
         resource=event.resource,
         chain_position=event.chain_position,
         user_id=ids.show(ids.USER, event.user_id),
+        agent_name=event.agent_name or "",
     )
 
 

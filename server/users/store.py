@@ -31,6 +31,7 @@ class User:
     email: str
     display_name: str
     created_at: datetime
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,8 @@ class AuditEvent:
     user_id: UUID
     """Whose data was touched."""
     chain_position: int | None
+    agent_name: str | None = None
+    """What the agent is called that acted, if one did."""
 
 
 class UserStore:
@@ -120,7 +123,7 @@ class UserStore:
             row = await connection.fetchrow(
                 """
                 SELECT id, tenant_id, coalesce(users.email, own_home.email) AS email,
-                       display_name, created_at
+                       display_name, created_at, version
                   FROM users
                   LEFT JOIN own_home ON true
                  WHERE tenant_id = $1 AND id = $2
@@ -130,6 +133,41 @@ class UserStore:
             )
         if row is None:
             raise NotFound("user")
+        return User(**row)
+
+    async def rename(self, caller: Caller, display_name: str, expected_version: int | None) -> User:
+        """Call the caller something else, and tell the audit log.
+
+        Args:
+            caller: Who it is.
+            display_name: What to call them.
+            expected_version: Change nothing unless the profile is at this version; None for any.
+
+        Raises:
+            EtagMismatch: The profile is no longer at the expected version.
+            NotFound: The account is gone, though its last token is still good.
+        """
+        async with self._database.transaction(caller) as connection:
+            row = await connection.fetchrow(
+                """
+                UPDATE users
+                   SET display_name = $3, version = version + 1
+                 WHERE tenant_id = $1 AND id = $2 AND version = coalesce($4, version)
+                RETURNING id, tenant_id,
+                          coalesce(email, (SELECT email FROM own_home)) AS email,
+                          display_name, created_at, version
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                display_name,
+                expected_version,
+            )
+            if row is not None:
+                shown = ids.show(ids.USER, caller.user_id)
+                await audit.record(connection, caller, "user.update", shown)
+        if row is None:
+            await self.get(caller)
+            raise EtagMismatch
         return User(**row)
 
     async def settings(self, caller: Caller) -> Preferences:
@@ -213,9 +251,10 @@ class UserStore:
             rows = await connection.fetch(
                 """
                 SELECT event.id, event.event_time, event.actor, event.action, event.resource,
-                       event.user_id, link.position AS chain_position
+                       event.user_id, link.position AS chain_position, agent.name AS agent_name
                   FROM audit_events AS event
                   LEFT JOIN audit_links AS link ON link.event_id = event.id
+                  LEFT JOIN agents AS agent ON agent.id = agent_of(event.actor)
                  WHERE event.tenant_id = $1 AND event.user_id = $2
                    AND event.id < coalesce($3::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
                  ORDER BY event.id DESC

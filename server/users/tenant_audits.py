@@ -49,7 +49,7 @@ class TenantAudits:
             rows = await connection.fetch(
                 f"""
                 SELECT event.id, event.event_time, event.actor, event.action, event.resource,
-                       event.user_id, link.position AS chain_position
+                       event.user_id, link.position AS chain_position, agent.name AS agent_name
                   FROM ({_MEMBERS}) AS member
                  CROSS JOIN LATERAL (
                        SELECT *
@@ -59,6 +59,8 @@ class TenantAudits:
                         LIMIT $4
                        ) AS event
                   LEFT JOIN audit_links AS link ON link.event_id = event.id
+                  LEFT JOIN agents AS agent
+                    ON agent.id = agent_of(event.actor) AND agent.tenant_id = $1
                  WHERE $2::uuid IS NULL OR member.user_id = $2
                  ORDER BY event.id DESC
                  LIMIT $4

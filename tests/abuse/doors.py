@@ -10,14 +10,17 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from local.certificates import Authority, KeyPair, Names, make_leaf
 from local.envoy import Domain
 from local.mesh import Mesh
 from local.ports import LOOPBACK
-from server.access import EDGE
+from server.access import EDGE, PROCESSES
+from tests.transports import Grpc, method_taking
 
 DOMAIN = Domain()
 NOW = dt.datetime.now(dt.UTC)
@@ -93,6 +96,39 @@ class Doors:
             file.write_bytes(caller.certificate_pem + caller.key_pem)
             context.load_cert_chain(file)
         return context
+
+
+@dataclass(frozen=True, slots=True)
+class PastTheEdge:
+    """Calls with a user's token past the edge: a transport like the edge's own two."""
+
+    doors: Doors
+    token: str = ""
+    to_service: bool = False
+    """Whether to go past the sidecars, too."""
+
+    async def __call__(self, request: Message, *more: Message) -> Any:
+        """Return the response, as `Transport` has it."""
+        return await (await self.over(request))(request, *more)
+
+    async def stream(self, request: Message) -> AsyncIterator[Any]:
+        """Yield the responses, as `Transport` has it."""
+        async for response in (await self.over(request)).stream(request):
+            yield response
+
+    async def over(self, request: Message) -> Grpc:
+        """Return how to call the method that takes a request."""
+        process = process_of(method_taking(request).containing_service.full_name)
+        if self.to_service:
+            channel = await self.doors.service(process)
+        else:
+            channel = await self.doors.sidecar(process, EDGE)
+        return Grpc(channel, (("authorization", f"Bearer {self.token}"),) if self.token else ())
+
+
+def process_of(service: str) -> str:
+    """Return the process that serves a service."""
+    return next(process for process, services in PROCESSES.items() if service in services)
 
 
 @asynccontextmanager

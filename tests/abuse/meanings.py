@@ -16,6 +16,7 @@ from kimberly.agents.v1 import agents_pb2 as agents
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.memory.v1 import memory_pb2 as pb
+from kimberly.users.v1 import users_pb2 as users
 
 from tests.mesh import PASSWORD
 from tests.transports import public_methods
@@ -131,6 +132,7 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "GetErasureReceipt": {"receipt_id": Means.SECRET},
     "ListAuditEvents": {"page_token": Means.PLACE, "user_id": Means.MEMBER},
     "ListAuditLinks": {"page_token": Means.PLACE},
+    "UpdateUser": {"user.id": Means.NOTHING, "user.tenant_id": Means.NOTHING},
     "CreateMemory": {**_kept("memory"), "request_id": Means.FREE},
     "GetMemory": {"id": Means.MEMORY},
     "ListMemories": {"page_token": Means.PLACE, "session_id": Means.FILTER},
@@ -236,6 +238,9 @@ FILLED: Final[Mapping[str, Message]] = {
     ),
     "CreateJob": jobs.CreateJobRequest(kind="memories.embed"),
     "CreateSchedule": jobs.CreateScheduleRequest(kind="memories.embed", cron="0 0 1 1 *"),
+    "UpdateUser": users.UpdateUserRequest(
+        user=users.User(display_name="me"), update_mask=FieldMask(paths=["display_name"])
+    ),
     "AppendToSession": pb.AppendToSessionRequest(
         session_id="ours", turns=[pb.SessionTurn(content="mine")]
     ),

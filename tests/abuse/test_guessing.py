@@ -6,13 +6,19 @@ import ssl
 
 import grpc
 import httpx
+import pytest
 import pytest_asyncio
+from kimberly.auth.v1 import auth_pb2 as auth
 
 from local.mesh import Mesh
 from server.auth.throttling import FREE_HERE
+from tests.abuse.doors import Doors, PastTheEdge
 from tests.mesh import PASSWORD, User, sign_up
+from tests.refusals import Refusal
+from tests.transports import Grpc, Refused
 
 ELSEWHERE = "127.0.0.2"
+CLAIMS = ("x-forwarded-for", "x-real-ip", "forwarded")
 
 
 @pytest_asyncio.fixture
@@ -55,6 +61,36 @@ async def test_unknown_wrong_and_waiting_say_the_same_in_every_header(
         (answer.status_code, answer.text, frozenset(answer.headers.keys())) for answer in answers
     }
     assert len(seen) == 1, seen
+
+
+async def test_a_guesser_past_the_edge_waits_whatever_place_they_claim(
+    doors: Doors, fay: User
+) -> None:
+    """A service of the mesh that was taken over is no edge: what it says of places is not heard."""
+    channel = await doors.sidecar("auth", "memory")
+    said = set[Refusal]()
+    for number in range(FREE_HERE + 3):
+        # The last one knows the password, and waits all the same.
+        password = PASSWORD if number == FREE_HERE + 2 else "not the password"
+        claims = tuple((name, f"10.0.1.{number}") for name in CLAIMS)
+        with pytest.raises(Refused) as refused:
+            await Grpc(channel, claims)(auth.LogInRequest(email=fay.email, password=password))
+        said.add(refused.value.refusal)
+    assert {each.code for each in said} == {grpc.StatusCode.UNAUTHENTICATED}
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("to_service", [False, True], ids=["sidecar", "service"])
+async def test_unknown_wrong_and_waiting_say_the_same_past_the_edge(
+    doors: Doors, fay: User, *, to_service: bool
+) -> None:
+    door, said = PastTheEdge(doors, to_service=to_service), set[Refusal]()
+    for email in ("nobody@example.com", *[fay.email] * (FREE_HERE + 1)):
+        with pytest.raises(Refused) as refused:
+            await door(auth.LogInRequest(email=email, password="not the password"))
+        said.add(refused.value.refusal)
+    assert {each.reason for each in said} == {"CREDENTIALS_INVALID"}
+    assert len(said) == 1
 
 
 async def test_asking_for_a_reset_says_nothing_of_the_account(

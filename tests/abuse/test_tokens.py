@@ -18,9 +18,14 @@ from tests.abuse.doors import Doors
 from tests.abuse.forgery import ABSENT, Forger, es256, hs256, jwk_of
 from tests.mesh import User, bearer
 from tests.refusals import Refusal, refusal_of
-from tests.transports import Rest
+from tests.transports import Metadata, Rest
 
 GET_USER = "/kimberly.users.v1.UserService/GetUser"
+BY_PROCESS = {
+    "auth": GET_USER,
+    "memory": "/kimberly.memory.v1.MemoryService/ListMemories",
+    "jobs": "/kimberly.jobs.v1.JobService/ListJobs",
+}
 HOUR = 3600
 OWN_KEY = ec.generate_private_key(ec.SECP256R1())
 OTHER_CURVE = ec.generate_private_key(ec.SECP384R1())
@@ -102,6 +107,14 @@ FORGED: Mapping[str, Make] = {
     "crit with its member": header(crit=["b64"], b64=False),
     "another kind of token": header(typ="JWT"),
     "no kind of token": header(typ=ABSENT),
+    # What OpenID has for clients to read, and not for services (A4).
+    "an ID token": lambda forger: forger.token(
+        {"aud": "kimberly-cli", "scope": ABSENT, "tid": ABSENT, "nonce": "n", "auth_time": now()},
+        {"typ": "JWT"},
+    ),
+    "an ID token for us": lambda forger: forger.token(
+        {"scope": ABSENT, "nonce": "n", "auth_time": now()}, {"typ": "JWT"}
+    ),
     # No token at all.
     "rubbish": lambda _: "rubbish",
     "dots": lambda _: "..",
@@ -112,14 +125,14 @@ FORGED: Mapping[str, Make] = {
 REFUSED_BY_ENVOY = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 
 
-async def who(channel: grpc.aio.Channel, token: str) -> bytes:
-    call = channel.unary_unary(GET_USER, bytes, bytes)
-    answer: bytes = await call(b"", metadata=bearer(token), timeout=5)
+async def shown(channel: grpc.aio.Channel, metadata: Metadata, method: str = GET_USER) -> bytes:
+    call = channel.unary_unary(method, bytes, bytes)
+    answer: bytes = await call(b"", metadata=metadata, timeout=5)
     return answer
 
 
-async def answer_at(channel: grpc.aio.Channel, token: str) -> Refusal:
-    return await refusal_of(who(channel, token))
+async def answer_at(channel: grpc.aio.Channel, token: str, method: str = GET_USER) -> Refusal:
+    return await refusal_of(shown(channel, bearer(token), method))
 
 
 @pytest.mark.parametrize("kind", FORGED)
@@ -132,23 +145,23 @@ async def test_a_forged_token_is_refused_at_the_edge(
     assert (await answer_at(channel, token)).code in REFUSED_BY_ENVOY
 
 
+@pytest.mark.parametrize("process", BY_PROCESS)
 @pytest.mark.parametrize("kind", FORGED)
 async def test_a_forged_token_is_refused_at_a_sidecar(
-    doors: Doors, forger: Forger, kind: str
+    doors: Doors, forger: Forger, kind: str, process: str
 ) -> None:
-    channel = await doors.sidecar("auth", EDGE)
-    assert (await answer_at(channel, FORGED[kind](forger))).code in REFUSED_BY_ENVOY
+    channel = await doors.sidecar(process, EDGE)
+    refusal = await answer_at(channel, FORGED[kind](forger), BY_PROCESS[process])
+    assert refusal.code in REFUSED_BY_ENVOY
 
 
-@pytest.mark.parametrize("process", ["auth", "memory"])
+@pytest.mark.parametrize("process", BY_PROCESS)
 @pytest.mark.parametrize("kind", FORGED)
 async def test_a_forged_token_is_refused_by_the_service_itself(
     doors: Doors, forger: Forger, kind: str, process: str
 ) -> None:
-    method = {"auth": GET_USER, "memory": "/kimberly.memory.v1.MemoryService/ListMemories"}[process]
     channel = await doors.service(process)
-    call = channel.unary_unary(method, bytes, bytes)
-    refusal = await refusal_of(call(b"", metadata=bearer(FORGED[kind](forger)), timeout=5))
+    refusal = await answer_at(channel, FORGED[kind](forger), BY_PROCESS[process])
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_INVALID")
 
 
@@ -156,9 +169,11 @@ async def test_the_forgers_hand_is_good_enough(
     channel: grpc.aio.Channel, doors: Doors, forger: Forger
 ) -> None:
     # Else the tests above would show nothing.
-    honest = forger.token()
-    for door in (channel, await doors.sidecar("auth", EDGE), await doors.service("auth")):
-        assert forger.user_id.encode() in await who(door, honest)
+    honest = bearer(forger.token())
+    for process, method in BY_PROCESS.items():
+        for door in (channel, await doors.sidecar(process, EDGE), await doors.service(process)):
+            answer = await shown(door, honest, method)
+            assert method != GET_USER or forger.user_id.encode() in answer
 
 
 async def test_a_true_token_of_a_user_who_does_not_exist_shows_nothing(
@@ -180,11 +195,12 @@ async def test_a_user_in_anothers_tenant_sees_nothing_of_it(
 # --- where a token may stand -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("process", BY_PROCESS)
 async def test_a_refresh_token_is_no_access_token(
-    channel: grpc.aio.Channel, doors: Doors, bob: User
+    channel: grpc.aio.Channel, doors: Doors, bob: User, process: str
 ) -> None:
-    for door in (channel, await doors.sidecar("auth", EDGE), await doors.service("auth")):
-        refusal = await answer_at(door, bob.tokens.refresh_token)
+    for door in (channel, await doors.sidecar(process, EDGE), await doors.service(process)):
+        refusal = await answer_at(door, bob.tokens.refresh_token, BY_PROCESS[process])
         assert refusal.code is grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -214,6 +230,39 @@ async def test_a_token_elsewhere_is_no_token(
     filled = {name: value.format(bob.token) for name, value in headers.items()}
     response = await http.get(f"/v1/user{query.format(bob.token)}", headers=filled)
     assert response.status_code == httpx.codes.UNAUTHORIZED, response.text
+
+
+@pytest.mark.parametrize("process", BY_PROCESS)
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("cookie", "access_token={}"),
+        ("cookie", "authorization=Bearer {}"),
+        ("x-authorization", "Bearer {}"),
+        ("proxy-authorization", "Bearer {}"),
+        ("authorization", "{}"),
+        ("authorization", "Basic {}"),
+        ("authorization", "Bearer Bearer {}"),
+    ],
+    ids=" ".join,
+)
+async def test_a_token_elsewhere_is_no_token_past_the_edge(
+    doors: Doors, bob: User, header: tuple[str, str], process: str
+) -> None:
+    metadata = ((header[0], header[1].format(bob.token)),)
+    for door in (await doors.sidecar(process, EDGE), await doors.service(process)):
+        refusal = await refusal_of(shown(door, metadata, BY_PROCESS[process]))
+        assert refusal.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("process", BY_PROCESS)
+async def test_a_token_in_the_query_is_no_token_past_the_edge(
+    doors: Doors, bob: User, process: str
+) -> None:
+    method = f"{BY_PROCESS[process]}?access_token={bob.token}"
+    for door in (await doors.sidecar(process, EDGE), await doors.service(process)):
+        refusal = await refusal_of(shown(door, (), method))
+        assert refusal.code in {*REFUSED_BY_ENVOY, grpc.StatusCode.UNIMPLEMENTED}
 
 
 @pytest.mark.parametrize("order", [("bob", "rubbish"), ("rubbish", "bob"), ("bob", "ann")])

@@ -6,6 +6,7 @@ import asyncpg
 import pytest
 from kimberly.auth.v1 import auth_pb2 as pb
 
+from server.auth.hash_costs import HashCosts
 from server.auth.passwords import Passwords
 from server.auth.service import AuthService
 from server.auth.store import AccountStore
@@ -92,6 +93,51 @@ async def test_unknown_email_and_wrong_password_answer_alike_and_cost_one_hash_e
         wrong = pb.LogInRequest(email=email, password="not the password")
         assert await reason_of(auth.LogIn(wrong)) == "CREDENTIALS_INVALID"
         assert hasher.verified == before + 1
+
+
+class Costs(CountingHasher):
+    """Remembers the memory of every hash that is verified."""
+
+    def __init__(self, memory_cost: int) -> None:
+        super().__init__(memory_cost)
+        self.paid = list[int]()
+
+    def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002
+        self.paid.append(argon2.extract_parameters(str(hash)).memory_cost)
+        return super().verify(hash, password)
+
+
+async def test_a_changed_cost_does_not_tell_old_accounts_from_new_ones_or_none(
+    auth: Auth, service: AuthService, system_database: SystemDatabase
+) -> None:
+    accounts = AccountStore(system_database)
+    await sign_up(auth, "old@example.com")
+    hasher = Costs(memory_cost=16)
+    with Passwords(concurrency=1, hasher=hasher) as service._hashing:
+        await HashCosts(accounts, service._hashing).refresh()
+        await sign_up(auth, "new@example.com")
+        for name in ("old", "new", "no"):
+            hasher.paid.clear()
+            wrong = pb.LogInRequest(email=f"{name}@example.com", password="not the password")
+            assert await reason_of(auth.LogIn(wrong)) == "CREDENTIALS_INVALID"
+            assert sorted(hasher.paid) == [8, 16]
+        # The old one is renewed as its user logs in; then nobody pays for it any more.
+        await auth.LogIn(pb.LogInRequest(email="old@example.com", password=PASSWORD))
+        await HashCosts(accounts, service._hashing).refresh()
+        hasher.paid.clear()
+        assert not await service._hashing.match(None, PASSWORD)
+        assert hasher.paid == [16]
+
+
+async def test_a_cost_that_another_process_has_brought_in_is_paid_once_it_was_seen(
+    hasher: CountingHasher,
+) -> None:
+    theirs = CountingHasher(memory_cost=16).hash(PASSWORD)
+    with Passwords(concurrency=1, hasher=hasher) as hashing:
+        assert await hashing.match(theirs, PASSWORD)
+        before = hasher.verified
+        assert not await hashing.match(None, PASSWORD)
+        assert hasher.verified == before + 2
 
 
 async def test_the_password_of_nobody_opens_nothing(auth: Auth) -> None:

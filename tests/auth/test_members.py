@@ -362,6 +362,58 @@ async def test_what_is_done_to_somebody_stands_in_their_log_with_who_did_it(
     assert {row["user_id"].hex for row in rows} == {bob.id.removeprefix("usr_")}
 
 
+async def test_an_admin_ends_the_keys_of_somebody_and_their_log_says_who_did(
+    auth: Auth, tenants: Tenants, ada: Person, join: Join, owner: asyncpg.Connection
+) -> None:
+    bob = await join("member")
+    request = pb.CreateApiKeyRequest(name="a script", scopes=["memory.read"])
+    exchanges = [
+        pb.ExchangeTokenRequest(
+            api_key=(await auth.CreateApiKey(request, metadata=whose.as_)).secret
+        )
+        for whose in (bob, ada)
+    ]
+    for with_keys, ended in ((False, 0), (True, 1)):
+        log_out = pb.LogOutMemberRequest(user_id=bob.id, revoke_api_keys=with_keys)
+        answer = await tenants.LogOutMember(log_out, metadata=ada.as_)
+        assert answer.revoked_api_keys == ended
+        if not with_keys:
+            await auth.ExchangeToken(exchanges[0])
+    assert await reason_of(auth.ExchangeToken(exchanges[0])) == "API_KEY_INVALID"
+    await auth.ExchangeToken(exchanges[1])
+    event = await owner.fetchrow(
+        "SELECT actor, user_id FROM audit_events WHERE action = 'api_key.revoke'"
+    )
+    assert (event["actor"], ids.show(ids.USER, event["user_id"])) == (ada.id, bob.id)
+
+
+async def test_looking_at_the_tenant_stands_in_the_log_of_whoever_looked(
+    tenants: Tenants, ada: Person, join: Join, owner: asyncpg.Connection
+) -> None:
+    eve = await join("auditor")
+    await tenants.ListMembers(pb.ListMembersRequest(), metadata=eve.as_)
+    await tenants.ListInvitations(pb.ListInvitationsRequest(), metadata=ada.as_)
+    bob = await join("member")
+    for refused in (
+        tenants.ListMembers(pb.ListMembersRequest(), metadata=bob.as_),
+        tenants.ListInvitations(pb.ListInvitationsRequest(), metadata=bob.as_),
+    ):
+        assert await reason_of(refused) == "METHOD_NOT_ALLOWED"
+    rows = await owner.fetch(
+        """
+        SELECT action, actor, user_id, resource FROM audit_events
+         WHERE action LIKE '%s.read' ORDER BY id
+        """
+    )
+    assert [(row["action"], row["actor"]) for row in rows] == [
+        ("members.read", eve.id),
+        ("invitations.read", ada.id),
+    ]
+    tenant = ids.show(ids.TENANT, ada.credentials.caller.tenant_id)
+    for row in rows:
+        assert (row["actor"], row["resource"]) == (ids.show(ids.USER, row["user_id"]), tenant)
+
+
 async def test_a_long_list_of_members_comes_in_pages(
     tenants: Tenants, ada: Person, join: Join
 ) -> None:

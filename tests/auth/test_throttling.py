@@ -1,17 +1,12 @@
 """Guesses are slowed down; nobody is locked out by them."""
 
 import asyncio
-import statistics
-import sys
-import time
 from collections.abc import Awaitable
 from datetime import timedelta
 
 import asyncpg
-import pytest
 from kimberly.auth.v1 import auth_pb2 as pb
 
-from bench.logging_in import rank_sum_z
 from server.auth.attempt_store import AttemptStore
 from server.auth.throttling import (
     FREE_EVERYWHERE,
@@ -137,47 +132,3 @@ async def test_counts_that_matter_no_more_are_forgotten(
     await AttemptStore(system_database).forget(clock.now)
     # The place from which the user came is still known.
     assert await owner.fetchval("SELECT count(*) FROM log_in_attempts") == 1
-
-
-# --- alike -------------------------------------------------------------------------------------
-
-
-async def answer(auth: Auth, email: str, place: str) -> tuple[str, float]:
-    metadata = through_edge(place)
-    started = time.perf_counter()
-    request = pb.LogInRequest(email=email, password="not the password")
-    said = await reason_of(auth.LogIn(request, metadata=metadata))
-    return said, (time.perf_counter() - started) * 1000
-
-
-async def test_unknown_wrong_and_waiting_are_not_told_apart(
-    auth: Auth, hasher: CountingHasher, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Rank-sum statistic of each pair of kinds: |z| of 3.9 comes by chance once in 10 000."""
-    rounds = 500
-    await sign_up(auth)
-    # So many that none of them fails often enough to wait.
-    people = [f"ada{number}@example.com" for number in range(rounds // 50)]
-    for email in people:
-        await sign_up(auth, email)
-    await guess(auth, FREE_HERE, AWAY)
-    times: dict[str, list[float]] = {"unknown": [], "wrong": [], "waiting": []}
-    for number in range(rounds):
-        nth, place = number % len(people), f"10.{number // 250}.{number % 250}.1"
-        asked = {
-            # Asked for as often and from as many places as who exists: only that differs.
-            "unknown": (f"nobody{nth}@example.com", place),
-            "wrong": (people[nth], place),
-            "waiting": (ADA, AWAY),
-        }
-        for kind in sorted(asked, key=lambda kind: hash((kind, number))):
-            said, milliseconds = await answer(auth, *asked[kind])
-            assert said == REFUSED
-            times[kind].append(milliseconds)
-    with capsys.disabled():
-        for one, other in (("unknown", "wrong"), ("unknown", "waiting"), ("wrong", "waiting")):
-            z = rank_sum_z(times[one], times[other])
-            middle = statistics.median(times[one]), statistics.median(times[other])
-            seen = f"{one} {middle[0]:.2f} ms, {other} {middle[1]:.2f} ms: z = {z:+.2f}"
-            sys.stdout.write(f"\n{seen}")
-            assert abs(z) < 3.9, (one, other, z)

@@ -34,6 +34,13 @@ SLOW = 0.01
 LONGEST_WAIT = 0.5
 
 
+def write(toll: Toll, caller: Caller, changes: int = 1) -> None:
+    """Count a call of a hundred bytes that changes something."""
+    count = toll.meter(caller, CREATE, lambda: 100)
+    assert count
+    count(changes, 0)
+
+
 async def admitted(toll: Toll, caller: Caller, attempts: int) -> int:
     """Return how many of some calls pass."""
     waits = list[float]()
@@ -71,6 +78,23 @@ async def test_a_larger_plan_admits_more(redis: Redis, store: BillingStore, call
     assert 100 <= await admitted(Toll(redis, store, scale=SLOW), caller, 200) <= 110
 
 
+async def test_who_changes_much_in_one_call_waits_afterwards_and_not_for_ever(
+    redis: Redis, store: BillingStore, database: Database, caller: Caller
+) -> None:
+    toll = Toll(redis, store, scale=SLOW)
+    write(toll, caller, 500)
+    await toll.flush()
+    # The call itself pays for the first hundred.
+    assert 16 <= await admitted(toll, caller, 60) <= 18
+    other = await new_caller(database)
+    write(toll, other, 100_000)
+    await toll.flush()
+    with pytest.raises(RateLimited) as refused:
+        await toll.admit(other)
+    # No longer than the bucket takes to fill: 20 calls, at 2 a second.
+    assert 9 < refused.value.retry_after.total_seconds() <= 10.5
+
+
 async def test_the_bucket_goes_by_itself_and_with_its_user(
     redis: Redis, store: BillingStore, caller: Caller
 ) -> None:
@@ -91,9 +115,10 @@ async def test_what_calls_use_is_counted_and_written_a_moment_later(
 ) -> None:
     toll = Toll(redis, store, clock=lambda: datetime(2026, 5, 31, 23, 59, tzinfo=UTC))
     for _ in range(3):
-        toll.note(caller, CREATE, 100)
-    toll.note(caller, QUERY, 50)
-    toll.note(caller, "/kimberly.users.v1.UserService/GetUser", 10)
+        write(toll, caller)
+    toll.note(caller, QUERY)
+    for unmetered in (CREATE, "/kimberly.users.v1.UserService/GetUser"):
+        toll.note(caller, unmetered)
     await toll.flush()
     await toll.flush()
     (month,) = await store.used(caller)
@@ -105,13 +130,13 @@ async def test_counts_that_cannot_be_written_wait(
     redis: Redis, store: BillingStore, caller: Caller, owner: asyncpg.Connection
 ) -> None:
     toll = Toll(redis, store)
-    toll.note(caller, CREATE, 100)
+    write(toll, caller)
     await owner.execute("ALTER TABLE usage_by_month RENAME TO gone")
     try:
         await toll.flush()
     finally:
         await owner.execute("ALTER TABLE gone RENAME TO usage_by_month")
-    toll.note(caller, CREATE, 100)
+    write(toll, caller)
     await toll.flush()
     (month,) = await store.used(caller)
     assert (month.used.writes, month.used.bytes) == (2, 200)

@@ -58,6 +58,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "auth.store.invited": "system role: whoever has the token may ask about it",
     "auth.store._insert_user": "the user's id is the column id",
     "auth.store.mark_verified": "the user's id is the column id",
+    "auth.store.one_hash_of_each_cost": "system role: what hashes cost, whosever they are",
     "auth.store.replace_hash": ONE,
     "grants._ended_within": "system role: what ended is refused, whose it ever was",
     "grants.forget": "system role: what is old goes, whose it ever was",
@@ -112,6 +113,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "users.metrics.lag": ALL,
     "users.tenant_audits._check_may_look": "the user's id is the column id",
     "users.store.get": "the user's id is the column id",
+    "users.store.rename": "the user's id is the column id",
 }
 """Functions whose statements do not name both, and why they need not."""
 

@@ -269,6 +269,22 @@ async def test_many_planners_make_one_job_of_a_users_tick(
         await owner.execute("UPDATE jobs SET state = 'succeeded', finished_at = now()")
 
 
+async def test_the_job_of_a_users_tick_is_counted_once_whatever_the_number_of_planners(
+    database: Database,
+    system_database: SystemDatabase,
+    schedules: ScheduleStore,
+    embedded: Caller,
+    owner: asyncpg.Connection,
+) -> None:
+    await schedule(schedules, embedded)
+    await schedule(schedules, await new_caller(database))  # has nothing to do
+    await make_users_due(owner)
+    counted = list[Caller]()
+    planners = [Planner(system_database, (), schedules, counted.append) for _ in range(4)]
+    await asyncio.gather(*(planner.tick_for_users() for planner in planners))
+    assert counted == [embedded]
+
+
 async def test_tick_of_a_user_who_withdrew_makes_no_job(
     planner_of: Plan, schedules: ScheduleStore, caller: Caller, owner: asyncpg.Connection
 ) -> None:

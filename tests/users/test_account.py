@@ -1,14 +1,17 @@
 import asyncio
+from dataclasses import replace
 
 import asyncpg
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from kimberly.users.v1 import users_pb2 as pb
 
-from server import ids
-from server.caller import Caller
+from server import audit, ids
+from server.caller import ActingAgent, Caller
 from server.database import Database
 from tests.conftest import bearer, new_caller
+from tests.refusals import refusal_of
 from tests.users.conftest import Users
 
 
@@ -75,6 +78,99 @@ async def test_a_token_that_outlives_its_account_finds_no_user(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await users.GetUser(pb.GetUserRequest(), metadata=bearer(caller))
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def renamed(name: str, *paths: str, etag: str = "") -> pb.UpdateUserRequest:
+    user = pb.User(display_name=name, email="eve@example.com", etag=etag)
+    return pb.UpdateUserRequest(user=user, update_mask=FieldMask(paths=paths or ("display_name",)))
+
+
+async def test_users_choose_what_they_are_called_and_nothing_else_of_themselves(
+    users: Users, owner: asyncpg.Connection, database: Database
+) -> None:
+    ada = await named(owner, await new_caller(database), "ada@example.com")
+    await named(owner, await new_caller(database), "bob@example.com")
+    before = (await users.GetUser(pb.GetUserRequest(), metadata=bearer(ada))).user
+    changed = (await users.UpdateUser(renamed(" Countess "), metadata=bearer(ada))).user
+    assert (changed.display_name, changed.email) == ("Countess", "ada@example.com")
+    assert changed.etag != before.etag
+    assert (await users.GetUser(pb.GetUserRequest(), metadata=bearer(ada))).user == changed
+    rows = await owner.fetch("SELECT action, actor, resource FROM audit_events")
+    shown = ids.show(ids.USER, ada.user_id)
+    assert [tuple(row) for row in rows] == [("user.update", shown, shown)]
+    assert await owner.fetchval("SELECT count(*) FROM users WHERE display_name = 'Ada'") == 1
+
+
+async def test_of_two_who_read_the_same_profile_one_changes_it(
+    users: Users, owner: asyncpg.Connection, database: Database
+) -> None:
+    ada = await named(owner, await new_caller(database), "ada@example.com")
+    etag = (await users.GetUser(pb.GetUserRequest(), metadata=bearer(ada))).user.etag
+    calls = (
+        users.UpdateUser(renamed(f"Ada {number}", etag=etag), metadata=bearer(ada))
+        for number in range(5)
+    )
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(isinstance(answer, pb.UpdateUserResponse) for answer in answers) == 1
+    refusal = await refusal_of(
+        users.UpdateUser(renamed("Ada", etag="rubbish"), metadata=bearer(ada))
+    )
+    assert refusal.reason == "ETAG_MISMATCH"
+    assert await owner.fetchval("SELECT count(*) FROM audit_events") == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (renamed("Ada", "email"), "update_mask"),
+        (renamed("Ada", "display_name", "email"), "update_mask"),
+        (pb.UpdateUserRequest(user=pb.User(display_name="Ada")), "update_mask"),
+        (renamed("  "), "user.display_name"),
+        (renamed("A" * 101), "user.display_name"),
+        (renamed("A\nda"), "user.display_name"),
+    ],
+)
+async def test_a_profile_that_cannot_be_names_the_field(
+    users: Users,
+    owner: asyncpg.Connection,
+    database: Database,
+    request_: pb.UpdateUserRequest,
+    field: str,
+) -> None:
+    ada = await named(owner, await new_caller(database), "ada@example.com")
+    assert (await refusal_of(users.UpdateUser(request_, metadata=bearer(ada)))).fields == (field,)
+    assert await owner.fetchval("SELECT display_name FROM users") == "Ada"
+
+
+async def test_who_has_no_account_any_more_has_no_profile(users: Users, caller: Caller) -> None:
+    refusal = await refusal_of(users.UpdateUser(renamed("Ada"), metadata=bearer(caller)))
+    assert refusal.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_an_agent_is_told_of_by_its_name_and_nobody_elses(
+    users: Users, owner: asyncpg.Connection, database: Database, caller: Caller
+) -> None:
+    agent, other = ids.new_id(), await new_caller(database)
+    for number, whose in enumerate((caller, other)):
+        await owner.execute(
+            """
+            INSERT INTO agents (tenant_id, user_id, id, name, kind, scopes, created_at)
+            VALUES ($1, $2, $3, $4, 'external', '{memory.read}', now())
+            """,
+            whose.tenant_id,
+            whose.user_id,
+            agent if whose is caller else ids.new_id(),
+            f"helper {number}",
+        )
+    async with database.transaction(caller) as connection:
+        acting = replace(caller, agent=ActingAgent(agent))
+        await audit.record(connection, acting, "memory.read", "mem_1")
+        await audit.record(connection, caller, "memory.create", "mem_1")
+    listed = await users.ListAuditEvents(pb.ListAuditEventsRequest(), metadata=bearer(caller))
+    assert [(event.action, event.agent_name) for event in listed.events] == [
+        ("memory.create", ""),
+        ("memory.read", "helper 0"),
+    ]
 
 
 async def test_nobody_is_served_without_a_token(users: Users) -> None:

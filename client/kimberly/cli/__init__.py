@@ -2,7 +2,7 @@
 
 import typer
 
-from kimberly.cli import agents, audit, jobs, meditations, tenants
+from kimberly.cli import agents, audit, jobs, meditations, profile, tenants
 
 app = typer.Typer(
     help=(
@@ -21,3 +21,4 @@ app.add_typer(jobs.app, name="jobs")
 app.command()(meditations.meditate)
 app.add_typer(meditations.app, name="meditations")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(profile.app, name="profile")

@@ -109,7 +109,8 @@ def events(
     for event in found:
         place = str(event.chain_position) if event.HasField("chain_position") else "-"
         instant = event.event_time.ToDatetime().isoformat(" ", "milliseconds")
-        table.add_row(place, instant, event.actor, event.action, event.resource)
+        actor = f"{event.actor} {event.agent_name}".rstrip()
+        table.add_row(place, instant, actor, event.action, event.resource)
     Console().print(table)
 
 

@@ -263,12 +263,19 @@ class LogOutEverywhereRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    REVOKE_API_KEYS_FIELD_NUMBER: _builtins.int
+    revoke_api_keys: _builtins.bool
+    """Whether keys go, too: API keys are revoked, and those of agents open nothing until
+    RotateAgentKey gives them another secret.
+    """
     def __init__(
         self,
+        *,
+        revoke_api_keys: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revoke_api_keys", b"revoke_api_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,16 +288,20 @@ class LogOutEverywhereResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENDED_FIELD_NUMBER: _builtins.int
+    REVOKED_API_KEYS_FIELD_NUMBER: _builtins.int
     ended: _builtins.int
     """How many there were."""
+    revoked_api_keys: _builtins.int
+    """How many API keys were revoked."""
     def __init__(
         self,
         *,
         ended: _builtins.int = ...,
+        revoked_api_keys: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "revoked_api_keys", b"revoked_api_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -436,19 +447,23 @@ class ChangePasswordRequest(_message.Message):
 
     CURRENT_PASSWORD_FIELD_NUMBER: _builtins.int
     NEW_PASSWORD_FIELD_NUMBER: _builtins.int
+    REVOKE_API_KEYS_FIELD_NUMBER: _builtins.int
     current_password: _builtins.str
     """The password until now."""
     new_password: _builtins.str
     """12 to 256 characters of any kind; not one that is known to be lost."""
+    revoke_api_keys: _builtins.bool
+    """Whether keys go, too, as LogOutEverywhere has it."""
     def __init__(
         self,
         *,
         current_password: _builtins.str = ...,
         new_password: _builtins.str = ...,
+        revoke_api_keys: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current_password", b"current_password", "new_password", b"new_password"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current_password", b"current_password", "new_password", b"new_password", "revoke_api_keys", b"revoke_api_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -461,16 +476,20 @@ class ChangePasswordResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENDED_SESSIONS_FIELD_NUMBER: _builtins.int
+    REVOKED_API_KEYS_FIELD_NUMBER: _builtins.int
     ended_sessions: _builtins.int
     """How many other sessions have ended by it."""
+    revoked_api_keys: _builtins.int
+    """How many API keys were revoked."""
     def __init__(
         self,
         *,
         ended_sessions: _builtins.int = ...,
+        revoked_api_keys: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_sessions", b"ended_sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_sessions", b"ended_sessions", "revoked_api_keys", b"revoked_api_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -523,19 +542,25 @@ class ResetPasswordRequest(_message.Message):
 
     TOKEN_FIELD_NUMBER: _builtins.int
     NEW_PASSWORD_FIELD_NUMBER: _builtins.int
+    KEEP_API_KEYS_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """The token from the mail. It is used up by this."""
     new_password: _builtins.str
     """12 to 256 characters of any kind; not one that is known to be lost."""
+    keep_api_keys: _builtins.bool
+    """Whether API keys and the keys of agents stay. For whoever has forgotten a password that nobody
+    else knows; otherwise they end, as LogOutEverywhere has it.
+    """
     def __init__(
         self,
         *,
         token: _builtins.str = ...,
         new_password: _builtins.str = ...,
+        keep_api_keys: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_password", b"new_password", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_api_keys", b"keep_api_keys", "new_password", b"new_password", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -547,12 +572,17 @@ class ResetPasswordResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    REVOKED_API_KEYS_FIELD_NUMBER: _builtins.int
+    revoked_api_keys: _builtins.int
+    """How many API keys were revoked."""
     def __init__(
         self,
+        *,
+        revoked_api_keys: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revoked_api_keys", b"revoked_api_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1620,16 +1650,20 @@ class LogOutMemberRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
+    REVOKE_API_KEYS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Who."""
+    revoke_api_keys: _builtins.bool
+    """Whether keys go, too, as LogOutEverywhere has it."""
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
+        revoke_api_keys: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revoke_api_keys", b"revoke_api_keys", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1642,16 +1676,20 @@ class LogOutMemberResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENDED_FIELD_NUMBER: _builtins.int
+    REVOKED_API_KEYS_FIELD_NUMBER: _builtins.int
     ended: _builtins.int
     """How many there were."""
+    revoked_api_keys: _builtins.int
+    """How many API keys were revoked."""
     def __init__(
         self,
         *,
         ended: _builtins.int = ...,
+        revoked_api_keys: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "revoked_api_keys", b"revoked_api_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

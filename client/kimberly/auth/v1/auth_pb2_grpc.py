@@ -193,7 +193,8 @@ class AuthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LogOutEverywhere(self, request, context):
-        """Ends every session of the signed-in user in all their tenants, the one that asks included.
+        """Ends every session of the signed-in user in all their tenants, the one that asks included. API
+        keys and the keys of agents stay, unless they are to go, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,6 +218,7 @@ class AuthServiceServicer:
 
     def ChangePassword(self, request, context):
         """Changes the password of the signed-in user, and ends every other session in all their tenants.
+        API keys and the keys of agents stay, unless they are to go, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,7 +233,9 @@ class AuthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResetPassword(self, request, context):
-        """Sets a new password by a mailed token, and ends every session of the account.
+        """Sets a new password by a mailed token, and ends every session of the account, and every API key
+        and key of an agent unless they are to stay: whoever resets a password may not be the only one
+        who knew the old one, and what they made with it must not outlive it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1135,7 +1139,8 @@ class AuthService:
 
 class TenantServiceStub:
     """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
-    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to,
+    and looking at it in that of whoever looked.
     """
 
     def __init__(self, channel):
@@ -1193,7 +1198,8 @@ class TenantServiceStub:
 
 class TenantServiceServicer:
     """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
-    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to,
+    and looking at it in that of whoever looked.
     """
 
     def ListMembers(self, request, context):
@@ -1236,7 +1242,8 @@ class TenantServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LogOutMember(self, request, context):
-        """Ends every session that somebody has in the tenant. They may log in again.
+        """Ends every session that somebody has in the tenant. They may log in again. Their API keys here
+        and those of their agents stay, unless they are to go, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1322,7 +1329,8 @@ def add_TenantServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class TenantService:
     """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
-    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to,
+    and looking at it in that of whoever looked.
     """
 
     @staticmethod

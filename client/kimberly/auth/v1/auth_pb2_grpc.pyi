@@ -47,7 +47,9 @@ class AuthServiceStub:
     LogOut: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
     LogOutEverywhere: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutEverywhereRequest, _auth_pb2.LogOutEverywhereResponse]
-    """Ends every session of the signed-in user in all their tenants, the one that asks included."""
+    """Ends every session of the signed-in user in all their tenants, the one that asks included. API
+    keys and the keys of agents stay, unless they are to go, too.
+    """
     ListSessions: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ListSessionsRequest, _auth_pb2.ListSessionsResponse]
     """Lists the living sessions of the signed-in user in all their tenants, the newest first. There
     are 100 at most: the oldest one ends when another starts.
@@ -57,13 +59,18 @@ class AuthServiceStub:
     every service refuses their tokens.
     """
     ChangePassword: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ChangePasswordRequest, _auth_pb2.ChangePasswordResponse]
-    """Changes the password of the signed-in user, and ends every other session in all their tenants."""
+    """Changes the password of the signed-in user, and ends every other session in all their tenants.
+    API keys and the keys of agents stay, unless they are to go, too.
+    """
     RequestPasswordReset: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]
     """Has a token mailed that resets the password. Answers alike whether or not the email names an
     account; one mail a minute is sent at most.
     """
     ResetPassword: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ResetPasswordRequest, _auth_pb2.ResetPasswordResponse]
-    """Sets a new password by a mailed token, and ends every session of the account."""
+    """Sets a new password by a mailed token, and ends every session of the account, and every API key
+    and key of an agent unless they are to stay: whoever resets a password may not be the only one
+    who knew the old one, and what they made with it must not outlive it.
+    """
     RequestEmailVerification: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RequestEmailVerificationRequest, _auth_pb2.RequestEmailVerificationResponse]
     """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
     asks for one, too.
@@ -134,7 +141,9 @@ class AuthServiceAsyncStub(AuthServiceStub):
     LogOut: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutRequest, _auth_pb2.LogOutResponse]  # type: ignore[assignment]
     """Ends the session of a refresh token. Answers alike whether or not the token was valid."""
     LogOutEverywhere: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutEverywhereRequest, _auth_pb2.LogOutEverywhereResponse]  # type: ignore[assignment]
-    """Ends every session of the signed-in user in all their tenants, the one that asks included."""
+    """Ends every session of the signed-in user in all their tenants, the one that asks included. API
+    keys and the keys of agents stay, unless they are to go, too.
+    """
     ListSessions: _aio.UnaryUnaryMultiCallable[_auth_pb2.ListSessionsRequest, _auth_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Lists the living sessions of the signed-in user in all their tenants, the newest first. There
     are 100 at most: the oldest one ends when another starts.
@@ -144,13 +153,18 @@ class AuthServiceAsyncStub(AuthServiceStub):
     every service refuses their tokens.
     """
     ChangePassword: _aio.UnaryUnaryMultiCallable[_auth_pb2.ChangePasswordRequest, _auth_pb2.ChangePasswordResponse]  # type: ignore[assignment]
-    """Changes the password of the signed-in user, and ends every other session in all their tenants."""
+    """Changes the password of the signed-in user, and ends every other session in all their tenants.
+    API keys and the keys of agents stay, unless they are to go, too.
+    """
     RequestPasswordReset: _aio.UnaryUnaryMultiCallable[_auth_pb2.RequestPasswordResetRequest, _auth_pb2.RequestPasswordResetResponse]  # type: ignore[assignment]
     """Has a token mailed that resets the password. Answers alike whether or not the email names an
     account; one mail a minute is sent at most.
     """
     ResetPassword: _aio.UnaryUnaryMultiCallable[_auth_pb2.ResetPasswordRequest, _auth_pb2.ResetPasswordResponse]  # type: ignore[assignment]
-    """Sets a new password by a mailed token, and ends every session of the account."""
+    """Sets a new password by a mailed token, and ends every session of the account, and every API key
+    and key of an agent unless they are to stay: whoever resets a password may not be the only one
+    who knew the old one, and what they made with it must not outlive it.
+    """
     RequestEmailVerification: _aio.UnaryUnaryMultiCallable[_auth_pb2.RequestEmailVerificationRequest, _auth_pb2.RequestEmailVerificationResponse]  # type: ignore[assignment]
     """Has a token mailed to the signed-in user that shows that the email reaches them. Signing up
     asks for one, too.
@@ -248,7 +262,9 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.LogOutEverywhereRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.LogOutEverywhereResponse, _abc.Awaitable[_auth_pb2.LogOutEverywhereResponse]]:
-        """Ends every session of the signed-in user in all their tenants, the one that asks included."""
+        """Ends every session of the signed-in user in all their tenants, the one that asks included. API
+        keys and the keys of agents stay, unless they are to go, too.
+        """
 
     @_abc_1.abstractmethod
     def ListSessions(
@@ -276,7 +292,9 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.ChangePasswordRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.ChangePasswordResponse, _abc.Awaitable[_auth_pb2.ChangePasswordResponse]]:
-        """Changes the password of the signed-in user, and ends every other session in all their tenants."""
+        """Changes the password of the signed-in user, and ends every other session in all their tenants.
+        API keys and the keys of agents stay, unless they are to go, too.
+        """
 
     @_abc_1.abstractmethod
     def RequestPasswordReset(
@@ -294,7 +312,10 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.ResetPasswordRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.ResetPasswordResponse, _abc.Awaitable[_auth_pb2.ResetPasswordResponse]]:
-        """Sets a new password by a mailed token, and ends every session of the account."""
+        """Sets a new password by a mailed token, and ends every session of the account, and every API key
+        and key of an agent unless they are to stay: whoever resets a password may not be the only one
+        who knew the old one, and what they made with it must not outlive it.
+        """
 
     @_abc_1.abstractmethod
     def RequestEmailVerification(
@@ -434,7 +455,8 @@ def add_AuthServiceServicer_to_server(servicer: AuthServiceServicer, server: _ty
 
 class TenantServiceStub:
     """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
-    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to,
+    and looking at it in that of whoever looked.
     """
 
     @_typing.overload
@@ -459,7 +481,9 @@ class TenantServiceStub:
     they have elsewhere. Whose account is at home here can only be disabled.
     """
     LogOutMember: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogOutMemberRequest, _auth_pb2.LogOutMemberResponse]
-    """Ends every session that somebody has in the tenant. They may log in again."""
+    """Ends every session that somebody has in the tenant. They may log in again. Their API keys here
+    and those of their agents stay, unless they are to go, too.
+    """
     CreateInvitation: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateInvitationRequest, _auth_pb2.CreateInvitationResponse]
     """Invites somebody, by a mail with a token. Who signs up with it is at home in the tenant; who has
     an account already accepts it as that one.
@@ -472,7 +496,8 @@ class TenantServiceStub:
 @_typing.type_check_only
 class TenantServiceAsyncStub(TenantServiceStub):
     """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
-    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to,
+    and looking at it in that of whoever looked.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -494,7 +519,9 @@ class TenantServiceAsyncStub(TenantServiceStub):
     they have elsewhere. Whose account is at home here can only be disabled.
     """
     LogOutMember: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogOutMemberRequest, _auth_pb2.LogOutMemberResponse]  # type: ignore[assignment]
-    """Ends every session that somebody has in the tenant. They may log in again."""
+    """Ends every session that somebody has in the tenant. They may log in again. Their API keys here
+    and those of their agents stay, unless they are to go, too.
+    """
     CreateInvitation: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateInvitationRequest, _auth_pb2.CreateInvitationResponse]  # type: ignore[assignment]
     """Invites somebody, by a mail with a token. Who signs up with it is at home in the tenant; who has
     an account already accepts it as that one.
@@ -506,7 +533,8 @@ class TenantServiceAsyncStub(TenantServiceStub):
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs a tenant of several people: who belongs to it, and what they may do there. Owners and admins
-    change it, auditors look at it. Everything done here is in the audit log of whom it was done to.
+    change it, auditors look at it. Everything done here is in the audit log of whom it was done to,
+    and looking at it in that of whoever looked.
     """
 
     @_abc_1.abstractmethod
@@ -562,7 +590,9 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.LogOutMemberRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.LogOutMemberResponse, _abc.Awaitable[_auth_pb2.LogOutMemberResponse]]:
-        """Ends every session that somebody has in the tenant. They may log in again."""
+        """Ends every session that somebody has in the tenant. They may log in again. Their API keys here
+        and those of their agents stay, unless they are to go, too.
+        """
 
     @_abc_1.abstractmethod
     def CreateInvitation(

@@ -30,13 +30,16 @@ class MonthlyUsage(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
     writes: _builtins.int
-    """Calls that write."""
+    """Changes: of each call that writes, every memory, vector, attachment or goal that it created,
+    changed or deleted. A batch and an import count what they hold; what is refused, there already
+    or a retry of what was done counts as nothing.
+    """
     queries: _builtins.int
-    """Queries."""
+    """Queries that were answered."""
     bytes: _builtins.int
-    """Bytes that were sent by calls that write."""
+    """Bytes that were sent by calls that changed something, and of files that were attached."""
     jobs: _builtins.int
-    """Calls that ask for a job."""
+    """Jobs that were asked for, by calls or by schedules of the user's."""
     def __init__(
         self,
         *,
@@ -79,7 +82,9 @@ class Plan(_message.Message):
     vectors: _builtins.int
     """Vectors of all models."""
     calls_per_second: _builtins.int
-    """Calls that a user may make each second, in the long run."""
+    """Calls that a user may make each second, in the long run. A transaction that changes more than a
+    hundred things counts as a call for each hundred: an import of 100000 memories as 1000.
+    """
     burst: _builtins.int
     """Calls that a user may make at once after a while without."""
     price_cents: _builtins.int

@@ -40,6 +40,11 @@ class UserServiceStub:
                 request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetUserRequest.SerializeToString,
                 response_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetUserResponse.FromString,
                 _registered_method=True)
+        self.UpdateUser = channel.unary_unary(
+                '/kimberly.users.v1.UserService/UpdateUser',
+                request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.UpdateUserRequest.SerializeToString,
+                response_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.UpdateUserResponse.FromString,
+                _registered_method=True)
         self.GetSettings = channel.unary_unary(
                 '/kimberly.users.v1.UserService/GetSettings',
                 request_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetSettingsRequest.SerializeToString,
@@ -83,6 +88,14 @@ class UserServiceServicer:
 
     def GetUser(self, request, context):
         """Returns the signed-in user.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateUser(self, request, context):
+        """Changes what the user chose about themselves: what to call them. Their email cannot be changed:
+        it is the account. Whoever wants another one signs up with it, and brings what they exported.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,6 +165,11 @@ def add_UserServiceServicer_to_server(servicer, server):
                     request_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetUserRequest.FromString,
                     response_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetUserResponse.SerializeToString,
             ),
+            'UpdateUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateUser,
+                    request_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.UpdateUserRequest.FromString,
+                    response_serializer=kimberly_dot_users_dot_v1_dot_users__pb2.UpdateUserResponse.SerializeToString,
+            ),
             'GetSettings': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSettings,
                     request_deserializer=kimberly_dot_users_dot_v1_dot_users__pb2.GetSettingsRequest.FromString,
@@ -216,6 +234,33 @@ class UserService:
             '/kimberly.users.v1.UserService/GetUser',
             kimberly_dot_users_dot_v1_dot_users__pb2.GetUserRequest.SerializeToString,
             kimberly_dot_users_dot_v1_dot_users__pb2.GetUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kimberly.users.v1.UserService/UpdateUser',
+            kimberly_dot_users_dot_v1_dot_users__pb2.UpdateUserRequest.SerializeToString,
+            kimberly_dot_users_dot_v1_dot_users__pb2.UpdateUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,10 @@ class UserServiceStub:
     def __new__(cls, channel: _aio.Channel) -> UserServiceAsyncStub: ...
     GetUser: _grpc.UnaryUnaryMultiCallable[_users_pb2.GetUserRequest, _users_pb2.GetUserResponse]
     """Returns the signed-in user."""
+    UpdateUser: _grpc.UnaryUnaryMultiCallable[_users_pb2.UpdateUserRequest, _users_pb2.UpdateUserResponse]
+    """Changes what the user chose about themselves: what to call them. Their email cannot be changed:
+    it is the account. Whoever wants another one signs up with it, and brings what they exported.
+    """
     GetSettings: _grpc.UnaryUnaryMultiCallable[_users_pb2.GetSettingsRequest, _users_pb2.GetSettingsResponse]
     """Returns the user's settings; the defaults where the user never chose."""
     UpdateSettings: _grpc.UnaryUnaryMultiCallable[_users_pb2.UpdateSettingsRequest, _users_pb2.UpdateSettingsResponse]
@@ -68,6 +72,10 @@ class UserServiceAsyncStub(UserServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetUser: _aio.UnaryUnaryMultiCallable[_users_pb2.GetUserRequest, _users_pb2.GetUserResponse]  # type: ignore[assignment]
     """Returns the signed-in user."""
+    UpdateUser: _aio.UnaryUnaryMultiCallable[_users_pb2.UpdateUserRequest, _users_pb2.UpdateUserResponse]  # type: ignore[assignment]
+    """Changes what the user chose about themselves: what to call them. Their email cannot be changed:
+    it is the account. Whoever wants another one signs up with it, and brings what they exported.
+    """
     GetSettings: _aio.UnaryUnaryMultiCallable[_users_pb2.GetSettingsRequest, _users_pb2.GetSettingsResponse]  # type: ignore[assignment]
     """Returns the user's settings; the defaults where the user never chose."""
     UpdateSettings: _aio.UnaryUnaryMultiCallable[_users_pb2.UpdateSettingsRequest, _users_pb2.UpdateSettingsResponse]  # type: ignore[assignment]
@@ -104,6 +112,16 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_users_pb2.GetUserResponse, _abc.Awaitable[_users_pb2.GetUserResponse]]:
         """Returns the signed-in user."""
+
+    @_abc_1.abstractmethod
+    def UpdateUser(
+        self,
+        request: _users_pb2.UpdateUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_users_pb2.UpdateUserResponse, _abc.Awaitable[_users_pb2.UpdateUserResponse]]:
+        """Changes what the user chose about themselves: what to call them. Their email cannot be changed:
+        it is the account. Whoever wants another one signs up with it, and brings what they exported.
+        """
 
     @_abc_1.abstractmethod
     def GetSettings(
