@@ -147,9 +147,18 @@ class SessionStore:
 
 
 async def end_all(
-    connection: Connection, caller: Caller, reason: str, now: datetime, *, kept: UUID | None = None
+    connection: Connection,
+    caller: Caller,
+    reason: str,
+    now: datetime,
+    *,
+    kept: UUID | None = None,
+    lingering: UUID | None = None,
 ) -> int:
-    """End every session of a user, but for one that may be kept, and return how many that were."""
+    """End every session of a user, but for one that may be kept, and return how many that were.
+
+    Of one that lingers, the access tokens that are out stay good until they expire.
+    """
     rows = await connection.fetch(
         """
         SELECT id
@@ -164,7 +173,8 @@ async def end_all(
         now,
         kept,
     )
-    await _end(connection, caller, [row["id"] for row in rows], reason, now)
+    session_ids = [row["id"] for row in rows]
+    await _end(connection, caller, session_ids, reason, now, lingering=lingering)
     return len(rows)
 
 
@@ -282,6 +292,8 @@ async def _end(
     session_ids: Sequence[UUID],
     reason: str,
     now: datetime,
+    *,
+    lingering: UUID | None = None,
 ) -> None:
     if not session_ids:
         return
@@ -291,7 +303,8 @@ async def _end(
         now,
         reason,
     )
-    await end_grants(connection, caller, session_ids)
+    refused = [session_id for session_id in session_ids if session_id != lingering]
+    await end_grants(connection, caller, refused)
     action = "session.revoke" if reason == "reuse" else "session.end"
     shown = [ids.show(ids.SESSION, session_id) for session_id in session_ids]
     await audit.record_all(connection, caller, action, shown)
