@@ -26,6 +26,7 @@ from server.auth.member_store import MemberStore
 from server.auth.passwords import Passwords
 from server.auth.service import AuthService
 from server.auth.session_store import SessionStore
+from server.auth.sign_up_store import SignUpStore
 from server.auth.store import AccountStore
 from server.auth.tenant_service import TenantService
 from server.database import SystemDatabase
@@ -121,6 +122,8 @@ def service(
         keyring,
         hashing,
         issuer,
+        sign_ups=SignUpStore(system_database),
+        confirms_email=False,
         clock=clock,
     )
 

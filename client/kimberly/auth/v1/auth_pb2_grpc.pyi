@@ -34,7 +34,13 @@ class AuthServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AuthServiceAsyncStub: ...
     SignUp: _grpc.UnaryUnaryMultiCallable[_auth_pb2.SignUpRequest, _auth_pb2.SignUpResponse]
-    """Creates an account and its personal tenant, and signs the new user in."""
+    """Creates an account and its personal tenant, and signs the new user in.
+
+    Where the mesh confirms emails, as it does unless it is told otherwise, the account is made by
+    the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
+    empty then, and the same whether or not the email names an account already. If it does, the
+    mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
+    """
     LogIn: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]
     """Signs a user in with email and password."""
     RefreshToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RefreshTokenRequest, _auth_pb2.RefreshTokenResponse]
@@ -65,7 +71,9 @@ class AuthServiceStub:
     asks for one, too.
     """
     VerifyEmail: _grpc.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]
-    """Marks the email of an account as verified, by a mailed token."""
+    """Marks the email of an account as verified, by a mailed token; or makes the account that was
+    signed up for, whose password then logs in.
+    """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]
     """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
     the only one that shows it: a retry under the same request_id returns the key without its
@@ -80,7 +88,9 @@ class AuthServiceStub:
     RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RevokeApiKeyRequest, _auth_pb2.RevokeApiKeyResponse]
     """Ends an API key for good. Within seconds every service refuses its access tokens."""
     ExchangeToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ExchangeTokenRequest, _auth_pb2.ExchangeTokenResponse]
-    """Exchanges an API key for an access token. Exchange it again when the token expires."""
+    """Exchanges an API key for an access token. Exchange it again when the token expires. The key of
+    an agent is good for none while its user does not consent to MEMORY_AGENT_ACCESS.
+    """
     IssueToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]
     """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
     JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
@@ -98,7 +108,13 @@ class AuthServiceAsyncStub(AuthServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     SignUp: _aio.UnaryUnaryMultiCallable[_auth_pb2.SignUpRequest, _auth_pb2.SignUpResponse]  # type: ignore[assignment]
-    """Creates an account and its personal tenant, and signs the new user in."""
+    """Creates an account and its personal tenant, and signs the new user in.
+
+    Where the mesh confirms emails, as it does unless it is told otherwise, the account is made by
+    the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
+    empty then, and the same whether or not the email names an account already. If it does, the
+    mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
+    """
     LogIn: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]  # type: ignore[assignment]
     """Signs a user in with email and password."""
     RefreshToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.RefreshTokenRequest, _auth_pb2.RefreshTokenResponse]  # type: ignore[assignment]
@@ -129,7 +145,9 @@ class AuthServiceAsyncStub(AuthServiceStub):
     asks for one, too.
     """
     VerifyEmail: _aio.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]  # type: ignore[assignment]
-    """Marks the email of an account as verified, by a mailed token."""
+    """Marks the email of an account as verified, by a mailed token; or makes the account that was
+    signed up for, whose password then logs in.
+    """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.CreateApiKeyRequest, _auth_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """Makes an API key: for scripts and agents, good for some scopes and for a time. The answer is
     the only one that shows it: a retry under the same request_id returns the key without its
@@ -144,7 +162,9 @@ class AuthServiceAsyncStub(AuthServiceStub):
     RevokeApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.RevokeApiKeyRequest, _auth_pb2.RevokeApiKeyResponse]  # type: ignore[assignment]
     """Ends an API key for good. Within seconds every service refuses its access tokens."""
     ExchangeToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.ExchangeTokenRequest, _auth_pb2.ExchangeTokenResponse]  # type: ignore[assignment]
-    """Exchanges an API key for an access token. Exchange it again when the token expires."""
+    """Exchanges an API key for an access token. Exchange it again when the token expires. The key of
+    an agent is good for none while its user does not consent to MEMORY_AGENT_ACCESS.
+    """
     IssueToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]  # type: ignore[assignment]
     """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
     JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
@@ -165,7 +185,13 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.SignUpRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.SignUpResponse, _abc.Awaitable[_auth_pb2.SignUpResponse]]:
-        """Creates an account and its personal tenant, and signs the new user in."""
+        """Creates an account and its personal tenant, and signs the new user in.
+
+        Where the mesh confirms emails, as it does unless it is told otherwise, the account is made by
+        the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
+        empty then, and the same whether or not the email names an account already. If it does, the
+        mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
+        """
 
     @_abc_1.abstractmethod
     def LogIn(
@@ -262,7 +288,9 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.VerifyEmailRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.VerifyEmailResponse, _abc.Awaitable[_auth_pb2.VerifyEmailResponse]]:
-        """Marks the email of an account as verified, by a mailed token."""
+        """Marks the email of an account as verified, by a mailed token; or makes the account that was
+        signed up for, whose password then logs in.
+        """
 
     @_abc_1.abstractmethod
     def CreateApiKey(
@@ -307,7 +335,9 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.ExchangeTokenRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.ExchangeTokenResponse, _abc.Awaitable[_auth_pb2.ExchangeTokenResponse]]:
-        """Exchanges an API key for an access token. Exchange it again when the token expires."""
+        """Exchanges an API key for an access token. Exchange it again when the token expires. The key of
+        an agent is good for none while its user does not consent to MEMORY_AGENT_ACCESS.
+        """
 
     @_abc_1.abstractmethod
     def IssueToken(
