@@ -176,7 +176,7 @@ def kolmogorov_smirnov_p(one: list[float], other: list[float]) -> float:
         gap = max(gap, abs(seen[0] / n - seen[1] / m))
     root = (n * m / (n + m)) ** 0.5
     scaled = (root + 0.12 + 0.11 / root) * gap
-    terms = ((-1) ** (k - 1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, 101))
+    terms = (math.exp(-2 * (k * scaled) ** 2) * (1 if k % 2 else -1) for k in range(1, 101))
     return min(1.0, max(0.0, 2 * sum(terms)))
 
 

@@ -22,7 +22,7 @@ from server.auth.refresh_tokens import MOST_REPEATS
 from server.grants import RELOAD_SECONDS
 from tests.abuse.doors import Doors
 from tests.mesh import PASSWORD, User, acting, bearer, eventually, sign_up
-from tests.transports import Grpc, Refused, Rest
+from tests.transports import Grpc, Refused, Rest, Transport
 
 REFUSED = "REFRESH_TOKEN_INVALID"
 PROMISED_SECONDS = 30.0
@@ -150,8 +150,8 @@ async def test_withdrawing_the_consent_that_all_rests_on_ends_every_session(
     elsewhere = [user_with(dan, http, channel, tokens.access_token) for tokens in others]
     # Refused at once over both transports, and past the edge.
     sidecar = Grpc(await doors.sidecar("auth", EDGE))
-    doors_tried = (dan.rest, dan.grpc, sidecar)
-    for call, tokens in zip(doors_tried, others, strict=True):
+    calls: tuple[Transport, ...] = (dan.rest, dan.grpc, sidecar)
+    for call, tokens in zip(calls, others, strict=True):
         request = auth.RefreshTokenRequest(refresh_token=tokens.refresh_token)
         with pytest.raises(Refused) as caught:
             await call(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -479,8 +480,9 @@ async def test_what_is_not_committed_yet_when_a_user_opts_in_is_not_forgotten(
     is_choice: bool,
 ) -> None:
     caller = await new_caller(database)
-    steps = [lambda: choose(database, caller), lambda: consent(system_database, caller)]
-    last, first = steps if is_choice else steps[::-1]
+    choosing = partial(choose, database, caller)
+    consenting = partial(consent, system_database, caller)
+    first, last = (consenting, choosing) if is_choice else (choosing, consenting)
     await first()
     async with database.transaction(caller) as connection:
         await insert(connection, caller, "in flight")
