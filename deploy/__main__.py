@@ -12,7 +12,7 @@ from deploy import images, observing, rendering, secrets, tools
 from deploy.gate import Refused, watch
 from deploy.invariants import problems, unpinned
 from deploy.manifests import Manifests
-from deploy.smoke import Failed, smoke
+from deploy.smoke import Account, Failed, smoke
 
 app = typer.Typer(
     help="What stands between the checkout and a cluster.",
@@ -78,10 +78,14 @@ def policies_command() -> None:
 def smoke_command(
     edge: Annotated[str, typer.Argument(help="Such as https://api.staging.kimberly.example")],
     ca: Annotated[Path | None, typer.Option(help="The authority that signed its name.")] = None,
+    email: Annotated[str, typer.Option(envvar="SMOKE_EMAIL", help="Log in as this user.")] = "",
+    password: Annotated[str, typer.Option(envvar="SMOKE_PASSWORD", help="By this.")] = "",
 ) -> None:
-    """Ask a mesh to do its main job once, as a new user."""
+    """Ask a mesh to do its main job once, as a new user, or as one who is there for that."""
+    account = Account(email, password) if email else None
+    trust = ssl.create_default_context(cafile=ca) if ca else None
     try:
-        took = smoke(edge, ssl.create_default_context(cafile=ca) if ca else None)
+        took = smoke(edge, trust, account=account)
     except Failed as error:
         _end([str(error)], "")
     _end([], took, "smoke")

@@ -25,7 +25,11 @@ Values = Mapping[str, Mapping[str, str]]
 """Values by the name of the secret and the key in it."""
 
 DIRECTORY: Final = CHECKOUT / "secrets"
-TO_BE_GIVEN: Final = {"dns": ("api-token",), "alerts": ("smtp-password",)}
+TO_BE_GIVEN: Final = {
+    "dns": ("api-token",),
+    "mails": ("smtp-password",),
+    "alerts": ("smtp-password",),
+}
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
 BACKUPS_INSIDE: Final = ("local",)
 """Environments whose backups lie in their own object store: to try things out."""
@@ -33,6 +37,8 @@ STORES_OUTSIDE: Final = ("free",)
 """Environments whose object store is not ours: its keys come from there."""
 TELLING_NOBODY: Final = ("free", "local")
 """Environments without Alertmanager, which would mail alerts."""
+WRITING_TO_NOBODY: Final = ("local",)
+"""Environments without a carrier of mails."""
 _SUPERUSER: Final = "postgres"
 _REDIS_USER: Final = "mesh"
 _ENCRYPTED: Final = "^(data|stringData)$"
@@ -84,6 +90,8 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
     given = {name: dict.fromkeys(keys, "") for name, keys in TO_BE_GIVEN.items()}
     if environment in TELLING_NOBODY:
         del given["alerts"]
+    if environment in WRITING_TO_NOBODY:
+        del given["mails"]
     return made | given
 
 

@@ -228,6 +228,8 @@ class Fleet:
             "KIMBERLY_RATE_LIMIT_SCALE": "50",
             "KIMBERLY_MASTER_KEY_FILE": str(stores.secrets.path(MASTER_KEY)),
             "KIMBERLY_MAIL_DIRECTORY": str(self.layout.mails),
+            # So that whoever signs up can begin.
+            "KIMBERLY_SIGN_UP_CONFIRMS_EMAIL": "false",
             "KIMBERLY_TOKEN_ISSUER": self.tokens.issuer,
             "KIMBERLY_TOKEN_AUDIENCE": self.tokens.audience,
         }

@@ -41,7 +41,6 @@ from server.operations import (
     set_plan,
     withdraw_signing_key,
 )
-from server.privacy.words import WordForged
 from server.provision import WrongRole
 from server.rpc.serving import UnsafeSocketDirectory
 from server.settings import (
@@ -56,6 +55,7 @@ from server.settings import (
     VerificationSettings,
     explain,
 )
+from server.signed_words import WordForged
 
 _REFUSED = (
     KeyRefused,
@@ -217,10 +217,14 @@ def run_schedule_command(name: ScheduleName) -> None:
 
 @app.command("erase-again")
 def erase_again_command() -> None:
-    """After a backup of the database was restored: erase again whoever had been erased since."""
+    """After a backup of the database was restored: erase again whoever had been erased since.
+
+    And withdraw again what had been withdrawn.
+    """
     settings = _settings(Settings)
     telemetry.configure("erase-again", settings.log_level)
-    typer.echo(f"{_run(erase_again(settings))} erasures begin again")
+    withdrawn, erasures = _run(erase_again(settings))
+    typer.echo(f"{erasures} erasures begin again; {withdrawn} withdrawals hold again")
 
 
 @backup.command("create")
@@ -254,7 +258,8 @@ def list_backups_command() -> None:
 def restore_backup_command(at: Point = "") -> None:
     """Fill an empty database and an empty bucket from a backup, the newest unless told otherwise.
 
-    Whoever was erased since stays erased. Start the mesh afterwards.
+    Whoever was erased since stays erased, and what was withdrawn stays withdrawn. Start the mesh
+    afterwards.
     """
     settings = _settings(RestoreSettings)
     telemetry.configure("backup-restore", settings.log_level)
@@ -262,7 +267,7 @@ def restore_backup_command(at: Point = "") -> None:
     typer.echo(
         f"{restored.manifest.id} is restored: {restored.manifest.rows} rows and "
         f"{restored.objects.restored} objects as of {restored.manifest.mark.isoformat()}; "
-        f"{restored.erased} users stay erased"
+        f"{restored.erased} users stay erased, {restored.withdrawn} consents are withdrawn again"
     )
 
 

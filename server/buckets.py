@@ -3,6 +3,7 @@
 Whoever restarts fills none.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -10,18 +11,25 @@ from typing import Final
 from server.cache import Redis, out_of_reach
 
 # The generic cell rate algorithm (ITU-T I.371): one instant says how full the bucket is. The time
-# is Valkey's own, so that processes need not agree on it.
+# is Valkey's own, so that processes need not agree on it. Of several buckets one that is empty
+# leaves the others as they are.
 _TAKE: Final = """
-local interval, burst, wanted = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
-local full = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now)
-local room = math.floor(burst - (full - now) / interval)
-if room < 1 then return {0, math.ceil(full - now - (burst - 1) * interval)} end
-local taken = math.min(room, wanted)
-full = full + taken * interval
-redis.call('SET', KEYS[1], string.format('%.0f', full), 'PX', math.ceil((full - now) / 1000))
-return {taken, 0}
+local fulls, taken = {}, {}
+for n, key in ipairs(KEYS) do
+    local interval, burst, wanted = ARGV[3 * n - 2], tonumber(ARGV[3 * n - 1]), ARGV[3 * n]
+    local full = math.max(tonumber(redis.call('GET', key) or 0), now)
+    local room = math.floor(burst - (full - now) / interval)
+    if room < 1 then return {n, math.ceil(full - now - (burst - 1) * interval)} end
+    taken[n] = math.min(room, tonumber(wanted))
+    fulls[n] = full + taken[n] * interval
+end
+for n, key in ipairs(KEYS) do
+    local left = math.ceil((fulls[n] - now) / 1000)
+    redis.call('SET', key, string.format('%.0f', fulls[n]), 'PX', left)
+end
+return {0, 0, unpack(taken)}
 """
 
 
@@ -50,12 +58,24 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """What came out of a bucket."""
+class Want:
+    """What is to be taken out of a bucket."""
 
-    calls: int
-    wait: timedelta
-    """Until there is another call in the bucket, if there was none."""
+    key: str
+    rate: Rate
+    calls: int = 1
+    """At most; one that has some gives what it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What came out of buckets: something out of each of them, or nothing out of any."""
+
+    calls: Sequence[int]
+    empty: int | None = None
+    """Place of the first that had nothing."""
+    wait: timedelta = timedelta(0)
+    """Until there is another call in that one."""
 
 
 class Buckets:
@@ -65,16 +85,22 @@ class Buckets:
         self._take = redis.register_script(_TAKE)
         self._charge = redis.register_script(_CHARGE)
 
-    async def take(self, key: str, rate: Rate, wanted: int = 1) -> Taken:
-        """Take up to `wanted` calls. A bucket that is full again is not kept.
+    async def take(self, *wants: Want) -> Taken:
+        """Take calls out of some buckets in one trip. One that is full again is not kept.
 
         Raises:
             StoreUnavailable: Valkey does not answer.
         """
-        interval = 1_000_000 / rate.calls_per_second
+        args = [
+            given
+            for want in wants
+            for given in (1_000_000 / want.rate.calls_per_second, want.rate.burst, want.calls)
+        ]
         with out_of_reach():
-            calls, wait = await self._take(keys=[key], args=[interval, rate.burst, wanted])
-        return Taken(int(calls), timedelta(microseconds=int(wait)))
+            empty, wait, *calls = await self._take(keys=[want.key for want in wants], args=args)
+        if empty:
+            return Taken((), int(empty) - 1, timedelta(microseconds=int(wait)))
+        return Taken([int(each) for each in calls])
 
     async def charge(self, key: str, rate: Rate, calls: int) -> None:
         """Take calls that were made already: who made more than there were waits for them.

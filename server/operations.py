@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from server import audit, ids
+from server.auth.endings import ConsentEndings
 from server.auth.key_store import KeyStore
 from server.auth.keyring import Keyring
 from server.billing.store import BillingStore
@@ -20,6 +21,8 @@ from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM, Role, provision
 from server.settings import MigrationSettings, ProvisionSettings, Settings
 from server.users.audit_keys import AuditKeys
 from server.users.checkpoint_store import CheckpointStore
+from server.users.consent_store import ConsentStore
+from server.users.withdrawal_archive import WithdrawalArchive
 
 REWRAP = "keys.rewrap"
 """The job that wraps data keys by the newest master key."""
@@ -150,15 +153,13 @@ async def set_plan(settings: Settings, user_id: str, plan: str) -> str:
         return (await store.settle(caller, plan, actor=audit.SYSTEM)).plan
 
 
-async def erase_again(settings: Settings) -> int:
-    """Begin anew every erasure that S3 knows of, and return how many those are."""
+async def erase_again(settings: Settings) -> tuple[int, int]:
+    """Withdraw anew what S3 knows of and begin every erasure again; return how many of either."""
     async with AsyncExitStack() as stack:
         _, system = await stack.enter_async_context(open_databases(settings, "erase-again"))
         audit_keys = AuditKeys(CheckpointStore(system), await open_kms(settings, stack))
-        archive = ErasureArchive(
-            ErasureStore(system, patience(settings)),
-            open_blobs(settings),
-            audit_keys.signer,
-            audit_keys.known,
-        )
-        return await archive.erase_again()
+        blobs, signer, known = open_blobs(settings), audit_keys.signer, audit_keys.known
+        consents = ConsentStore(system, ConsentEndings())
+        withdrawn = await WithdrawalArchive(consents, blobs, signer, known).withdraw_again()
+        erasures = ErasureStore(system, patience(settings))
+        return withdrawn, await ErasureArchive(erasures, blobs, signer, known).erase_again()

@@ -104,6 +104,10 @@ class Settings(KmsSettings):
     breached_passwords_file: Path | None = None
     """SHA-1 hashes of passwords that nobody may choose: ordered by hash, as Have I Been Pwned
     offers them for download."""
+    sign_up_confirms_email: bool = True
+    """Whether an account is made only by a token that was mailed to its address. Otherwise whoever
+    signs up is told whether the address has one, and acts as its user before it is known to be
+    theirs: for a developer's machine."""
     mail_sender: str = "Kimberly <no-reply@kimberly.local>"
     mail_directory: Path | None = None
     """Where mails are put as files, mode 0600. Unset, and no smtp_host: mails wait."""
@@ -166,7 +170,8 @@ class Settings(KmsSettings):
     log_level: str = "info"
     backup_s3_endpoint: str = ""
     """With the next: the bucket of backups, to tell it who is to be erased before anything is
-    removed. A key that may write under erasures/ is enough. Unset: the next backup tells it."""
+    removed, and which consent was withdrawn before that is acknowledged. A key that may write under
+    erasures/ and withdrawals/ is enough. Unset: the next backup tells it."""
     backup_s3_access_key: SecretStr = SecretStr("")
     backup_s3_secret_key: SecretStr = SecretStr("")
     backup_s3_bucket: str = "kimberly-backups"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from server.buckets import Buckets, Rate
+from server.buckets import Buckets, Rate, Want
 from server.cache import KEY_PREFIX, Redis
 from server.errors import RateLimited, StoreUnavailable
 from server.metrics import RATE_LIMITED
@@ -52,9 +52,9 @@ class Turnstile:
         limit = LIMITS.get(method, CHEAP)
         key = f"{KEY_PREFIX}places:{limit.name}:{place}"
         try:
-            taken = await self._buckets.take(key, limit.rate.times(self._scale))
+            taken = await self._buckets.take(Want(key, limit.rate.times(self._scale)))
         except StoreUnavailable:
             return
-        if not taken.calls:
+        if taken.empty is not None:
             RATE_LIMITED.labels("ip").inc()
             raise RateLimited("calls from this address", taken.wait)

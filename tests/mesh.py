@@ -124,14 +124,20 @@ async def _signed_up(
     return User(answer.user_id, answer.tenant_id, request.email, answer.tokens, rest, over_grpc)
 
 
-async def join(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, host: User) -> User:
+async def join(
+    mesh: Mesh,
+    http: httpx.AsyncClient,
+    channel: grpc.aio.Channel,
+    host: User,
+    *,
+    consenting: bool = True,
+) -> User:
     """Return a new user of somebody's tenant, who was invited there."""
     email = f"{secrets.token_hex(8)}@example.com"
     await host.grpc(auth.CreateInvitationRequest(email=email, role=auth.ROLE_MEMBER))
     invitation = await mailed_token(mesh, email)
-    return await _signed_up(
-        http, channel, auth.SignUpRequest(email=email, password=PASSWORD, invitation=invitation)
-    )
+    request = auth.SignUpRequest(email=email, password=PASSWORD, invitation=invitation)
+    return await _signed_up(http, channel, request, consenting=consenting)
 
 
 async def join_too(

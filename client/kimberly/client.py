@@ -108,9 +108,13 @@ class Client:
         self.jobs: jobs_pb2_grpc.JobServiceAsyncStub = jobs_pb2_grpc.JobServiceStub(channel)
 
     async def sign_up(self, email: str, password: str) -> auth_pb2.SignUpResponse:
-        """Create an account and act as its user from now on."""
+        """Create an account and act as its user from now on.
+
+        Where a mail has to confirm it first the answer is empty, and nobody is logged in.
+        """
         answer = await self.auth.SignUp(auth_pb2.SignUpRequest(email=email, password=password))
-        self._session.begin(answer.tokens, self._refresh)
+        if answer.HasField("tokens"):
+            self._session.begin(answer.tokens, self._refresh)
         return answer
 
     async def log_in(self, email: str, password: str) -> None:

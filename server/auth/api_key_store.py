@@ -11,8 +11,9 @@ from server import audit, ids, requests
 from server.auth.api_keys import MOST_KEYS, ApiKey, Opened, Secret
 from server.auth.refresh_tokens import hash_of
 from server.caller import ActingAgent, Caller
+from server.consent import MEMORY_AGENT_ACCESS
 from server.database import Connection, SystemDatabase
-from server.errors import NotFound, QuotaExceeded
+from server.errors import ConsentMissing, NotFound, QuotaExceeded
 from server.grants import check_living, end_grants
 
 _KEPT: Final = timedelta(days=30)
@@ -107,12 +108,22 @@ class ApiKeyStore:
             await _record(connection, key, "api_key.revoke")
 
     async def open(self, secret: str, now: datetime) -> Opened | None:
-        """Return the key that a secret opens, if any, and note that it was used."""
+        """Return the key that a secret opens, if any, and note that it was used.
+
+        Raises:
+            ConsentMissing: It is an agent's, whom the user does not let act.
+        """
         async with self._database.transaction() as connection:
             row = await connection.fetchrow(
                 f"""
                 SELECT {_KEY}, secret.grant_id, least(key.expires_at, secret.expires_at) AS until,
-                       users.role
+                       users.role, agent.id IS NULL OR coalesce((
+                           SELECT granted
+                             FROM consents
+                            WHERE consents.tenant_id = key.tenant_id
+                              AND consents.user_id = key.user_id AND purpose = $3
+                            ORDER BY version DESC
+                            LIMIT 1), false) AS may_act
                   FROM api_key_secrets AS secret
                   JOIN api_keys AS key ON key.id = secret.key_id
                   JOIN users ON users.id = key.user_id AND users.disabled_at IS NULL
@@ -124,9 +135,12 @@ class ApiKeyStore:
                 """,  # noqa: S608 - a constant of ours
                 hash_of(secret),
                 now,
+                MEMORY_AGENT_ACCESS,
             )
             if row is None:
                 return None
+            if not row["may_act"]:
+                raise ConsentMissing(MEMORY_AGENT_ACCESS)
             key = _key(row)
             await _note_use(connection, key, now)
             await _record(connection, key, "api_key.exchange")
@@ -300,9 +314,13 @@ async def _empty(connection: Connection, caller: Caller) -> list[UUID]:
 
 
 async def replace_grants(
-    connection: Connection, caller: Caller, key_id: UUID | None = None
+    connection: Connection,
+    caller: Caller,
+    key_id: UUID | None = None,
+    *,
+    of_agents: bool = False,
 ) -> None:
-    """Have the access tokens of a user's keys refused, or of one of them; the keys wait.
+    """Have the access tokens of a user's keys refused, of one of them or of agents'; the keys wait.
 
     The grants that ended are replaced: keys that may be used again make good tokens.
     """
@@ -313,13 +331,18 @@ async def replace_grants(
           FROM (SELECT hash, grant_id, uuidv7() AS id
                   FROM api_key_secrets
                  WHERE tenant_id = $1 AND user_id = $2
-                   AND ($3::uuid IS NULL OR key_id = $3)) AS fresh
+                   AND ($3::uuid IS NULL OR key_id = $3)
+                   AND (NOT $4 OR key_id IN (SELECT id
+                                               FROM api_keys
+                                              WHERE tenant_id = $1 AND user_id = $2
+                                                AND agent_id IS NOT NULL))) AS fresh
          WHERE secret.hash = fresh.hash
         RETURNING fresh.grant_id
         """,
         caller.tenant_id,
         caller.user_id,
         key_id,
+        of_agents,
     )
     await end_grants(connection, caller, [row["grant_id"] for row in rows])
 

@@ -23,6 +23,9 @@ class Kind(enum.Enum):
     PASSWORD_RESET = "password_reset"  # noqa: S105 - the name of a kind
     EMAIL_VERIFICATION = "email_verification"
     INVITATION = "invitation"
+    SIGN_UP = "sign_up"
+    SIGN_UP_TAKEN = "sign_up_taken"
+    """Becomes of a sign-up whose email names an account: nobody asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Mail:
 
 
 def write(kind: Kind, recipient: str, token: str, hours: int) -> Mail:
-    """Return the mail that brings somebody a token.
+    """Return the mail that brings somebody a token, unless it is of a kind that brings none.
 
     The token stands alone in its line, so that people and programs find it.
     """
@@ -75,6 +78,22 @@ def write(kind: Kind, recipient: str, token: str, hours: int) -> Mail:
                 "token (POST /v1/user/tenants:acceptInvitation), and whoever has none by signing\n"
                 "up for it (POST /v1/signup, field invitation):\n\n"
                 f"{token}\n\nIf you do not know what this is about, do nothing.\n"
+            )
+        case Kind.SIGN_UP:
+            subject = "Confirm your email address"
+            text = (
+                "Somebody, probably you, signed up to Kimberly with this address.\n"
+                f"Within {hours} h this token makes the account (POST /v1/email:verify), for the\n"
+                "password that was chosen then; log in with it after that:\n\n"
+                f"{token}\n\nIf it was not you, do nothing: there will be no account.\n"
+            )
+        case Kind.SIGN_UP_TAKEN:
+            subject = "You have an account already"
+            text = (
+                "Somebody, probably you, tried to sign up to Kimberly with this address, which\n"
+                "has an account. Log in with it. If the password is forgotten, ask for a mail\n"
+                "that resets it (POST /v1/password:requestReset).\n\n"
+                "If it was not you, do nothing: whoever it was has not been told of the account.\n"
             )
         case _:
             assert_never(kind)

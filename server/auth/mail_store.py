@@ -17,6 +17,8 @@ _LIFETIMES: Final = {
     Kind.PASSWORD_RESET: timedelta(hours=1),
     Kind.EMAIL_VERIFICATION: timedelta(hours=24),
     Kind.INVITATION: timedelta(days=7),
+    Kind.SIGN_UP: timedelta(hours=24),
+    Kind.SIGN_UP_TAKEN: timedelta(hours=24),
 }
 _MOST_ATTEMPTS: Final = 12
 _RETRY_AFTER: Final = timedelta(seconds=5)
@@ -41,7 +43,7 @@ async def ask_for(
         email: Who is written to.
         kind: Why.
         now: The instant.
-        about: Id of the invitation, if it is one.
+        about: Id of the invitation or sign-up, if it is of one.
     """
     await connection.execute(
         """
@@ -136,10 +138,22 @@ class MailStore:
             )
         return Request(row["email"], Kind(row["kind"]), row["about"]) if row else None
 
-    async def address(self, request: Request, token: str, now: datetime) -> bool:
-        """Store the token of a mail, if its email names somebody whom it is for."""
-        if request.kind is Kind.INVITATION:
-            return await self._address_invitation(request, token, now)
+    async def address(self, request: Request, token: str, now: datetime) -> Kind | None:
+        """Store the token of a mail, if its email names somebody whom it is for.
+
+        Returns:
+            Which mail it is that they get; None: none.
+        """
+        match request.kind:
+            case Kind.INVITATION:
+                is_for = await self._address_invitation(request, token, now)
+            case Kind.SIGN_UP:
+                return await self._address_sign_up(request, token, now)
+            case _:
+                is_for = await self._address_user(request, token, now)
+        return request.kind if is_for else None
+
+    async def _address_user(self, request: Request, token: str, now: datetime) -> bool:
         async with self._database.transaction() as connection:
             row = await connection.fetchrow(
                 """
@@ -178,6 +192,33 @@ class MailStore:
                 now,
             )
         return addressed is not None
+
+    async def _address_sign_up(self, request: Request, token: str, now: datetime) -> Kind | None:
+        """Store the token of a sign-up, unless its email has come to name an account."""
+        async with self._database.transaction() as connection:
+            addressed = await connection.fetchrow(
+                """
+                UPDATE sign_ups
+                   SET token_hash = CASE WHEN users.id IS NULL THEN $2::bytea END
+                  FROM sign_ups AS asked
+                  LEFT JOIN users ON users.email = asked.email
+                 WHERE sign_ups.id = $1 AND asked.id = $1 AND sign_ups.expires_at > $3
+                RETURNING users.tenant_id, users.id AS user_id
+                """,
+                UUID(request.about),
+                hash_of(token),
+                now,
+            )
+            if addressed is None:
+                return None
+            if addressed["user_id"] is None:
+                return Kind.SIGN_UP
+            caller = Caller(addressed["tenant_id"], addressed["user_id"])
+            kind = Kind.SIGN_UP_TAKEN
+            await audit.record(
+                connection, caller, f"{kind.value}.mail", ids.show(ids.USER, caller.user_id)
+            )
+        return kind
 
     async def settle(self, request: Request, now: datetime) -> None:
         """Note that a mail was sent."""

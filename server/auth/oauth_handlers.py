@@ -19,7 +19,7 @@ from server.auth.metrics import TOKENS
 from server.auth.oauth import Client, OAuthError
 from server.auth.session_handlers import SessionHandlers
 from server.clock import Clock
-from server.errors import InvalidArgument, RefreshTokenInvalid
+from server.errors import ConsentMissing, InvalidArgument, RefreshTokenInvalid
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Answer: TypeAlias = dict[str, object]
@@ -110,7 +110,10 @@ class OAuthHandlers(SessionHandlers):
         return _answer(access.token, access.lifetime, " ".join(sorted(credentials.scopes)))
 
     async def _open(self, secret: str) -> Opened | None:
-        return await self._api_keys.open(secret, self._clock())
+        try:
+            return await self._api_keys.open(secret, self._clock())
+        except ConsentMissing as error:
+            raise OAuthError("unauthorized_client", error.message) from error
 
 
 def _answer(token: str, lifetime: timedelta, scope: str) -> Answer:

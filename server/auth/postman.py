@@ -52,6 +52,7 @@ class Postman:
 
     async def _send(self, request: Request) -> None:
         token = refresh_tokens.new_token()
-        if await self._store.address(request, token, self._clock()):
-            hours = int(lifetime_of(request.kind).total_seconds() // 3600)
-            await self._mailer.send(write(request.kind, request.email, token, hours))
+        kind = await self._store.address(request, token, self._clock())
+        if kind is not None:
+            hours = int(lifetime_of(kind).total_seconds() // 3600)
+            await self._mailer.send(write(kind, request.email, token, hours))

@@ -24,6 +24,7 @@ from server.auth.metrics import LOG_INS, TOKENS
 from server.auth.oauth_handlers import OAuthHandlers
 from server.auth.passwords import Passwords
 from server.auth.session_store import SessionStore
+from server.auth.sign_up_store import SignUp, SignUpStore
 from server.auth.store import Account, AccountStore, NewUser
 from server.caller import Caller
 from server.clock import Clock, utc_now
@@ -49,8 +50,15 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthSer
         hashing: Passwords,
         issuer: Issuer,
         *,
+        sign_ups: SignUpStore,
+        confirms_email: bool = True,
         clock: Clock = utc_now,
     ) -> None:
+        """Prepare to serve.
+
+        Without `confirms_email`, whoever signs up is told whether the email names an account, and
+        acts as its user before it is known to be theirs.
+        """
         self._accounts = accounts
         self._sessions = sessions
         self._attempts = attempts
@@ -60,10 +68,12 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthSer
         self._keyring = keyring
         self._hashing = hashing
         self._issuer = issuer
+        self._sign_ups = sign_ups
+        self._confirms_email = confirms_email
         self._clock = clock
 
     async def SignUp(self, request: pb.SignUpRequest, context: Context) -> pb.SignUpResponse:
-        """Create a user in a tenant of their own, and start a session."""
+        """Create a user in a tenant of their own and start a session, or have a mail ask first."""
         email = emails.normalize(request.email, "email")
         asked = request.display_name.strip() or email.partition("@")[0]
         display_name = check_display_name(asked, "display_name")
@@ -72,6 +82,10 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthSer
         tenant_id, role = await self._place(request.invitation, email)
         caller = Caller(tenant_id=tenant_id, user_id=ids.new_id())
         password_hash = await self._hashing.hash(request.password)
+        if self._confirms_email and not request.invitation:
+            sign_up = SignUp(ids.new_id(), email, display_name, password_hash)
+            await self._sign_ups.ask(sign_up, self._clock())
+            return pb.SignUpResponse()
         user = NewUser(caller, email, display_name, password_hash, role, request.invitation)
         new = self._issuer.begin(caller, role, clients.name_of(context))
         tokens = await self._issuer.tokens(new.session, new.refresh_token)

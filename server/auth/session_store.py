@@ -156,15 +156,17 @@ async def end_all(
     now: datetime,
     *,
     kept: UUID | None = None,
+    lingering: UUID | None = None,
 ) -> int:
     """End every session of some users, but for one that may be kept; return how many those were.
 
-    Sessions that were switched to from them go on: those of other users are not ended by this.
+    Of one that lingers, the access tokens that are out stay good until they expire. Sessions that
+    were switched to from them go on: those of other users are not ended by this.
     """
     count = 0
     # What is being begun from one of them holds it, and is there once that has ended.
     while session_ids := await _lock_all(connection, callers, now, kept):
-        await _end(connection, session_ids, reason, now)
+        await _end(connection, session_ids, reason, now, lingering=lingering)
         count += len(session_ids)
     return count
 
@@ -368,7 +370,12 @@ async def _end_with_others(
 
 
 async def _end(
-    connection: Connection, session_ids: Sequence[UUID], reason: str, now: datetime
+    connection: Connection,
+    session_ids: Sequence[UUID],
+    reason: str,
+    now: datetime,
+    *,
+    lingering: UUID | None = None,
 ) -> None:
     if not session_ids:
         return
@@ -388,7 +395,7 @@ async def _end(
     for row in rows:
         ended[Caller(row["tenant_id"], row["user_id"])].append(row["id"])
     for caller, theirs in ended.items():
-        await end_grants(connection, caller, theirs)
+        await end_grants(connection, caller, [one for one in theirs if one != lingering])
         shown = [ids.show(ids.SESSION, session_id) for session_id in theirs]
         await audit.record_all(connection, caller, action, shown)
 

@@ -62,7 +62,6 @@ class AccountStore:
                 await _insert_tenant(connection, user.caller, now)
             await _insert_user(connection, user, now)
             await _insert_account(connection, user)
-            await _record(connection, user.caller, "user.create")
             await session_store.start(connection, session, token_hash, now)
             if user.invitation:
                 await _accept(connection, user, now)
@@ -183,16 +182,15 @@ class AccountStore:
         return email, revoked
 
     async def verify_email(self, token: str, now: datetime) -> None:
-        """Mark the email of a user as verified by a mailed token.
+        """Mark the email of a user as verified by a mailed token, or make them an account by it.
 
         Raises:
+            AlreadyExists: The email has come to name an account since it was signed up for.
             MailedTokenInvalid: There is no such token any more.
         """
         async with self._database.transaction() as connection:
             used = await mail_store.use_token(connection, token, Kind.EMAIL_VERIFICATION, now)
-            if used is None:
-                raise MailedTokenInvalid
-            caller, _ = used
+            caller = used[0] if used else await _confirm(connection, token, now)
             await mark_verified(connection, caller, now)
 
     async def one_hash_of_each_cost(self) -> list[str]:
@@ -259,6 +257,27 @@ async def mark_verified(connection: Connection, caller: Caller, now: datetime) -
         await _record(connection, caller, "email.verify")
 
 
+async def _confirm(connection: Connection, token: str, now: datetime) -> Caller:
+    """Make the account of a sign-up whose token came back; others of the email make none."""
+    row = await connection.fetchrow(
+        """
+        DELETE FROM sign_ups
+         WHERE token_hash = $1 AND expires_at > $2
+        RETURNING email, display_name, password_hash
+        """,
+        hash_of(token),
+        now,
+    )
+    if row is None:
+        raise MailedTokenInvalid
+    user = NewUser(Caller(ids.new_id(), ids.new_id()), **row)
+    await _insert_tenant(connection, user.caller, now)
+    await _insert_user(connection, user, now)
+    await _insert_account(connection, user)
+    await connection.execute("DELETE FROM sign_ups WHERE email = $1", user.email)
+    return user.caller
+
+
 async def _insert_tenant(connection: Connection, caller: Caller, now: datetime) -> None:
     await connection.execute(
         "INSERT INTO tenants (id, created_at) VALUES ($1, $2)", caller.tenant_id, now
@@ -315,3 +334,4 @@ async def _insert_account(connection: Connection, user: NewUser) -> None:
         user.caller.user_id,
         user.password_hash,
     )
+    await _record(connection, user.caller, "user.create")

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -45,8 +45,8 @@ class Source:
     programs: Programs
     checkpoint_key: Callable[[UUID, int], str]
     """Where in S3 the signed checkpoint of a tenant's audit log is."""
-    words: str
-    """What the keys of objects begin with that say who was erased."""
+    words: Sequence[str]
+    """What the keys of objects begin with that say who was erased, and what was withdrawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +131,16 @@ class Creator:
     async def copy_words(self, target: Blobs) -> int:
         """Copy who was erased to where it outlives the mesh; return how many words are new.
 
-        Services do so as well, before they erase anything. This is for those of old.
+        And what was withdrawn. Services do so as well, before they erase anything, or acknowledge a
+        withdrawal. This is for words of old.
         """
-        known = {key async for key in _keys(target, self._source.words)}
         copied = 0
-        async for key in _keys(self._source.blobs, self._source.words):
-            if key not in known:
-                word = await self._source.blobs.get_small(key, longest=_LONGEST_WORD)
-                copied += await target.put_new(key, word or b"")
+        for directory in self._source.words:
+            known = {key async for key in _keys(target, directory)}
+            async for key in _keys(self._source.blobs, directory):
+                if key not in known:
+                    word = await self._source.blobs.get_small(key, longest=_LONGEST_WORD)
+                    copied += await target.put_new(key, word or b"")
         return copied
 
     async def _database(

@@ -4,6 +4,7 @@
     backups/ID/manifest.json    written last
     objects/SHA256/NUMBERofN    what attachments and transcripts hold, sealed, once for all backups
     erasures/…                  whom no backup may bring back; see `server.privacy.words`
+    withdrawals/…               what no backup may allow again; see `server.users.withdrawals`
 
 Nothing is read or written but a part at a time, whatever a backup's size.
 """

@@ -37,7 +37,17 @@ class Plan:
     vectors: int
     price_cents: int
     rate: Rate
+    tenant_rate: Rate
+    """Of all users of a tenant together, in which somebody has this plan."""
     monthly: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast a user may call, and all users of their tenant together."""
+
+    own: Rate
+    tenant: Rate
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,8 @@ def _plan(plan: Plan) -> pb.Plan:
         vectors=plan.vectors,
         calls_per_second=round(plan.rate.calls_per_second),
         burst=plan.rate.burst,
+        tenant_calls_per_second=round(plan.tenant_rate.calls_per_second),
+        tenant_burst=plan.tenant_rate.burst,
         monthly=_usage(plan.monthly),
         price_cents=plan.price_cents,
     )

@@ -6,7 +6,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from server import audit, ids
-from server.billing.plans import Plan, Subscription, Usage, UsedInMonth, crossed
+from server.billing.plans import Plan, Rates, Subscription, Usage, UsedInMonth, crossed
 from server.buckets import Rate
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
@@ -18,8 +18,9 @@ FREE: Final = "free"
 _MONTHS_SHOWN: Final = 24
 _PLAN: Final = """
     plan.name, plan.short_term_bytes, plan.long_term_bytes, plan.permanent_bytes, plan.vectors,
-    plan.price_cents, plan.calls_per_second, plan.burst, plan.writes_per_month,
-    plan.queries_per_month, plan.bytes_per_month, plan.jobs_per_month
+    plan.price_cents, plan.calls_per_second, plan.burst, plan.tenant_calls_per_second,
+    plan.tenant_burst, plan.writes_per_month, plan.queries_per_month, plan.bytes_per_month,
+    plan.jobs_per_month
 """
 
 Used = Mapping[tuple[Caller, date], Usage]
@@ -55,6 +56,35 @@ class BillingStore:
                 FREE,
             )
         return _plan(row)
+
+    async def rates_of(self, caller: Caller) -> Rates:
+        """Return how fast a user may call, and all users of their tenant together.
+
+        A tenant has the best that a plan of somebody in it gives: nobody gets less than they pay
+        for because of who else is there.
+        """
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(
+                """
+                SELECT own.calls_per_second, own.burst,
+                       max(held.tenant_calls_per_second) AS tenant_calls_per_second,
+                       max(held.tenant_burst) AS tenant_burst
+                  FROM plans AS own
+                  JOIN plans AS held
+                    ON held.name = own.name
+                    OR held.name IN (SELECT plan FROM subscriptions WHERE tenant_id = $1)
+                 WHERE own.name = coalesce((SELECT plan FROM subscriptions
+                                             WHERE tenant_id = $1 AND user_id = $2), $3)
+                 GROUP BY own.name
+                """,
+                caller.tenant_id,
+                caller.user_id,
+                FREE,
+            )
+        return Rates(
+            Rate(row["calls_per_second"], row["burst"]),
+            Rate(row["tenant_calls_per_second"], row["tenant_burst"]),
+        )
 
     async def find(self, user_id: UUID) -> Caller:
         """Return a user, with their tenant.
@@ -228,6 +258,7 @@ def _plan(row: Mapping[str, Any]) -> Plan:
         vectors=row["vectors"],
         price_cents=row["price_cents"],
         rate=Rate(row["calls_per_second"], row["burst"]),
+        tenant_rate=Rate(row["tenant_calls_per_second"], row["tenant_burst"]),
         monthly=Usage(
             row["writes_per_month"],
             row["queries_per_month"],

@@ -1,9 +1,10 @@
 """How fast users may call, and counting what they do.
 
 The bucket of a user is in Valkey, one for all processes and both transports: whoever restarts
-empties none. A process takes a few calls at a time out of it, so that most calls ask nobody; what
-it took and nobody used within a second is lost to the user, which is little beside the burst.
-Where Valkey does not answer nobody is refused: the limit is there for the many, not against them.
+empties none; and so is the bucket of their tenant, which all its users share. A process takes a few
+calls at a time out of both, so that most calls ask nobody; what it took and nobody used within a
+second is lost to them, which is little beside the burst. Where Valkey does not answer nobody is
+refused: the limits are there for the many, not against them.
 
 What was used is counted here, as it is committed, and added in Postgres every few seconds, one
 statement for many users: no call writes, and no row is written often. A call that changed more than
@@ -18,22 +19,24 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from typing import Final, TypeVar
+from uuid import UUID
 
 import asyncpg
 import structlog
 
-from server.billing.plans import JOB, METERS, QUERY, Usage, calls_beside
+from server.billing.plans import JOB, METERS, QUERY, Rates, Usage, calls_beside
 from server.billing.store import BillingStore
-from server.buckets import Buckets, Rate, Taken
-from server.cache import Redis, prefix_of
+from server.buckets import Buckets, Rate, Taken, Want
+from server.cache import KEY_PREFIX, Redis, prefix_of
 from server.caller import Caller
 from server.clock import Clock, utc_now
 from server.errors import RateLimited, StoreUnavailable
 from server.metering import Count
 from server.metrics import RATE_LIMITED
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 log = structlog.get_logger()
@@ -51,10 +54,17 @@ _LAST_SECONDS: Final = 2.0
 
 @dataclass(slots=True)
 class _Purse:
-    """Calls of one user that this process has taken."""
+    """Calls that this process has taken out of a bucket."""
 
-    calls: int
-    until: float
+    calls: int = 0
+    until: float = 0.0
+
+    def is_spent(self, now: float) -> bool:
+        """Tell whether no call is left that is good."""
+        return not self.calls or self.until < now
+
+
+_SPENT: Final = _Purse()
 
 
 class Toll:
@@ -75,8 +85,9 @@ class Toll:
         self._scale = scale
         self._clock = clock
         self._seconds = seconds
-        self._purses: OrderedDict[Caller, _Purse] = OrderedDict()
-        self._rates: OrderedDict[Caller, tuple[Rate, float]] = OrderedDict()
+        self._users: OrderedDict[Caller, _Purse] = OrderedDict()
+        self._tenants: OrderedDict[UUID, _Purse] = OrderedDict()
+        self._rates: OrderedDict[Caller, tuple[Rates, float]] = OrderedDict()
         self._used: defaultdict[tuple[Caller, date], Usage] = defaultdict(Usage)
         self._owed: dict[Caller, int] = {}
 
@@ -86,10 +97,9 @@ class Toll:
         Raises:
             RateLimited: There were too many; says when the next may come.
         """
-        purse = self._purses.get(caller)
-        if purse is None or not purse.calls or purse.until < self._seconds():
-            purse = await self._fetch(caller)
-        purse.calls -= 1
+        own, tenants = await self._purses(caller)
+        own.calls -= 1
+        tenants.calls -= 1
 
     def meter(self, caller: Caller, method: str, received: Callable[[], int]) -> Count | None:
         """Return what counts the changes of a call; None: they count as nothing.
@@ -151,7 +161,7 @@ class Toll:
         owed, self._owed = self._owed, {}
         try:
             for caller, calls in owed.items():
-                rate = (await self._rate(caller)).times(self._scale)
+                rate = (await self._rates_of(caller)).own.times(self._scale)
                 await self._buckets.charge(_bucket_of(caller), rate, calls)
         except (StoreUnavailable, TimeoutError, asyncpg.PostgresError) as error:
             log.warning("calls are not charged", error=repr(error))
@@ -167,29 +177,55 @@ class Toll:
                 async with asyncio.timeout(_LAST_SECONDS):
                     await self.flush()
 
-    async def _fetch(self, caller: Caller) -> _Purse:
-        """Take calls out of the user's bucket."""
-        rate = (await self._rate(caller)).times(self._scale)
-        wanted = max(1, min(_TAKEN_AT_ONCE, rate.burst // _PART_OF_BURST))
-        try:
-            taken = await self._buckets.take(_bucket_of(caller), rate, wanted)
-        except StoreUnavailable:
-            taken = Taken(wanted, timedelta(0))
-        if not taken.calls:
-            RATE_LIMITED.labels("user").inc()
-            raise RateLimited("calls", taken.wait)
-        purse = _Purse(taken.calls, self._seconds() + _KEPT_SECONDS)
-        _remember(self._purses, caller, purse)
-        return purse
+    async def _purses(self, caller: Caller) -> tuple[_Purse, _Purse]:
+        """Return purses of a user and of their tenant that hold a call each."""
+        while True:
+            own = self._users.get(caller, _SPENT)
+            tenants = self._tenants.get(caller.tenant_id, _SPENT)
+            now = self._seconds()
+            if not own.is_spent(now) and not tenants.is_spent(now):
+                return own, tenants
+            # Others may take what was fetched before this goes on.
+            await self._fetch(caller, of_user=own.is_spent(now), of_tenant=tenants.is_spent(now))
 
-    async def _rate(self, caller: Caller) -> Rate:
-        """Return how fast a user may call, as it was at most a minute ago."""
+    async def _fetch(self, caller: Caller, *, of_user: bool, of_tenant: bool) -> None:
+        """Take calls out of buckets: out of both in one trip, or out of none.
+
+        Raises:
+            RateLimited: One of them is empty.
+        """
+        rates = await self._rates_of(caller)
+        wants = dict[str, Want]()
+        if of_user:
+            wants["user"] = self._want(_bucket_of(caller), rates.own)
+        if of_tenant:
+            wants["tenant"] = self._want(f"{KEY_PREFIX}{caller.tenant_id.hex}:calls", rates.tenant)
+        try:
+            taken = await self._buckets.take(*wants.values())
+        except StoreUnavailable:
+            taken = Taken([want.calls for want in wants.values()])
+        if taken.empty is not None:
+            whose = list(wants)[taken.empty]
+            RATE_LIMITED.labels(whose).inc()
+            raise RateLimited(f"calls of this {whose}", taken.wait)
+        for whose, calls in zip(wants, taken.calls, strict=True):
+            if whose == "user":
+                _put(self._users, caller, calls, self._seconds())
+            else:
+                _put(self._tenants, caller.tenant_id, calls, self._seconds())
+
+    def _want(self, key: str, rate: Rate) -> Want:
+        scaled = rate.times(self._scale)
+        return Want(key, scaled, max(1, min(_TAKEN_AT_ONCE, scaled.burst // _PART_OF_BURST)))
+
+    async def _rates_of(self, caller: Caller) -> Rates:
+        """Return how fast a user and their tenant may call, as it was at most a minute ago."""
         known = self._rates.get(caller)
         if known and known[1] > self._seconds():
             return known[0]
-        rate = (await self._store.plan_of(caller)).rate
-        _remember(self._rates, caller, (rate, self._seconds() + _RATE_SECONDS))
-        return rate
+        rates = await self._store.rates_of(caller)
+        _remember(self._rates, caller, (rates, self._seconds() + _RATE_SECONDS))
+        return rates
 
 
 class _Writes:
@@ -231,8 +267,16 @@ def _bucket_of(caller: Caller) -> str:
     return f"{prefix_of(caller)}calls"
 
 
-def _remember(kept: "OrderedDict[Caller, T]", caller: Caller, value: T) -> None:
-    kept.pop(caller, None)
-    kept[caller] = value
+def _put(purses: "OrderedDict[K, _Purse]", key: K, calls: int, now: float) -> None:
+    """Put calls into a purse, with those in it that are still good."""
+    purse = purses.get(key) or _Purse()
+    purse.calls = calls + (0 if purse.is_spent(now) else purse.calls)
+    purse.until = now + _KEPT_SECONDS
+    _remember(purses, key, purse)
+
+
+def _remember(kept: "OrderedDict[K, T]", key: K, value: T) -> None:
+    kept.pop(key, None)
+    kept[key] = value
     if len(kept) > _MOST_REMEMBERED:
         kept.popitem(last=False)

@@ -38,7 +38,7 @@ DUMPS: Final[Mapping[str, Dump]] = {
         owner_column="id",
     ),
     "settings": Dump({"version": "bigint"}),
-    "consents": Dump({"purpose": "text", "version": "bigint"}),
+    "consents": Dump({"purpose": "text", "version": "bigint"}, without=("archived_at",)),
     "subscriptions": Dump({"plan": "text"}),
     "sessions": Dump(
         _BY_ID, ids={"id": ids.SESSION, "switched_from": ids.SESSION}, is_behind_wall=True
@@ -88,6 +88,7 @@ LEFT_OUT: Final[Mapping[str, str]] = {
     "api_key_secrets": "hashes of secrets, of which the keys are there",
     "mailed_tokens": "hashes of what was mailed, good for an hour",
     "mails": "that a mail is due, until it is sent: an email and its kind",
+    "sign_ups": "who wants an account, until a mail confirms it: gone once there is one",
     "ended_grants": "which access tokens are refused until they expire",
     "user_keys": "a wrapped key, which opens nothing outside; what it sealed is there, open",
     "requests": "which requests are known again, for a week: hashes and ids",

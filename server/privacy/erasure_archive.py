@@ -1,7 +1,7 @@
 """Who was erased, kept in S3 as well: a restored backup of the database does not know it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NoReturn
 
 import structlog
@@ -12,14 +12,9 @@ from server.errors import StoreUnavailable
 from server.kms import UnwrapFailed
 from server.privacy import words
 from server.privacy.erasure_store import ErasureStore
-from server.privacy.words import WordForged
+from server.signed_words import LONGEST_BYTES, Keys, Signer, WordForged
 
 log = structlog.get_logger()
-
-Signer = Callable[[], Awaitable[ECKey]]
-"""Returns the private key that signs now."""
-Keys = Callable[[], Awaitable[Mapping[str, ECKey]]]
-"""Returns the keys whose signatures count, by key id."""
 
 _AT_ONCE: Final = 100
 _PAUSE_SECONDS: Final = 2.0
@@ -87,9 +82,9 @@ class ErasureArchive:
 
     async def _begin_again(self, key: str, keys: Mapping[str, ECKey]) -> bool:
         """Begin an erasure anew whose word is to be believed; tell whether it is."""
-        word = await self._blobs.get_small(key, longest=words.LONGEST_BYTES)
+        word = await self._blobs.get_small(key, longest=LONGEST_BYTES)
         try:
-            erasure = words.read_word((word or b"").decode("ascii", "replace"), keys)
+            erasure = words.read_word(word, keys)
         except WordForged:
             return False
         if words.object_key(erasure) != key:

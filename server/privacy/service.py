@@ -16,11 +16,11 @@ from server.caller import current_caller
 from server.clock import Clock, utc_now
 from server.errors import NotFound, ProofInvalid
 from server.privacy import words
-from server.privacy.erasure_archive import Signer
 from server.privacy.erasure_store import ErasureStore
 from server.privacy.erasures import Erasure, ErasureState
 from server.privacy.export_store import ExportStore
 from server.privacy.exports import Export, ExportState, object_key
+from server.signed_words import Signer
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 

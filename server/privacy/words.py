@@ -4,33 +4,24 @@ The word is an object in S3, which no backup of the database takes back. It is s
 could write one could have anybody erased.
 """
 
-import json
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from joserfc import jws
-from joserfc.errors import JoseError
 from joserfc.jwk import ECKey
 
-from server import ids
+from server import ids, signed_words
 from server.caller import Caller
 from server.errors import InvalidArgument
 from server.privacy.erasures import Erasure, ErasureState
-from server.tokens import ALGORITHM
+from server.signed_words import WordForged
 
 WORD: Final = "kimberly-erasure"
 RECEIPT: Final = "kimberly-erasure-receipt"
 """In the signed header: neither passes for the other, nor for a checkpoint of the audit log."""
-LONGEST_BYTES: Final = 4096
-"""More than any word has."""
 DIRECTORY: Final = "erasures/"
 """What the keys of words in S3 begin with."""
-
-
-class WordForged(Exception):
-    """It is not signed by a key of this mesh, or it was not meant to be one."""
 
 
 def object_key(erasure: Erasure) -> str:
@@ -41,23 +32,19 @@ def object_key(erasure: Erasure) -> str:
 def sign_word(erasure: Erasure, key: ECKey) -> str:
     """Return the word that a user is to be erased, signed with a private key."""
     receipt = {"receiptId": ids.show(ids.RECEIPT, erasure.receipt_id)}
-    return _sign(WORD, _whom(erasure) | receipt, key)
+    return signed_words.sign(WORD, _whom(erasure) | receipt, key)
 
 
-def read_word(token: str, keys: Mapping[str, ECKey]) -> Erasure:
+def read_word(word: bytes | None, keys: Mapping[str, ECKey]) -> Erasure:
     """Return the erasure that a word is of, as it was when it had just been asked for.
 
     Raises:
         WordForged: None of the keys signed it, or it is something else.
     """
+    claims = signed_words.read(WORD, word, keys)
     try:
-        header = jws.extract_compact(token.encode()).headers()
-        key = keys[header["kid"]]
-        claims = json.loads(jws.deserialize_compact(token, key, algorithms=[ALGORITHM]).payload)
-        if header["typ"] != WORD:
-            raise WordForged
         return _erasure(claims)
-    except (JoseError, LookupError, TypeError, ValueError, InvalidArgument) as error:
+    except (LookupError, TypeError, ValueError, InvalidArgument) as error:
         raise WordForged from error
 
 
@@ -71,7 +58,7 @@ def sign_receipt(erasure: Erasure, key: ECKey) -> str:
         "rounds": erasure.rounds,
         "left": 0,
     }
-    return _sign(RECEIPT, claims, key)
+    return signed_words.sign(RECEIPT, claims, key)
 
 
 def _whom(erasure: Erasure) -> dict[str, Any]:
@@ -97,8 +84,3 @@ def _erasure(claims: Mapping[str, Any]) -> Erasure:
         removed={},
         rounds=0,
     )
-
-
-def _sign(kind: str, claims: Mapping[str, Any], key: ECKey) -> str:
-    header = {"alg": ALGORITHM, "kid": key.thumbprint(), "typ": kind}
-    return jws.serialize_compact(header, json.dumps(claims), key, algorithms=[ALGORITHM])

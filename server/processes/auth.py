@@ -15,6 +15,7 @@ from server.auth.access_tokens import Mint
 from server.auth.api_key_store import ApiKeyStore
 from server.auth.attempt_store import AttemptStore
 from server.auth.breached import Breached, Commonplace, HashFile
+from server.auth.endings import ConsentEndings
 from server.auth.hash_costs import HashCosts
 from server.auth.housekeeping import Housekeeping
 from server.auth.issuing import Issuer
@@ -29,6 +30,7 @@ from server.auth.passwords import Passwords
 from server.auth.postman import Postman
 from server.auth.service import AuthService
 from server.auth.session_store import SessionStore
+from server.auth.sign_up_store import SignUpStore
 from server.auth.store import AccountStore
 from server.auth.tenant_service import TenantService
 from server.billing.metrics import BillingReadings
@@ -60,10 +62,12 @@ from server.users.audit_work_service import AuditWorkService
 from server.users.checkpoint_archive import CheckpointArchive
 from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
+from server.users.consent_store import ConsentStore
 from server.users.metrics import AuditReadings
 from server.users.service import UserService
 from server.users.store import UserStore
 from server.users.tenant_audits import TenantAudits
+from server.users.withdrawal_archive import WithdrawalArchive
 
 log = structlog.get_logger()
 
@@ -89,7 +93,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     session_lifetime = timedelta(seconds=settings.refresh_token_seconds)
     erasures = ErasureStore(system, patience(settings))
     attempts, mails, api_keys = AttemptStore(system), MailStore(system), ApiKeyStore(system)
-    accounts = AccountStore(system)
+    sign_ups, accounts = SignUpStore(system), AccountStore(system)
     costs = HashCosts(accounts, hashing)
     await costs.refresh()
     auth = AuthService(
@@ -102,6 +106,8 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         keyring,
         hashing,
         Issuer(keyring, mint, session_lifetime, utc_now),
+        sign_ups=sign_ups,
+        confirms_email=settings.sign_up_confirms_email,
     )
     ended = await known_ended_grants(system)
     members = MemberStore(system, erasures.begin_within)
@@ -111,7 +117,12 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     await audit_keys.signer()
     archive = CheckpointArchive(blobs, checkpoint_store, audit_keys)
     audit_log = AuditLog(AuditStore(system), archive, seal_seconds=settings.audit_seal_seconds)
-    users = UserService(UserStore(database), TenantAudits(system), audit_log)
+    copies = open_copies(settings)
+    consents = ConsentStore(system, ConsentEndings())
+    withdrawals = WithdrawalArchive(
+        consents, blobs, audit_keys.signer, audit_keys.known, copies=copies
+    )
+    users = UserService(UserStore(database), consents, withdrawals, TenantAudits(system), audit_log)
     billing_store = BillingStore(system)
     billing_readings = BillingReadings(system)
     billing = BillingService(billing_store, ManualPayments(billing_store))
@@ -121,7 +132,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         blobs,
         audit_keys.signer,
         audit_keys.known,
-        copies=open_copies(settings),
+        copies=copies,
     )
     audit_work = AuditWorkService(Checkpointer(checkpoint_store, archive, audit_keys))
     privacy = PrivacyService(
@@ -141,7 +152,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         privacy_pb2_grpc.add_PrivacyServiceServicer_to_server(privacy, server)
         billing_pb2_grpc.add_BillingServiceServicer_to_server(billing, server)
 
-    forgetful = [each.forget for each in (ended, attempts, mails, api_keys, members)]
+    forgetful = [each.forget for each in (ended, attempts, mails, sign_ups, api_keys, members)]
     housekeeping = Housekeeping(forgetful)
     mailer = _mailer(settings)
     delivery = [Postman(mails, mailer).run] if mailer else []
@@ -154,6 +165,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         loops=[
             audit_log.run,
             erasure_archive.run,
+            withdrawals.run,
             housekeeping.run,
             costs.run,
             *delivery,
@@ -184,5 +196,8 @@ def _mailer(settings: Settings) -> Mailer | None:
         )
     if settings.mail_directory:
         return Outbox(settings.mail_directory, settings.mail_sender)
-    log.warning("mails wait: neither smtp_host nor mail_directory is set")
+    log.warning(
+        "mails wait: neither smtp_host nor mail_directory is set",
+        sign_ups_wait=settings.sign_up_confirms_email,
+    )
     return None

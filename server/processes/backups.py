@@ -14,6 +14,7 @@ from uuid import UUID
 
 import structlog
 
+from server.auth.endings import ConsentEndings
 from server.backup import verifying
 from server.backup.creating import CHECKPOINTS, Creator, Progress, Source, new_name
 from server.backup.failures import BackupFailed
@@ -64,15 +65,20 @@ from server.settings import (
     RestoreSettings,
     VerificationSettings,
 )
-from server.users import audit_log, checkpoints
+from server.signed_words import LONGEST_BYTES
+from server.users import audit_log, checkpoints, withdrawals
 from server.users.audit_keys import AuditKeys
 from server.users.audit_store import AuditStore
 from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpoints import CheckpointForged, Witness
+from server.users.consent_store import ConsentStore
+from server.users.withdrawal_archive import WithdrawalArchive
 
 log = structlog.get_logger()
 
 _AT_A_TIME: Final = 1000
+_WORDS: Final = (words.DIRECTORY, f"{withdrawals.KIND}/")
+"""What the keys of words begin with that no backup may take back."""
 
 
 # --- create --------------------------------------------------------------------------------------
@@ -93,7 +99,7 @@ async def create_backup(settings: BackupSettings) -> Mapping[str, Any]:
         open_blobs(settings),
         Programs(settings.postgres_programs),
         checkpoints.object_key,
-        words.DIRECTORY,
+        _WORDS,
     )
     creator = Creator(source, repository, sealer)
     retention = Retention(settings.backup_days, settings.backup_weekly_days)
@@ -283,18 +289,23 @@ class Restored:
 
     manifest: Manifest
     erased: int
+    withdrawn: int
+    """Consents that the backup has as granted."""
     objects: Objects
 
 
 async def restore_backup(settings: RestoreSettings, point: str) -> Restored:
     """Bring up a new mesh: fill its empty database and bucket, and erase whoever was erased.
 
+    What was withdrawn since is withdrawn again, whether or not it was granted once more after that.
+
     It may be done again, until it was done to the end.
 
     Raises:
         NotFound: There is no such backup.
         NotEmpty: There is a mesh already.
-        WordForged: Somebody is said to be erased, and it is not to be believed.
+        WordForged: Somebody is said to be erased, or to have withdrawn a consent, and it is not to
+            be believed.
         BackupFailed: Objects of the backup are damaged. All others are there.
     """
     unsealer, bucket = _unsealer(settings), open_backup_bucket(settings)
@@ -317,12 +328,15 @@ async def restore_backup(settings: RestoreSettings, point: str) -> Restored:
             DataKeys(database, kms),
             blobs,
             open_redis(settings, stack),
-            object_kinds=tuple(ObjectKind),
+            object_kinds=(*ObjectKind, withdrawals.KIND),
         )
         keys = AuditKeys(CheckpointStore(system), kms)
         archive = ErasureArchive(store, blobs, keys.signer, keys.known)
+        consents = ConsentStore(system, ConsentEndings())
+        withdrawn = WithdrawalArchive(consents, blobs, keys.signer, keys.known)
         await blobs.keep_versions()
         await _bring_words(bucket, blobs)
+        withdrawn_again = await withdrawn.withdraw_again()
         await archive.erase_again()
         erased = await _erase(system, eraser)
         objects = await restorer.objects(manifest, {caller.user_id for caller in erased})
@@ -331,7 +345,7 @@ async def restore_backup(settings: RestoreSettings, point: str) -> Restored:
             raise BackupFailed("\n  ".join(["objects are damaged:", *objects.damages]))
         done = Finished("succeeded", _summary(manifest), manifest.new_bytes, digest)
         await RunStore(system).finish_restore(manifest.id, done)
-    return Restored(manifest, len(erased), objects)
+    return Restored(manifest, len(erased), withdrawn_again, objects)
 
 
 async def _fill(
@@ -359,11 +373,12 @@ async def _fill(
 
 
 async def _bring_words(bucket: Blobs, blobs: Blobs) -> None:
-    """Bring the words of who is erased to where the mesh keeps them."""
-    async for page in bucket.pages(words.DIRECTORY):
-        for key in page:
-            word = await bucket.get_small(key, longest=words.LONGEST_BYTES)
-            await blobs.put_new(key, word or b"")
+    """Bring the words of what no backup may take back to where the mesh keeps them."""
+    for directory in _WORDS:
+        async for page in bucket.pages(directory):
+            for key in page:
+                word = await bucket.get_small(key, longest=LONGEST_BYTES)
+                await blobs.put_new(key, word or b"")
 
 
 async def _erase(system: SystemDatabase, eraser: Eraser) -> list[Caller]:

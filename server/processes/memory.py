@@ -83,6 +83,7 @@ from server.processes.parts import (
     watch_seconds,
 )
 from server.settings import Settings
+from server.users import withdrawals
 
 
 async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
@@ -164,7 +165,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             data_keys,
             blobs,
             redis,
-            object_kinds=tuple(Kind),
+            object_kinds=(*Kind, withdrawals.KIND),
         ),
         UserExporter(
             ExportStore(database, timedelta(days=settings.export_days)),

@@ -129,7 +129,7 @@ def open_blobs(settings: Settings | BackupSettings) -> Blobs:
 
 
 def open_copies(settings: Settings) -> list[Blobs]:
-    """Return the bucket of backups, if services are to tell it who is erased."""
+    """Return the bucket of backups, if services are to tell it who is erased and what withdrawn."""
     if not settings.backup_s3_endpoint:
         return []
     return [open_backup_bucket(settings)]

@@ -10,7 +10,7 @@ from kimberly.users.v1 import users_pb2 as pb
 from kimberly.users.v1 import users_pb2_grpc as rpc
 
 from server import consent, etags, ids, paging
-from server.caller import Caller, current_caller
+from server.caller import Caller, current_caller, current_credentials
 from server.display_names import check_display_name
 from server.errors import InvalidArgument
 from server.users.audit_keys import public_jwk
@@ -18,9 +18,12 @@ from server.users.audit_log import AuditLog, Verification
 from server.users.chain import StoredLink
 from server.users.checkpoint_archive import Comparison, Testimony
 from server.users.checkpoints import Checkpoint
+from server.users.consent_store import Consent, ConsentStore
 from server.users.settings_messages import change_from, settings_to
-from server.users.store import AuditEvent, Consent, User, UserStore
+from server.users.store import AuditEvent, User, UserStore
 from server.users.tenant_audits import TenantAudits
+from server.users.withdrawal_archive import WithdrawalArchive
+from server.users.withdrawals import Withdrawal
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -45,8 +48,17 @@ _COMPARISONS: Final = {
 class UserService(rpc.UserServiceServicer):
     """Serves the signed-in user's own account."""
 
-    def __init__(self, store: UserStore, audits: TenantAudits, audit_log: AuditLog) -> None:
+    def __init__(
+        self,
+        store: UserStore,
+        consents: ConsentStore,
+        withdrawals: WithdrawalArchive,
+        audits: TenantAudits,
+        audit_log: AuditLog,
+    ) -> None:
         self._store = store
+        self._consents = consents
+        self._withdrawals = withdrawals
         self._audits = audits
         self._audit_log = audit_log
 
@@ -87,10 +99,17 @@ class UserService(rpc.UserServiceServicer):
         purpose = _PURPOSES.get(request.purpose)
         if purpose is None:
             raise InvalidArgument("purpose", "must be one of the named purposes")
-        recorded = await self._store.record_consent(
-            current_caller(), purpose, granted=request.granted
+        credentials = current_credentials()
+        caller = credentials.caller
+        recorded = await self._consents.record(
+            caller, purpose, granted=request.granted, session_id=credentials.grant_id
         )
-        return pb.RecordConsentResponse(consent=_consent(recorded))
+        made = recorded.consent
+        if not made.granted:
+            await self._withdrawals.put(Withdrawal(caller, purpose, made.version, made.recorded_at))
+        return pb.RecordConsentResponse(
+            consent=_consent(made), ended_sessions=recorded.ended_sessions
+        )
 
     async def ListConsents(
         self, request: pb.ListConsentsRequest, context: Context

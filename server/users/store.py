@@ -15,6 +15,7 @@ from server.embedding_requests import ask_for_embedding, wait_for_writes
 from server.enqueue import enqueue
 from server.errors import EtagMismatch, InvalidArgument, NotFound, StoreUnavailable
 from server.preferences import Language, Preferences, ScoringPreset, ScoringWeights, preferences
+from server.users.consent_store import Consent
 
 REINDEX: Final = "memories.reindex"
 """Kind of the job that reads a user's memories anew."""
@@ -79,16 +80,6 @@ class SettingsChange:
             replace(current.retention, **self.retention),
             current.index_sensitive if self.index_sensitive is None else self.index_sensitive,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Consent:
-    """A decision on one purpose."""
-
-    purpose: str
-    granted: bool
-    version: int
-    recorded_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,18 +200,6 @@ class UserStore:
                 await ask_for_embedding(connection, caller)
         return changed
 
-    async def record_consent(self, caller: Caller, purpose: str, *, granted: bool) -> Consent:
-        """Add a decision to the history, and to the audit log."""
-        action = "consent.grant" if granted else "consent.withdraw"
-        async with self._database.transaction(caller) as connection:
-            await wait_for_writes(connection, caller)
-            consent = None
-            while consent is None:
-                consent = await _insert_next(connection, caller, purpose, granted=granted)
-            await audit.record(connection, caller, action, purpose)
-            await ask_for_embedding(connection, caller)
-        return consent
-
     async def list_consents(
         self, caller: Caller, *, with_history: bool = False
     ) -> Sequence[Consent]:
@@ -266,30 +245,6 @@ class UserStore:
                 limit,
             )
         return [AuditEvent(**row) for row in rows]
-
-
-async def _insert_next(
-    connection: Connection, caller: Caller, purpose: str, *, granted: bool
-) -> Consent | None:
-    """Insert under the next version; None if a decision made at the same time took it.
-
-    The statement then waited for that decision, and the next attempt counts from it.
-    """
-    row = await connection.fetchrow(
-        """
-        INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-        SELECT $1, $2, $3, 1 + coalesce(max(version), 0), $4
-          FROM consents
-         WHERE tenant_id = $1 AND user_id = $2 AND purpose = $3
-            ON CONFLICT DO NOTHING
-        RETURNING purpose, granted, version, recorded_at
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        purpose,
-        granted,
-    )
-    return Consent(**row) if row else None
 
 
 async def _check_quotas(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import secrets
 import signal
 import ssl
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, cast
 
 import asyncpg
@@ -28,7 +30,7 @@ from server import ids
 from server.access import EDGE
 from server.turnstile import DEAR
 from tests.abuse.doors import Doors
-from tests.mesh import User, bearer, eventually, sign_up
+from tests.mesh import User, bearer, eventually, join, sign_up
 from tests.transports import Metadata
 
 LOG_IN = "/kimberly.auth.v1.AuthService/LogIn"
@@ -42,13 +44,17 @@ MALFORMED = b"\xff\xff\xff"
 SCALE = 50
 """Of limits in a local mesh."""
 LOG_INS = DEAR.rate.burst * SCALE
+TENANTS = 20 * SCALE
+"""Calls that a crowd may make at once."""
 AT_ONCE = 100
 LIMITED = {grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 Codes = Counter[grpc.StatusCode]
 
 
-async def flood(channel: grpc.aio.Channel, method: str, calls: int, *said: Metadata) -> Codes:
+async def flood(
+    channel: grpc.aio.Channel, method: str, calls: int, *said: Metadata, at_once: int = AT_ONCE
+) -> Codes:
     """Call often, saying this and that, and return what was answered."""
     call = channel.unary_unary(method, bytes, bytes)
     metadata = itertools.cycle(said or [()])
@@ -60,8 +66,8 @@ async def flood(channel: grpc.aio.Channel, method: str, calls: int, *said: Metad
         except grpc.aio.AioRpcError as error:
             codes[error.code()] += 1
 
-    for _ in range(calls // AT_ONCE):
-        await asyncio.gather(*(one() for _ in range(AT_ONCE)))
+    for _ in range(calls // at_once):
+        await asyncio.gather(*(one() for _ in range(at_once)))
     return codes
 
 
@@ -89,13 +95,14 @@ async def kept_empty(
     await use_up(channel, method, calls, metadata)
 
     async def keep() -> None:
+        # One after the other: many times as fast as they flow in, and little beside all else.
         while True:
-            await flood(channel, method, AT_ONCE, metadata)
-            await asyncio.sleep(0.1)
+            await flood(channel, method, 1, metadata, at_once=1)
 
     keeping = asyncio.create_task(keep())
     yield
     keeping.cancel()
+    await asyncio.wait([keeping])
 
 
 @asynccontextmanager
@@ -217,13 +224,15 @@ async def restart_auth(mesh: Mesh) -> None:
 # --- by user -----------------------------------------------------------------------------------
 
 
-@pytest_asyncio.fixture
-async def slow(
-    mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel
-) -> AsyncIterator[User]:
-    """Somebody whose plan is worth a call a second, and twenty at once."""
-    # Nobody has asked for their plan yet, which processes remember for a minute.
-    user = await sign_up(http, channel, consenting=False)
+Subscribe = Callable[[User], Awaitable[None]]
+
+
+@asynccontextmanager
+async def plan(mesh: Mesh, name: str, **rates: int) -> AsyncIterator[Subscribe]:
+    """Make a plan, and return what gives it to users.
+
+    None of them may have called yet: processes remember for a minute which plan they have.
+    """
     connection = await asyncpg.connect(mesh.stores.dsn(SUPERUSER))
     await connection.execute(
         """
@@ -233,18 +242,33 @@ async def slow(
          WHERE name = 'free'
             ON CONFLICT DO NOTHING
         """,
-        '{"name": "slow", "calls_per_second": 1, "burst": 20}',
+        json.dumps({"name": name, **rates}),
     )
-    await connection.execute(
-        "INSERT INTO subscriptions (tenant_id, user_id, plan) VALUES ($1, $2, 'slow')",
-        ids.parse(ids.TENANT, user.tenant_id, "tenant"),
-        ids.parse(ids.USER, user.id, "user"),
-    )
-    yield user
+
+    async def subscribe(user: User) -> None:
+        await connection.execute(
+            "INSERT INTO subscriptions (tenant_id, user_id, plan) VALUES ($1, $2, $3)",
+            ids.parse(ids.TENANT, user.tenant_id, "tenant"),
+            ids.parse(ids.USER, user.id, "user"),
+            name,
+        )
+
+    yield subscribe
     # The mesh is everybody's, and its plans are listed.
-    await connection.execute("DELETE FROM subscriptions WHERE plan = 'slow'")
-    await connection.execute("DELETE FROM plans WHERE name = 'slow'")
+    await connection.execute("DELETE FROM subscriptions WHERE plan = $1", name)
+    await connection.execute("DELETE FROM plans WHERE name = $1", name)
     await connection.close()
+
+
+@pytest_asyncio.fixture
+async def slow(
+    mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel
+) -> AsyncIterator[User]:
+    """Somebody whose plan is worth a call a second, and twenty at once."""
+    user = await sign_up(http, channel, consenting=False)
+    async with plan(mesh, "slow", calls_per_second=1, burst=20) as subscribe:
+        await subscribe(user)
+        yield user
 
 
 async def test_a_user_who_calls_too_often_is_refused_by_every_service_on_both_transports(
@@ -265,4 +289,49 @@ async def test_a_restart_fills_no_bucket_of_a_user(
     emptied = time.monotonic()
     await restart_auth(mesh)
     codes = await flood(channel, GET_USER, 1000, bearer(slow.token))
+    assert codes[grpc.StatusCode.RESOURCE_EXHAUSTED] >= 1000 - flowed_in(emptied), codes
+
+
+# --- by tenant ---------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture
+async def crowd(
+    mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel
+) -> AsyncIterator[list[User]]:
+    """Three users of a tenant that may make a call a second, and twenty at once."""
+    users = [await sign_up(http, channel, consenting=False)]
+    async with plan(mesh, "crowded", tenant_calls_per_second=1, tenant_burst=20) as subscribe:
+        await subscribe(users[0])
+        for _ in range(2):
+            users.append(await join(mesh, http, channel, users[0], consenting=False))
+            await subscribe(users[-1])
+        yield users
+
+
+async def test_users_of_a_tenant_who_call_too_often_together_are_refused_and_no_others(
+    mesh: Mesh, doors: Doors, crowd: list[User], bob: User, channel: grpc.aio.Channel
+) -> None:
+    claims = [
+        (*bearer(user.token), ("x-forwarded-for", f"198.51.100.{number}"))
+        for number, user in enumerate(crowd)
+    ]
+    began = time.monotonic()
+    codes = await flood(channel, GET_USER, 2000, *claims)
+    assert codes[grpc.StatusCode.RESOURCE_EXHAUSTED] >= 2000 - TENANTS - flowed_in(began), codes
+    assert grpc.StatusCode.UNAVAILABLE not in codes
+    async with kept_empty(channel, GET_USER, 500, bearer(crowd[0].token)):
+        for user in crowd:
+            for method in (GET_USER, LIST_MEMORIES):
+                await expect_limited(channel, method, bearer(user.token))
+            refused = await eventually(partial(user.rest.raw, "GET", "/v1/user"), is_limited)
+            assert "of this tenant" in refused.json()["message"]
+            expect_retry(refused.json()["details"], refused.headers["retry-after"])
+        # Past the edge there is no other bucket.
+        sidecar = await doors.sidecar("auth", EDGE)
+        await expect_limited(sidecar, GET_USER, bearer(crowd[1].token))
+        assert (await bob.rest.raw("GET", "/v1/user")).status_code == httpx.codes.OK
+    emptied = time.monotonic()
+    await restart_auth(mesh)
+    codes = await flood(channel, GET_USER, 1000, *claims)
     assert codes[grpc.StatusCode.RESOURCE_EXHAUSTED] >= 1000 - flowed_in(emptied), codes

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 
 import asyncpg
@@ -17,16 +18,18 @@ from google.protobuf.message import Message
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.jobs.v1 import jobs_pb2 as jobs
 from kimberly.memory.v1 import memory_pb2 as memory
+from kimberly.privacy.v1 import privacy_pb2 as privacy
 from kimberly.users.v1 import users_pb2 as users
 
 from local.mesh import Mesh
 from local.postgres import SUPERUSER
 from server import ids
+from server.access import EDGE, Scope
 from server.auth.refresh_tokens import GRACE, MOST_REPEATS
 from server.grants import RELOAD_SECONDS
 from tests.abuse.doors import Doors, PastTheEdge
-from tests.mesh import PASSWORD, User, eventually, sign_up
-from tests.transports import Refused, Transport
+from tests.mesh import PASSWORD, User, acting, bearer, eventually, sign_up
+from tests.transports import Grpc, Refused, Rest, Transport
 
 REFUSED = "REFRESH_TOKEN_INVALID"
 PROMISED_SECONDS = 30.0
@@ -82,9 +85,13 @@ async def is_refused(user: User, request: Message) -> bool:
     answers = await asyncio.gather(
         *(call(request) for call in user.transports.values()), return_exceptions=True
     )
-    refused = [answer for answer in answers if isinstance(answer, Refused)]
-    assert {each.refusal.code for each in refused} <= {grpc.StatusCode.UNAUTHENTICATED}
-    return len(refused) == len(answers)
+    codes = {answer.refusal.code for answer in answers if isinstance(answer, Refused)}
+    # What an agent asks is refused by the database before its token is.
+    assert codes <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION}
+    return all(
+        isinstance(answer, Refused) and answer.refusal.code is grpc.StatusCode.UNAUTHENTICATED
+        for answer in answers
+    )
 
 
 async def seconds_until_refused(user: User) -> float:
@@ -181,3 +188,81 @@ async def test_changing_the_password_ends_the_others(dan: User, door: Transport)
     assert (await dan.rest(change)).ended_sessions == 1
     assert await refusal(door, stolen) == REFUSED
     assert await refresh(door, dan.tokens.refresh_token)
+
+
+# --- consent -----------------------------------------------------------------------------------
+
+
+def decision(purpose: users.ConsentPurpose.ValueType, *, granted: bool) -> Message:
+    return users.RecordConsentRequest(purpose=purpose, granted=granted)
+
+
+async def test_withdrawing_the_consent_that_all_rests_on_ends_every_session(
+    dan: User, http: httpx.AsyncClient, channel: grpc.aio.Channel, doors: Doors
+) -> None:
+    login = auth.LogInRequest(email=dan.email, password=PASSWORD)
+    others = [(await dan.rest(login)).tokens for _ in range(3)]
+    answer = await dan.grpc(decision(users.CONSENT_PURPOSE_MEMORY_STORE, granted=False))
+    assert answer.ended_sessions == 1 + len(others)
+    elsewhere = [user_with(dan, http, channel, tokens.access_token) for tokens in others]
+    # Refused at once over both transports, and past the edge.
+    sidecar = Grpc(await doors.sidecar("auth", EDGE))
+    calls: tuple[Transport, ...] = (dan.rest, dan.grpc, sidecar)
+    for call, tokens in zip(calls, others, strict=True):
+        request = auth.RefreshTokenRequest(refresh_token=tokens.refresh_token)
+        with pytest.raises(Refused) as caught:
+            await call(request)
+        said = caught.value.refusal
+        assert (said.code, said.reason) == (grpc.StatusCode.UNAUTHENTICATED, REFUSED)
+    assert await refusal(dan.rest, dan.tokens.refresh_token) == REFUSED
+    for each in elsewhere:
+        assert await seconds_until_refused(each) < PROMISED_SECONDS
+    # Who withdrew may still take along what is theirs, and see what became of it.
+    assert (await dan.grpc(privacy.CreateExportRequest())).export.id
+    told = (await dan.rest(users.ListAuditEventsRequest())).events
+    assert [event.action for event in told].count("session.end") == 1 + len(others)
+    # And come back: to agree again, or to have all of it erased.
+    again = (await dan.rest(login)).tokens
+    assert await refresh(dan.rest, again.refresh_token)
+
+
+@pytest.mark.parametrize(
+    "purpose",
+    [
+        users.CONSENT_PURPOSE_MEMORY_EMBED,
+        users.CONSENT_PURPOSE_MEMORY_SENSITIVE,
+        users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS,
+    ],
+)
+async def test_withdrawing_what_is_optional_ends_no_session(
+    dan: User, purpose: users.ConsentPurpose.ValueType
+) -> None:
+    await dan.rest(decision(purpose, granted=True))
+    assert (await dan.rest(decision(purpose, granted=False))).ended_sessions == 0
+    assert await refresh(dan.rest, dan.tokens.refresh_token)
+
+
+async def test_withdrawing_the_consent_to_agents_ends_what_they_were_given(
+    dan: User, http: httpx.AsyncClient, channel: grpc.aio.Channel
+) -> None:
+    purpose = users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS
+    await dan.rest(decision(purpose, granted=True))
+    agent, made = await acting(http, channel, dan, [Scope.MEMORY_READ, Scope.JOBS_READ])
+    reads = (memory.ListMemoriesRequest(), jobs.ListJobsRequest())
+    assert not any([await is_refused(agent, request) for request in reads])
+    await dan.rest(decision(purpose, granted=False))
+    for call in dan.transports.values():
+        with pytest.raises(Refused) as caught:
+            await call(auth.ExchangeTokenRequest(api_key=made.key))
+        assert caught.value.refusal.reason == "CONSENT_MISSING"
+
+    async def look() -> list[bool]:
+        return [await is_refused(agent, request) for request in reads]
+
+    await eventually(look, all, PROMISED_SECONDS)
+
+
+def user_with(user: User, http: httpx.AsyncClient, channel: grpc.aio.Channel, token: str) -> User:
+    """Return a user who calls with another access token."""
+    tokens = auth.Tokens(access_token=token)
+    return replace(user, tokens=tokens, rest=Rest(http, token), grpc=Grpc(channel, bearer(token)))

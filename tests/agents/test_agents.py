@@ -17,18 +17,19 @@ from joserfc import jwt
 from kimberly.agents.v1 import agents_pb2 as pb
 from kimberly.auth.v1 import auth_pb2 as auth_pb
 
-from server import ids
+from server import consent, ids
 from server.access import METHODS, Scope
 from server.agents.model import MOST_AGENTS
 from server.auth.keyring import Keyring
 from server.caller import Caller
-from server.database import Database
+from server.database import Database, SystemDatabase
 from server.errors import Unauthenticated
 from server.grants import EndedGrants
 from server.tokens import TokenVerifier
 from tests.agents.conftest import Desk, desk_of, uuid_of
 from tests.auth.conftest import Auth
 from tests.conftest import FakeClock, bearer
+from tests.deciding import decide
 from tests.refusals import refusal_of
 
 
@@ -277,3 +278,26 @@ async def test_somebody_elses_agent_is_not_there(
             call = getattr(agents, method)(request, metadata=bearer(caller))
             assert (await refusal_of(call)).reason == "RESOURCE_NOT_FOUND", method
     await desk.token(made.key)
+
+
+async def test_a_withdrawn_consent_ends_the_tokens_of_agents_and_not_of_scripts(
+    desk: Desk, system_database: SystemDatabase
+) -> None:
+    made = await desk.register()
+    request = auth_pb.CreateApiKeyRequest(name="a script", scopes=["memory.read"])
+    script = await desk.auth.CreateApiKey(request, metadata=bearer(desk.user))
+    acting, running = await desk.token(made.key), await desk.token(script.secret)
+    await decide(system_database, desk.user, consent.MEMORY_AGENT_ACCESS, granted=False)
+    with pytest.raises(Unauthenticated):
+        await desk.read(acting)
+    refusal = await refusal_of(
+        desk.auth.ExchangeToken(auth_pb.ExchangeTokenRequest(api_key=made.key))
+    )
+    assert refusal.reason == "CONSENT_MISSING"
+    assert (await desk.read(running)).caller == desk.user
+    await desk.token(script.secret)
+    # The key waited. What it opened before is not opened again.
+    await decide(system_database, desk.user, consent.MEMORY_AGENT_ACCESS, granted=True)
+    assert (await desk.read(await desk.token(made.key))).caller.agent
+    with pytest.raises(Unauthenticated):
+        await desk.read(acting)

@@ -30,6 +30,7 @@ from server.auth.passwords import Passwords
 from server.auth.postman import Postman
 from server.auth.service import AuthService
 from server.auth.session_store import SessionStore
+from server.auth.sign_up_store import SignUpStore
 from server.auth.store import AccountStore
 from server.auth.tenant_service import TenantService
 from server.caller import Credentials
@@ -152,6 +153,8 @@ def service(
         keyring,
         hashing,
         issuer,
+        sign_ups=SignUpStore(system_database),
+        confirms_email=False,
         clock=clock,
     )
 

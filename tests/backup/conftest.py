@@ -350,8 +350,9 @@ async def story(
     """Three users, and their audit log sealed and signed."""
     await blobs.keep_versions()
     # Tests share the bucket, and not the keys that words are signed with.
-    for key in await blobs.list_keys("erasures/"):
-        await blobs.erase(key)
+    for directory in ("erasures/", "withdrawals/"):
+        for key in await blobs.list_keys(directory):
+            await blobs.erase(key)
     told = Story(owner, blobs, database)
     await told.make()
     await signing.sign()

@@ -26,8 +26,8 @@ from server.clock import utc_now
 from server.database import SystemDatabase
 from server.errors import NotFound
 from server.privacy import words
-from server.privacy.words import WordForged
 from server.processes.backups import create_backup
+from server.signed_words import WordForged
 from server.users import checkpoints
 from tests.backup.conftest import RESTORED, NewMesh, Rig, Story, open_bucket
 from tests.conftest import DATABASE
@@ -193,7 +193,7 @@ def creator_of(rig: Rig) -> Creator:
         open_bucket(rig.stores, BUCKET),
         Programs(rig.programs),
         checkpoints.object_key,
-        words.DIRECTORY,
+        (words.DIRECTORY,),
     )
     return Creator(source, rig.repository, Sealer([rig.recipient]))
 

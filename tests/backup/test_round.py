@@ -11,8 +11,10 @@ import asyncpg
 import pytest
 
 from local.postgres import APPLICATION, SUPERUSER, SYSTEM
+from server.auth.endings import ConsentEndings
 from server.backup.manifest import Table
 from server.backup.snapshot import digest_tables
+from server.consent import MEMORY_STORE
 from server.database import Database, SystemDatabase, open_pool
 from server.errors import ContentUnreadable, InvalidArgument
 from server.kms.local import LocalKms
@@ -22,10 +24,14 @@ from server.privacy import words
 from server.privacy.erasure_archive import ErasureArchive
 from server.privacy.erasure_store import ErasureStore, Patience
 from server.processes.backups import list_backups
+from server.users import withdrawals
 from server.users.audit_keys import AuditKeys
 from server.users.checkpoint_store import CheckpointStore
+from server.users.consent_store import ConsentStore
+from server.users.withdrawal_archive import WithdrawalArchive
 from tests.backup.conftest import RESTORED, NewMesh, Rig, Story, signing_of
 from tests.conftest import data_keys_of
+from tests.deciding import decide
 
 CHANGED = {"attachments", "backup_runs", "sessions"}
 """Tables that a restore changes: versions of objects, how the backup ended, who is logged in."""
@@ -178,3 +184,68 @@ async def test_who_is_erased_after_the_backup_stays_erased(
         with pytest.raises(ContentUnreadable):
             await keys.existing_key_of(story.mine)
         assert len(await keys.existing_key_of(story.colleague)) == 32
+
+
+async def test_what_is_withdrawn_after_the_backup_stays_withdrawn(
+    rig: Rig,
+    story: Story,
+    system_database: SystemDatabase,
+    new_mesh: NewMesh,
+    master_key: Path,
+) -> None:
+    await rig.create()
+    audit_keys = AuditKeys(CheckpointStore(system_database), LocalKms(master_key))
+    consents = ConsentStore(system_database, ConsentEndings())
+    archive = WithdrawalArchive(
+        consents, story.blobs, audit_keys.signer, audit_keys.known, copies=[rig.blobs]
+    )
+    for caller, decisions in (
+        (story.mine, (False,)),
+        # What was granted again is not known to the bucket: the user is asked anew.
+        (story.colleague, (False, True)),
+    ):
+        for granted in decisions:
+            await decide(system_database, caller, MEMORY_STORE, granted=granted)
+    await archive.archive()
+
+    restored = await new_mesh.restore()
+    assert restored.withdrawn == 2
+    copy = await asyncpg.connect(rig.elsewhere.dsn(SUPERUSER, RESTORED))
+    try:
+        rows = await copy.fetch(
+            """
+            SELECT DISTINCT ON (user_id) user_id, granted
+              FROM consents
+             WHERE purpose = $1
+             ORDER BY user_id, version DESC
+            """,
+            MEMORY_STORE,
+        )
+    finally:
+        await copy.close()
+    assert {row["user_id"]: row["granted"] for row in rows} == {
+        story.mine.user_id: False,
+        story.colleague.user_id: False,
+        story.stranger.user_id: True,
+    }
+    # The new mesh has the words, too: it may be restored itself.
+    kept = await new_mesh.blobs.list_keys(f"{withdrawals.KIND}/")
+    assert len([key for key in kept if story.mine.user_id.hex in key]) == 1
+
+
+async def test_the_next_backup_tells_its_bucket_what_services_could_not(
+    rig: Rig,
+    story: Story,
+    system_database: SystemDatabase,
+    new_mesh: NewMesh,
+    master_key: Path,
+) -> None:
+    await rig.create()
+    audit_keys = AuditKeys(CheckpointStore(system_database), LocalKms(master_key))
+    consents = ConsentStore(system_database, ConsentEndings())
+    archive = WithdrawalArchive(consents, story.blobs, audit_keys.signer, audit_keys.known)
+    await decide(system_database, story.mine, MEMORY_STORE, granted=False)
+    await archive.archive()
+    first = (await list_backups(rig.listing()))[0].id
+    await rig.create()
+    assert (await new_mesh.restore(first)).withdrawn == 1

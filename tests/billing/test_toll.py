@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from kimberly.billing.v1 import billing_pb2 as pb
 from kimberly.billing.v1 import billing_pb2_grpc as rpc
 
+from server import ids
 from server.billing.payments import ManualPayments
 from server.billing.service import BillingService
 from server.billing.store import BillingStore
@@ -32,6 +33,8 @@ QUERY = "/kimberly.memory.v1.MemoryService/QueryMemories"
 SLOW = 0.01
 """Times the free plan: 2 calls a second, 20 at once."""
 LONGEST_WAIT = 0.5
+LEFT_AT_MOST = 40
+"""Calls of a tenant that processes have at hand when its bucket is empty, and that flow in."""
 
 
 def write(toll: Toll, caller: Caller, changes: int = 1) -> None:
@@ -93,6 +96,91 @@ async def test_who_changes_much_in_one_call_waits_afterwards_and_not_for_ever(
         await toll.admit(other)
     # No longer than the bucket takes to fill: 20 calls, at 2 a second.
     assert 9 < refused.value.retry_after.total_seconds() <= 10.5
+
+
+# --- tenants -----------------------------------------------------------------------------------
+
+
+def colleague(caller: Caller) -> Caller:
+    """Return somebody else of the same tenant."""
+    return Caller(caller.tenant_id, ids.new_id())
+
+
+async def use_up(toll: Toll, caller: Caller) -> None:
+    for _ in range(LEFT_AT_MOST):
+        await toll.admit(caller)
+
+
+async def test_users_of_a_tenant_share_a_bucket_and_others_have_their_own(
+    redis: Redis, store: BillingStore, database: Database, caller: Caller
+) -> None:
+    tolls = [Toll(redis, store, scale=SLOW) for _ in range(2)]
+    everybody = [caller, *(colleague(caller) for _ in range(14))]
+    # Each could make 20 calls, but all of them together 200.
+    counts = [await admitted(tolls[n % 2], user, 20) for n, user in enumerate(everybody)]
+    assert 200 <= sum(counts) <= 220
+    assert counts[0] == 20
+    newcomer = colleague(caller)
+    for toll in (*tolls, Toll(redis, store, scale=SLOW)):
+        with pytest.raises(RateLimited, match="too many calls of this tenant") as refused:
+            await use_up(toll, newcomer)
+        assert 0 < refused.value.retry_after.total_seconds() <= LONGEST_WAIT
+    assert await admitted(tolls[0], await new_caller(database), 20) == 20
+
+
+async def test_who_is_refused_for_the_tenant_keeps_the_calls_of_their_own(
+    redis: Redis, store: BillingStore, caller: Caller
+) -> None:
+    toll = Toll(redis, store, scale=SLOW)
+    for _ in range(12):
+        await admitted(toll, colleague(caller), 20)
+    patient = colleague(caller)
+    await admitted(toll, patient, 30)
+    key = f"{prefix_of(patient)}calls"
+    # What was let through flowed in meanwhile; what was refused took nothing out.
+    assert await redis.pttl(key) < 10_000 / 2
+
+
+async def test_who_calls_too_often_is_told_that_it_is_they(
+    redis: Redis, store: BillingStore, caller: Caller
+) -> None:
+    toll = Toll(redis, store, scale=SLOW)
+    with pytest.raises(RateLimited, match="too many calls of this user"):
+        await use_up(toll, caller)
+
+
+async def test_a_tenant_has_the_best_that_a_plan_of_its_users_gives(
+    store: BillingStore, caller: Caller
+) -> None:
+    free, premium = [(await store.rates_of(each)).tenant for each in (caller, colleague(caller))]
+    assert free == premium
+    await store.settle(colleague(caller), "premium")
+    rates = await store.rates_of(caller)
+    assert rates.tenant.burst > free.burst
+    assert rates.own == (await store.plan_of(caller)).rate
+
+
+@pytest.mark.parametrize("name", ["free", "premium"])
+async def test_a_tenant_may_call_far_more_often_than_a_user(store: BillingStore, name: str) -> None:
+    plan = next(each for each in await store.plans() if each.name == name)
+    assert plan.tenant_rate.calls_per_second >= 10 * plan.rate.calls_per_second
+    assert plan.tenant_rate.burst >= 10 * plan.rate.burst
+
+
+async def test_calls_that_are_fetched_at_the_same_time_are_not_lost(
+    redis: Redis, store: BillingStore, caller: Caller
+) -> None:
+    toll = Toll(redis, store)
+    crowd = [colleague(caller) for _ in range(50)]
+    await asyncio.gather(*(toll.admit(user) for user in crowd))
+    taken = sum([await redis.pttl(key) async for key in redis.scan_iter("mesh:*:calls")])
+    await asyncio.gather(*(toll.admit(user) for user in crowd for _ in range(10)))
+    after = sum([await redis.pttl(key) async for key in redis.scan_iter("mesh:*:calls")])
+    # The second time nobody had to ask Valkey.
+    assert after <= taken
+
+
+# --- what is kept ------------------------------------------------------------------------------
 
 
 async def test_the_bucket_goes_by_itself_and_with_its_user(

@@ -57,6 +57,7 @@ WITHOUT_OWNER: Final[Mapping[str, str]] = {
     "mails": "who is to be written to, with or without an account",
     "plans": "a price list, open to all",
     "schedules": "when work of the mesh is due",
+    "sign_ups": "who wants an account and has none, or has one already",
     "signing_keys": "keys of the mesh, wrapped",
 }
 BY_REFERENCE: Final = frozenset({"meditation_shards", "refresh_tokens", "tenants"})

@@ -359,6 +359,7 @@ def test_the_values_of_secrets_are_what_the_manifests_expect() -> None:
         "alerts",
         "backup",
         "dns",
+        "mails",
     }
     assert new_values("staging") != values
 

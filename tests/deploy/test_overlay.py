@@ -28,7 +28,7 @@ from deploy import references
 from deploy.manifests import Container, Manifests, Pod
 from deploy.rendering import TOOLS, render, targets
 from deploy.secrets import new_values
-from deploy.smoke import smoke
+from deploy.smoke import Account, Failed, smoke
 from local.certificates import Authority, Names
 from local.layout import CHECKOUT, Layout
 from local.mesh import in_background
@@ -273,6 +273,18 @@ def test_a_new_user_does_the_main_job_through_the_edge(
 ) -> None:
     _, trust = running
     assert smoke(f"https://{EDGE}:8443", trust).endswith(" s")
+
+
+def test_a_user_who_is_there_for_that_does_the_main_job_where_a_mail_would_have_to_confirm_another(
+    running: tuple[Cluster, ssl.SSLContext],
+) -> None:
+    edge, trust = f"https://{EDGE}:8443", running[1]
+    account = Account("releases@example.com", "tries what was released")
+    told = {"email": account.email, "password": account.password}
+    assert httpx.post(f"{edge}/v1/signup", json=told, verify=trust).status_code == httpx.codes.OK
+    assert smoke(edge, trust, account=account).endswith(" s")
+    with pytest.raises(Failed, match="POST /v1/login: 401"):
+        smoke(edge, trust, account=Account(account.email, "not the password"))
 
 
 def test_the_worker_waits_for_work_through_its_own_envoy(

@@ -56,6 +56,7 @@ def test_what_was_never_filled_in_is_said(directory: Path) -> None:
         "s3/secret-key",
         *(f"backup/{key}" for key in BUCKET_KEYS),
         "dns/api-token",
+        "mails/smtp-password",
     ]
 
 

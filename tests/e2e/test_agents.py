@@ -86,7 +86,8 @@ async def test_a_withdrawn_consent_and_a_disabled_agent_hold_at_once(
     await let_agents(user, granted=False)
     for call in agent.transports.values():
         refusal = await refusal_of(call(pb.GetMemoryRequest(id=kept.id)))
-        assert refusal.reason == "CONSENT_MISSING"
+        # The database says so at once; within seconds the token is refused before it is asked.
+        assert refusal.reason in {"CONSENT_MISSING", "TOKEN_INVALID"}
     await let_agents(user, granted=True)
     await user.rest(agents.DisableAgentRequest(id=made.agent.id))
     for call in agent.transports.values():

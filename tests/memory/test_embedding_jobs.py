@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -31,6 +32,7 @@ from server.memory.model import Change, Draft, Source, Tier, hash_of
 from server.memory.store import MemoryStore
 from server.users.store import SettingsChange, UserStore
 from tests.conftest import FakeClock, Serve, as_worker, bearer, data_keys_of, new_caller
+from tests.deciding import decide
 from tests.refusals import Refusal, refusal_of
 
 MODEL = "local"
@@ -54,15 +56,15 @@ async def choose(database: Database, caller: Caller, model: str = MODEL) -> None
     await UserStore(database).update_settings(caller, change)
 
 
-async def consent(database: Database, caller: Caller, *, granted: bool = True) -> None:
-    await UserStore(database).record_consent(caller, "memory.embed", granted=granted)
+async def consent(system_database: SystemDatabase, caller: Caller, *, granted: bool = True) -> None:
+    await decide(system_database, caller, "memory.embed", granted=granted)
 
 
 @pytest_asyncio.fixture
-async def chooser(database: Database) -> Caller:
+async def chooser(database: Database, system_database: SystemDatabase) -> Caller:
     """A user who consented and chose a model."""
     caller = await new_caller(database)
-    await consent(database, caller)
+    await consent(system_database, caller)
     await choose(database, caller)
     return caller
 
@@ -173,10 +175,10 @@ async def streaming(stub: rpc.EmbeddingServiceAsyncStub) -> AsyncIterator[Stream
 
 
 async def test_nobody_gets_a_job_who_did_not_choose_and_consent(
-    database: Database, owner: asyncpg.Connection
+    database: Database, system_database: SystemDatabase, owner: asyncpg.Connection
 ) -> None:
     neither, consenting, choosing = [await new_caller(database) for _ in range(3)]
-    await consent(database, consenting)
+    await consent(system_database, consenting)
     await choose(database, choosing)
     for caller in (neither, consenting, choosing):
         await remember(database, caller, "one", "two")
@@ -186,15 +188,14 @@ async def test_nobody_gets_a_job_who_did_not_choose_and_consent(
 
 @pytest.mark.parametrize("purpose", ["memory.embed", "memory.store"])
 async def test_the_last_of_choice_and_consents_asks(
-    database: Database, owner: asyncpg.Connection, purpose: str
+    database: Database, system_database: SystemDatabase, owner: asyncpg.Connection, purpose: str
 ) -> None:
     caller = await new_caller(database)
-    users = UserStore(database)
-    await consent(database, caller)
-    await users.record_consent(caller, purpose, granted=False)
+    await consent(system_database, caller)
+    await decide(system_database, caller, purpose, granted=False)
     await choose(database, caller)
     assert await states(owner) == []
-    await users.record_consent(caller, purpose, granted=True)
+    await decide(system_database, caller, purpose, granted=True)
     assert await states(owner) == ["waiting"]
     row = await owner.fetchrow("SELECT tenant_id, user_id, payload, unique_key FROM jobs")
     assert (row["tenant_id"], row["user_id"]) == (caller.tenant_id, caller.user_id)
@@ -219,14 +220,14 @@ async def test_every_write_of_texts_asks_and_one_job_waits_at_most(
 
 
 async def test_the_doorbell_rings_for_workers_that_wait(
-    database: Database, owner: asyncpg.Connection
+    database: Database, system_database: SystemDatabase, owner: asyncpg.Connection
 ) -> None:
     rung = asyncio.Event()
     await owner.add_listener("jobs", lambda *_: rung.set())
     caller = await new_caller(database)
     await choose(database, caller)
     assert not rung.is_set()
-    await consent(database, caller)
+    await consent(system_database, caller)
     async with asyncio.timeout(10):
         await rung.wait()
 
@@ -365,15 +366,19 @@ async def test_another_model_takes_over_in_the_middle_of_a_job(
     assert {row["model"]: row["n"] for row in rows} == {MODEL: 2, "other": 3}
 
 
-async def withdraw_embed(database: Database, caller: Caller) -> None:
-    await consent(database, caller, granted=False)
+async def withdraw_embed(
+    database: Database, system_database: SystemDatabase, caller: Caller
+) -> None:
+    await consent(system_database, caller, granted=False)
 
 
-async def withdraw_store(database: Database, caller: Caller) -> None:
-    await UserStore(database).record_consent(caller, "memory.store", granted=False)
+async def withdraw_store(
+    database: Database, system_database: SystemDatabase, caller: Caller
+) -> None:
+    await decide(system_database, caller, "memory.store", granted=False)
 
 
-async def choose_none(database: Database, caller: Caller) -> None:
+async def choose_none(database: Database, system_database: SystemDatabase, caller: Caller) -> None:
     await choose(database, caller, "")
 
 
@@ -383,6 +388,7 @@ async def test_withdrawal_in_flight_keeps_nothing_more_and_shows_no_more_texts(
     queue: Queue,
     chooser: Caller,
     database: Database,
+    system_database: SystemDatabase,
     owner: asyncpg.Connection,
     withdraw: Any,
 ) -> None:
@@ -391,7 +397,7 @@ async def test_withdrawal_in_flight_keeps_nothing_more_and_shows_no_more_texts(
         await stream.open((await lease(queue)).held, size=1)
         await stream.answer(await stream.batch())
         batch = await stream.batch()
-        await withdraw(database, chooser)
+        await withdraw(database, system_database, chooser)
         await stream.answer(batch)
         assert await stream.done() == 1
     assert await vectors(owner) == {"one": MODEL}
@@ -468,14 +474,20 @@ async def test_what_is_written_after_the_last_look_asks_for_another_job(
 
 @pytest.mark.parametrize("is_choice", [True, False])
 async def test_what_is_not_committed_yet_when_a_user_opts_in_is_not_forgotten(
-    database: Database, owner: asyncpg.Connection, is_choice: bool
+    database: Database,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+    is_choice: bool,
 ) -> None:
     caller = await new_caller(database)
-    await (consent if is_choice else choose)(database, caller)
+    choosing = partial(choose, database, caller)
+    consenting = partial(consent, system_database, caller)
+    first, last = (consenting, choosing) if is_choice else (choosing, consenting)
+    await first()
     async with database.transaction(caller) as connection:
         await insert(connection, caller, "in flight")
         await ask_for_embedding(connection, caller)
-        opting = asyncio.create_task((choose if is_choice else consent)(database, caller))
+        opting = asyncio.create_task(last())
         await waiting_for_a_lock(owner)
         assert await states(owner) == []
     await opting
@@ -483,10 +495,10 @@ async def test_what_is_not_committed_yet_when_a_user_opts_in_is_not_forgotten(
 
 
 async def test_a_write_that_waited_for_a_choice_sees_it(
-    database: Database, owner: asyncpg.Connection
+    database: Database, system_database: SystemDatabase, owner: asyncpg.Connection
 ) -> None:
     caller = await new_caller(database)
-    await consent(database, caller)
+    await consent(system_database, caller)
     await choose(database, caller, "")
     async with database.transaction(caller) as choosing:
         await wait_for_writes(choosing, caller)

@@ -25,7 +25,7 @@ from server.privacy import words
 from server.privacy.erasing import Eraser, erasable_tables
 from server.privacy.erasure_archive import ErasureArchive
 from server.privacy.erasure_store import ErasureStore
-from server.privacy.words import WordForged
+from server.signed_words import WordForged
 from tests.conftest import Urls, as_worker, bearer
 from tests.database.rows import TENANT_TABLES
 from tests.privacy.conftest import PASSWORD, Everything, Privacy, task_of
@@ -175,11 +175,11 @@ async def test_a_word_that_this_mesh_did_not_sign_erases_nobody(
     key = ECKey.generate_key("P-256")
     word = words.sign_word(erasure, key)
     with pytest.raises(WordForged):
-        words.read_word(word, {})
-    assert words.read_word(word, {key.thumbprint(): key}).caller == everything.stranger
+        words.read_word(word.encode(), {})
+    assert words.read_word(word.encode(), {key.thumbprint(): key}).caller == everything.stranger
     receipt = words.sign_receipt(erasure, key)
     with pytest.raises(WordForged):
-        words.read_word(receipt, {key.thumbprint(): key})
+        words.read_word(receipt.encode(), {key.thumbprint(): key})
     path = words.object_key(erasure)
     await everything.blobs.put(path, word.encode(), "application/jose")
     await everything.owner.execute("DELETE FROM erasures")

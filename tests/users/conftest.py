@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 from kimberly.users.v1 import users_pb2_grpc as rpc
 
+from server.auth.endings import ConsentEndings
 from server.blobs import Blobs
 from server.database import Database, SystemDatabase
 from server.kms.local import LocalKms
@@ -17,9 +18,11 @@ from server.users.audit_store import AuditStore
 from server.users.checkpoint_archive import CheckpointArchive
 from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
+from server.users.consent_store import ConsentStore
 from server.users.service import UserService
 from server.users.store import UserStore
 from server.users.tenant_audits import TenantAudits
+from server.users.withdrawal_archive import WithdrawalArchive
 from tests.conftest import FakeClock, Serve
 
 Users: TypeAlias = "rpc.UserServiceAsyncStub"
@@ -63,11 +66,30 @@ def audit_log(system_database: SystemDatabase, archive: CheckpointArchive) -> Au
     return AuditLog(AuditStore(system_database), archive, seal_seconds=1, page=7)
 
 
+@pytest.fixture
+def consents(system_database: SystemDatabase, clock: FakeClock) -> ConsentStore:
+    """What users agreed to."""
+    return ConsentStore(system_database, ConsentEndings(), clock=clock)
+
+
+@pytest.fixture
+def withdrawals(consents: ConsentStore, blobs: Blobs, audit_keys: AuditKeys) -> WithdrawalArchive:
+    """What they took back, in S3."""
+    return WithdrawalArchive(consents, blobs, audit_keys.signer, audit_keys.known)
+
+
 @pytest_asyncio.fixture
 async def users(
-    serve: Serve, database: Database, system_database: SystemDatabase, audit_log: AuditLog
+    serve: Serve,
+    database: Database,
+    system_database: SystemDatabase,
+    consents: ConsentStore,
+    withdrawals: WithdrawalArchive,
+    audit_log: AuditLog,
 ) -> AsyncIterator[Users]:
     """A stub of the user service."""
-    service = UserService(UserStore(database), TenantAudits(system_database), audit_log)
+    service = UserService(
+        UserStore(database), consents, withdrawals, TenantAudits(system_database), audit_log
+    )
     channel = await serve(lambda server: rpc.add_UserServiceServicer_to_server(service, server))
     yield rpc.UserServiceStub(channel)

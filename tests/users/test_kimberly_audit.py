@@ -26,9 +26,11 @@ from server.users.audit_store import AuditStore
 from server.users.checkpoint_archive import CheckpointArchive
 from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
+from server.users.consent_store import ConsentStore
 from server.users.service import UserService
 from server.users.store import UserStore
 from server.users.tenant_audits import TenantAudits
+from server.users.withdrawal_archive import WithdrawalArchive
 from tests.commands import Command, command_of, token_of
 from tests.conftest import FakeClock, Serve, Urls, bearer, new_caller
 from tests.signing import sign_all
@@ -283,12 +285,19 @@ Open = Callable[[AuditLog], Any]
 
 @pytest_asyncio.fixture
 async def open_command(
-    serve: Serve, database: Database, system_database: SystemDatabase, tmp_path: Path
+    serve: Serve,
+    database: Database,
+    system_database: SystemDatabase,
+    consents: ConsentStore,
+    withdrawals: WithdrawalArchive,
+    tmp_path: Path,
 ) -> Open:
     """Serve an audit log behind TLS, as the edge would."""
 
     async def start(audit_log: AuditLog) -> Command:
-        service = UserService(UserStore(database), TenantAudits(system_database), audit_log)
+        service = UserService(
+            UserStore(database), consents, withdrawals, TenantAudits(system_database), audit_log
+        )
         return await command_of(
             serve, tmp_path, lambda server: rpc.add_UserServiceServicer_to_server(service, server)
         )

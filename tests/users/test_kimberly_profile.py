@@ -11,11 +11,11 @@ from kimberly.users.v1 import users_pb2_grpc as rpc
 from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.users.audit_log import AuditLog
-from server.users.audit_store import AuditStore
-from server.users.checkpoint_archive import CheckpointArchive
+from server.users.consent_store import ConsentStore
 from server.users.service import UserService
 from server.users.store import UserStore
 from server.users.tenant_audits import TenantAudits
+from server.users.withdrawal_archive import WithdrawalArchive
 from tests.commands import command_of, token_of
 from tests.conftest import Serve
 from tests.users.test_account import named
@@ -25,14 +25,17 @@ async def test_a_user_is_shown_and_called_something_else(
     serve: Serve,
     database: Database,
     system_database: SystemDatabase,
-    archive: CheckpointArchive,
+    consents: ConsentStore,
+    withdrawals: WithdrawalArchive,
+    audit_log: AuditLog,
     owner: asyncpg.Connection,
     caller: Caller,
     tmp_path: Path,
 ) -> None:
     await named(owner, caller, "ada@example.com")
-    log = AuditLog(AuditStore(system_database), archive, seal_seconds=1)
-    service = UserService(UserStore(database), TenantAudits(system_database), log)
+    service = UserService(
+        UserStore(database), consents, withdrawals, TenantAudits(system_database), audit_log
+    )
     kimberly = await command_of(
         serve, tmp_path, lambda server: rpc.add_UserServiceServicer_to_server(service, server)
     )

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from server.caller import Caller
-from server.database import Database
+from server.database import Database, SystemDatabase
 from server.memory.embedding_search import EmbeddingSearch
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.embeddings import read_embedding
@@ -23,6 +23,7 @@ from server.memory.model import Change, Draft, Filter, Source, Tier
 from server.memory.store import MemoryStore
 from server.users.store import SettingsChange, UserStore
 from tests.conftest import FakeClock, as_worker, data_keys_of, new_caller
+from tests.deciding import decide
 from tests.workers.conftest import Mesh, until
 from tests.workers.shipped_models import NARROW, WIDE
 from workers.embedding import EMBED, Embedding
@@ -86,10 +87,10 @@ def embedding(
 
 
 @pytest_asyncio.fixture
-async def caller(database: Database) -> Caller:
+async def caller(database: Database, system_database: SystemDatabase) -> Caller:
     """A user who consented to vectors and remembers the talk."""
     caller = await new_caller(database)
-    await consent(database, caller, granted=True)
+    await consent(system_database, caller, granted=True)
     await remember(database, caller, *TALK)
     return caller
 
@@ -99,8 +100,8 @@ async def remember(database: Database, caller: Caller, *texts: str) -> None:
     await ImportStore(database, data_keys_of(database)).store(caller, Chunk(drafts), FakeClock()())
 
 
-async def consent(database: Database, caller: Caller, *, granted: bool) -> None:
-    await UserStore(database).record_consent(caller, "memory.embed", granted=granted)
+async def consent(system_database: SystemDatabase, caller: Caller, *, granted: bool) -> None:
+    await decide(system_database, caller, "memory.embed", granted=granted)
 
 
 async def choose(database: Database, caller: Caller, model: str) -> None:
@@ -230,6 +231,7 @@ async def test_vectors_of_the_chosen_model_that_were_dropped_are_made_anew(
 async def test_withdrawn_consent_stops_a_job_in_flight_and_consent_takes_it_up_again(
     mesh: Mesh,
     database: Database,
+    system_database: SystemDatabase,
     caller: Caller,
     owner: asyncpg.Connection,
     embedders: Mapping[str, Embedder],
@@ -238,12 +240,12 @@ async def test_withdrawn_consent_stops_a_job_in_flight_and_consent_takes_it_up_a
     async with mesh.working(embedding({WIDE: gate}, batch_size=1)):
         await choose(database, caller, WIDE)
         await gate.reached.wait()
-        await consent(database, caller, granted=False)
+        await consent(system_database, caller, granted=False)
         gate.opened.set()
         await idle(owner)
         assert await counts(owner) == {WIDE: 1}
         assert gate.asked == list(TALK[:2])
-        await consent(database, caller, granted=True)
+        await consent(system_database, caller, granted=True)
         await idle(owner)
     assert await counts(owner) == {WIDE: 3}
     rows = await owner.fetch("SELECT state, result FROM jobs ORDER BY id")

@@ -92,7 +92,7 @@ Global___SignUpRequest: _TypeAlias = SignUpRequest  # noqa: Y015
 
 @_typing.final
 class SignUpResponse(_message.Message):
-    """The new account."""
+    """The new account; empty where a mail has to confirm it first."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -164,6 +164,11 @@ class AuthServiceServicer:
     def SignUp(self, request, context):
         """Creates an account and its personal tenant, or by an invitation one at home in the tenant of
         whoever invites, and signs the new user in.
+
+        Where the mesh confirms emails, as it does unless it is told otherwise, the account is made by
+        the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
+        empty then, and the same whether or not the email names an account already. If it does, the
+        mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,7 +255,8 @@ class AuthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def VerifyEmail(self, request, context):
-        """Marks the email of an account as verified, by a mailed token.
+        """Marks the email of an account as verified, by a mailed token; or makes the account that was
+        signed up for, whose password then logs in.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -323,7 +329,8 @@ class AuthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExchangeToken(self, request, context):
-        """Exchanges an API key for an access token. Exchange it again when the token expires.
+        """Exchanges an API key for an access token. Exchange it again when the token expires. The key of
+        an agent is good for none while its user does not consent to MEMORY_AGENT_ACCESS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,6 +36,11 @@ class AuthServiceStub:
     SignUp: _grpc.UnaryUnaryMultiCallable[_auth_pb2.SignUpRequest, _auth_pb2.SignUpResponse]
     """Creates an account and its personal tenant, or by an invitation one at home in the tenant of
     whoever invites, and signs the new user in.
+
+    Where the mesh confirms emails, as it does unless it is told otherwise, the account is made by
+    the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
+    empty then, and the same whether or not the email names an account already. If it does, the
+    mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
     """
     LogIn: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]
     """Signs a user in with email and password."""
@@ -76,7 +81,9 @@ class AuthServiceStub:
     asks for one, too.
     """
     VerifyEmail: _grpc.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]
-    """Marks the email of an account as verified, by a mailed token."""
+    """Marks the email of an account as verified, by a mailed token; or makes the account that was
+    signed up for, whose password then logs in.
+    """
     AcceptInvitation: _grpc.UnaryUnaryMultiCallable[_auth_pb2.AcceptInvitationRequest, _auth_pb2.AcceptInvitationResponse]
     """Joins the tenant of an invitation, as the account that is signed in: the invitation must have
     been mailed to its email, which is verified by that. In the other tenant the account is another
@@ -110,7 +117,9 @@ class AuthServiceStub:
     RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_auth_pb2.RevokeApiKeyRequest, _auth_pb2.RevokeApiKeyResponse]
     """Ends an API key for good. Within seconds every service refuses its access tokens."""
     ExchangeToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ExchangeTokenRequest, _auth_pb2.ExchangeTokenResponse]
-    """Exchanges an API key for an access token. Exchange it again when the token expires."""
+    """Exchanges an API key for an access token. Exchange it again when the token expires. The key of
+    an agent is good for none while its user does not consent to MEMORY_AGENT_ACCESS.
+    """
     IssueToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]
     """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
     JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
@@ -130,6 +139,11 @@ class AuthServiceAsyncStub(AuthServiceStub):
     SignUp: _aio.UnaryUnaryMultiCallable[_auth_pb2.SignUpRequest, _auth_pb2.SignUpResponse]  # type: ignore[assignment]
     """Creates an account and its personal tenant, or by an invitation one at home in the tenant of
     whoever invites, and signs the new user in.
+
+    Where the mesh confirms emails, as it does unless it is told otherwise, the account is made by
+    the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
+    empty then, and the same whether or not the email names an account already. If it does, the
+    mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
     """
     LogIn: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]  # type: ignore[assignment]
     """Signs a user in with email and password."""
@@ -170,7 +184,9 @@ class AuthServiceAsyncStub(AuthServiceStub):
     asks for one, too.
     """
     VerifyEmail: _aio.UnaryUnaryMultiCallable[_auth_pb2.VerifyEmailRequest, _auth_pb2.VerifyEmailResponse]  # type: ignore[assignment]
-    """Marks the email of an account as verified, by a mailed token."""
+    """Marks the email of an account as verified, by a mailed token; or makes the account that was
+    signed up for, whose password then logs in.
+    """
     AcceptInvitation: _aio.UnaryUnaryMultiCallable[_auth_pb2.AcceptInvitationRequest, _auth_pb2.AcceptInvitationResponse]  # type: ignore[assignment]
     """Joins the tenant of an invitation, as the account that is signed in: the invitation must have
     been mailed to its email, which is verified by that. In the other tenant the account is another
@@ -204,7 +220,9 @@ class AuthServiceAsyncStub(AuthServiceStub):
     RevokeApiKey: _aio.UnaryUnaryMultiCallable[_auth_pb2.RevokeApiKeyRequest, _auth_pb2.RevokeApiKeyResponse]  # type: ignore[assignment]
     """Ends an API key for good. Within seconds every service refuses its access tokens."""
     ExchangeToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.ExchangeTokenRequest, _auth_pb2.ExchangeTokenResponse]  # type: ignore[assignment]
-    """Exchanges an API key for an access token. Exchange it again when the token expires."""
+    """Exchanges an API key for an access token. Exchange it again when the token expires. The key of
+    an agent is good for none while its user does not consent to MEMORY_AGENT_ACCESS.
+    """
     IssueToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.IssueTokenRequest, _auth_pb2.IssueTokenResponse]  # type: ignore[assignment]
     """The token endpoint of OAuth 2.0 (RFC 6749), for standard clients: takes a form and answers
     JSON, both as that standard has it. Grants: `refresh_token`, with a refresh token of a log-in;
@@ -227,6 +245,11 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_auth_pb2.SignUpResponse, _abc.Awaitable[_auth_pb2.SignUpResponse]]:
         """Creates an account and its personal tenant, or by an invitation one at home in the tenant of
         whoever invites, and signs the new user in.
+
+        Where the mesh confirms emails, as it does unless it is told otherwise, the account is made by
+        the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
+        empty then, and the same whether or not the email names an account already. If it does, the
+        mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
         """
 
     @_abc_1.abstractmethod
@@ -333,7 +356,9 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.VerifyEmailRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.VerifyEmailResponse, _abc.Awaitable[_auth_pb2.VerifyEmailResponse]]:
-        """Marks the email of an account as verified, by a mailed token."""
+        """Marks the email of an account as verified, by a mailed token; or makes the account that was
+        signed up for, whose password then logs in.
+        """
 
     @_abc_1.abstractmethod
     def AcceptInvitation(
@@ -421,7 +446,9 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_pb2.ExchangeTokenRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_auth_pb2.ExchangeTokenResponse, _abc.Awaitable[_auth_pb2.ExchangeTokenResponse]]:
-        """Exchanges an API key for an access token. Exchange it again when the token expires."""
+        """Exchanges an API key for an access token. Exchange it again when the token expires. The key of
+        an agent is good for none while its user does not consent to MEMORY_AGENT_ACCESS.
+        """
 
     @_abc_1.abstractmethod
     def IssueToken(

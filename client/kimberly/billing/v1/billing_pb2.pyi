@@ -71,6 +71,8 @@ class Plan(_message.Message):
     BURST_FIELD_NUMBER: _builtins.int
     MONTHLY_FIELD_NUMBER: _builtins.int
     PRICE_CENTS_FIELD_NUMBER: _builtins.int
+    TENANT_CALLS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TENANT_BURST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: "free" or "premium"."""
     short_term_bytes: _builtins.int
@@ -89,6 +91,12 @@ class Plan(_message.Message):
     """Calls that a user may make at once after a while without."""
     price_cents: _builtins.int
     """What it costs a month, in hundredths of a euro."""
+    tenant_calls_per_second: _builtins.int
+    """Calls that all users of a tenant may make each second together, in the long run, if somebody
+    there has this plan. Of several plans in a tenant the largest number counts.
+    """
+    tenant_burst: _builtins.int
+    """Calls that all users of a tenant may make at once after a while without."""
     @_builtins.property
     def monthly(self) -> Global___MonthlyUsage:
         """What is meant to be enough for a month. At 80 and at 100 % the audit log is told."""
@@ -105,10 +113,12 @@ class Plan(_message.Message):
         burst: _builtins.int = ...,
         monthly: Global___MonthlyUsage | None = ...,
         price_cents: _builtins.int = ...,
+        tenant_calls_per_second: _builtins.int = ...,
+        tenant_burst: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["monthly", b"monthly"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["burst", b"burst", "calls_per_second", b"calls_per_second", "long_term_bytes", b"long_term_bytes", "monthly", b"monthly", "name", b"name", "permanent_bytes", b"permanent_bytes", "price_cents", b"price_cents", "short_term_bytes", b"short_term_bytes", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["burst", b"burst", "calls_per_second", b"calls_per_second", "long_term_bytes", b"long_term_bytes", "monthly", b"monthly", "name", b"name", "permanent_bytes", b"permanent_bytes", "price_cents", b"price_cents", "short_term_bytes", b"short_term_bytes", "tenant_burst", b"tenant_burst", "tenant_calls_per_second", b"tenant_calls_per_second", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

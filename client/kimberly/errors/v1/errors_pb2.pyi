@@ -67,7 +67,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 21
     """The request, or one of its headers, is larger than is taken."""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 22
-    """Too many calls from this user or address. Try again more slowly."""
+    """Too many calls from this user, tenant or address; the message says which. Try again more slowly."""
     ERROR_REASON_SERVICE_UNAVAILABLE: _ErrorReason.ValueType  # 23
     """A service of the mesh does not answer. Try again later."""
     ERROR_REASON_READER_TOO_SLOW: _ErrorReason.ValueType  # 24
@@ -135,7 +135,7 @@ ERROR_REASON_METHOD_NOT_FOUND: ErrorReason.ValueType  # 20
 ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 21
 """The request, or one of its headers, is larger than is taken."""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 22
-"""Too many calls from this user or address. Try again more slowly."""
+"""Too many calls from this user, tenant or address; the message says which. Try again more slowly."""
 ERROR_REASON_SERVICE_UNAVAILABLE: ErrorReason.ValueType  # 23
 """A service of the mesh does not answer. Try again later."""
 ERROR_REASON_READER_TOO_SLOW: ErrorReason.ValueType  # 24

@@ -30,7 +30,7 @@ class _ConsentPurposeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Consen
     CONSENT_PURPOSE_UNSPECIFIED: _ConsentPurpose.ValueType  # 0
     """Never stored; refused in requests."""
     CONSENT_PURPOSE_MEMORY_STORE: _ConsentPurpose.ValueType  # 1
-    """Storing memories and finding them again."""
+    """Storing memories and finding them again. Every session rests on it, once it was granted."""
     CONSENT_PURPOSE_MEMORY_EMBED: _ConsentPurpose.ValueType  # 2
     """Keeping vectors of memories and comparing them with questions."""
     CONSENT_PURPOSE_MEMORY_SENSITIVE: _ConsentPurpose.ValueType  # 3
@@ -44,7 +44,7 @@ class ConsentPurpose(_ConsentPurpose, metaclass=_ConsentPurposeEnumTypeWrapper):
 CONSENT_PURPOSE_UNSPECIFIED: ConsentPurpose.ValueType  # 0
 """Never stored; refused in requests."""
 CONSENT_PURPOSE_MEMORY_STORE: ConsentPurpose.ValueType  # 1
-"""Storing memories and finding them again."""
+"""Storing memories and finding them again. Every session rests on it, once it was granted."""
 CONSENT_PURPOSE_MEMORY_EMBED: ConsentPurpose.ValueType  # 2
 """Keeping vectors of memories and comparing them with questions."""
 CONSENT_PURPOSE_MEMORY_SENSITIVE: ConsentPurpose.ValueType  # 3
@@ -725,6 +725,9 @@ class RecordConsentResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONSENT_FIELD_NUMBER: _builtins.int
+    ENDED_SESSIONS_FIELD_NUMBER: _builtins.int
+    ended_sessions: _builtins.int
+    """How many sessions this ended, the one that called included."""
     @_builtins.property
     def consent(self) -> Global___Consent:
         """Where the consent stands now."""
@@ -733,10 +736,11 @@ class RecordConsentResponse(_message.Message):
         self,
         *,
         consent: Global___Consent | None = ...,
+        ended_sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["consent", b"consent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consent", b"consent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consent", b"consent", "ended_sessions", b"ended_sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -121,6 +121,16 @@ class UserServiceServicer:
 
     def RecordConsent(self, request, context):
         """Grants or withdraws consent to one purpose. It acts on every call that comes after it.
+
+        What rests on a consent ends with it. Withdrawing MEMORY_STORE, on which all else rests, ends
+        every session of the user, as a change of the password does; the access token of this call
+        stays good until it expires, to export or erase what is there, and the user may log in again.
+        Withdrawing MEMORY_AGENT_ACCESS ends the access tokens of the user's agents, and exchanges
+        their keys for no others. Other purposes end no session. Declining what was never granted ends
+        nothing.
+
+        A withdrawal holds from its commit on. It is answered once its signed word is where a restored
+        backup is corrected by it; UNAVAILABLE means that this is still being done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

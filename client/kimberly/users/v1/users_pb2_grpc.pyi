@@ -49,7 +49,18 @@ class UserServiceStub:
     words that the two languages have in common.
     """
     RecordConsent: _grpc.UnaryUnaryMultiCallable[_users_pb2.RecordConsentRequest, _users_pb2.RecordConsentResponse]
-    """Grants or withdraws consent to one purpose. It acts on every call that comes after it."""
+    """Grants or withdraws consent to one purpose. It acts on every call that comes after it.
+
+    What rests on a consent ends with it. Withdrawing MEMORY_STORE, on which all else rests, ends
+    every session of the user, as a change of the password does; the access token of this call
+    stays good until it expires, to export or erase what is there, and the user may log in again.
+    Withdrawing MEMORY_AGENT_ACCESS ends the access tokens of the user's agents, and exchanges
+    their keys for no others. Other purposes end no session. Declining what was never granted ends
+    nothing.
+
+    A withdrawal holds from its commit on. It is answered once its signed word is where a restored
+    backup is corrected by it; UNAVAILABLE means that this is still being done.
+    """
     ListConsents: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListConsentsRequest, _users_pb2.ListConsentsResponse]
     """Lists where the user's consent stands, one entry a purpose; or every decision ever made."""
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_users_pb2.ListAuditEventsRequest, _users_pb2.ListAuditEventsResponse]
@@ -86,7 +97,18 @@ class UserServiceAsyncStub(UserServiceStub):
     words that the two languages have in common.
     """
     RecordConsent: _aio.UnaryUnaryMultiCallable[_users_pb2.RecordConsentRequest, _users_pb2.RecordConsentResponse]  # type: ignore[assignment]
-    """Grants or withdraws consent to one purpose. It acts on every call that comes after it."""
+    """Grants or withdraws consent to one purpose. It acts on every call that comes after it.
+
+    What rests on a consent ends with it. Withdrawing MEMORY_STORE, on which all else rests, ends
+    every session of the user, as a change of the password does; the access token of this call
+    stays good until it expires, to export or erase what is there, and the user may log in again.
+    Withdrawing MEMORY_AGENT_ACCESS ends the access tokens of the user's agents, and exchanges
+    their keys for no others. Other purposes end no session. Declining what was never granted ends
+    nothing.
+
+    A withdrawal holds from its commit on. It is answered once its signed word is where a restored
+    backup is corrected by it; UNAVAILABLE means that this is still being done.
+    """
     ListConsents: _aio.UnaryUnaryMultiCallable[_users_pb2.ListConsentsRequest, _users_pb2.ListConsentsResponse]  # type: ignore[assignment]
     """Lists where the user's consent stands, one entry a purpose; or every decision ever made."""
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_users_pb2.ListAuditEventsRequest, _users_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
@@ -150,7 +172,18 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _users_pb2.RecordConsentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_users_pb2.RecordConsentResponse, _abc.Awaitable[_users_pb2.RecordConsentResponse]]:
-        """Grants or withdraws consent to one purpose. It acts on every call that comes after it."""
+        """Grants or withdraws consent to one purpose. It acts on every call that comes after it.
+
+        What rests on a consent ends with it. Withdrawing MEMORY_STORE, on which all else rests, ends
+        every session of the user, as a change of the password does; the access token of this call
+        stays good until it expires, to export or erase what is there, and the user may log in again.
+        Withdrawing MEMORY_AGENT_ACCESS ends the access tokens of the user's agents, and exchanges
+        their keys for no others. Other purposes end no session. Declining what was never granted ends
+        nothing.
+
+        A withdrawal holds from its commit on. It is answered once its signed word is where a restored
+        backup is corrected by it; UNAVAILABLE means that this is still being done.
+        """
 
     @_abc_1.abstractmethod
     def ListConsents(
