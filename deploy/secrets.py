@@ -17,8 +17,10 @@ from typing import Any, Final
 import yaml
 from pyrage import x25519
 
+from local.certificates import make_root
 from local.layout import CHECKOUT
 from server.cache import KEY_PREFIX
+from server.clock import utc_now
 from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM
 
 Values = Mapping[str, Mapping[str, str]]
@@ -29,10 +31,13 @@ TO_BE_GIVEN: Final = {"dns": ("api-token",), "alerts": ("smtp-password",)}
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
 BACKUPS_INSIDE: Final = ("local",)
 """Environments whose backups lie in their own object store: to try things out."""
-STORES_OUTSIDE: Final = ("free",)
+STORES_OUTSIDE: Final = ("fly", "free")
 """Environments whose object store is not ours: its keys come from there."""
-TELLING_NOBODY: Final = ("free", "local")
+TELLING_NOBODY: Final = ("fly", "free", "local")
 """Environments without Alertmanager, which would mail alerts."""
+WITHOUT_ISSUER: Final = ("fly",)
+"""Environments where no operator issues certificates: `deploy.fly` does, by the authority here, and
+the certificate that clients see comes from elsewhere."""
 _SUPERUSER: Final = "postgres"
 _REDIS_USER: Final = "mesh"
 _ENCRYPTED: Final = "^(data|stringData)$"
@@ -84,11 +89,16 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
     given = {name: dict.fromkeys(keys, "") for name, keys in TO_BE_GIVEN.items()}
     if environment in TELLING_NOBODY:
         del given["alerts"]
+    if environment in WITHOUT_ISSUER:
+        root = make_root("Kimberly", now=utc_now())
+        pair = {"ca.crt": root.certificate_pem.decode(), "ca.key": root.key_pem.decode()}
+        made["authority"] = pair
+        given = {"edge-public": {"tls.crt": "", "tls.key": ""}}
     return made | given
 
 
-def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:
-    """Return the values with one secret made anew.
+def rotated(values: Values, name: str, environment: str = "") -> dict[str, dict[str, str]]:
+    """Return the values of an environment with one secret made anew.
 
     A new master key goes below the old ones: what those wrapped is still to be read. The roles of
     the database follow at the next migration job, which sets their passwords.
@@ -96,8 +106,8 @@ def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:
     Raises:
         KeyError: There is no such secret, or it comes from elsewhere.
     """
-    fresh = new_values("")
-    if name in TO_BE_GIVEN or name not in fresh:
+    fresh = new_values(environment)
+    if not any(fresh[name].values()):
         raise KeyError(name)
     together = [name]
     if name == "key":
