@@ -353,7 +353,7 @@ def test_the_envoy_of_a_machine_is_a_valid_one_that_all_of_fly_reaches(
     )
     config = tmp_path / "m" / "mesh" / "envoy.yaml"
     program = next(installed("envoy").glob("_bin/envoy*"))
-    checked = [program, "--mode", "validate", "--config-path", config]
+    checked = [str(program), "--mode", "validate", "--config-path", str(config)]
     subprocess.run(checked, check=True, capture_output=True)
     text = config.read_text()
     listeners = yaml.safe_load(text)["static_resources"]["listeners"]
@@ -453,7 +453,7 @@ OF_THE_MACHINE = {
 @pytest.mark.parametrize("name", [name for name in fly.APPS if name not in fly.STORES])
 def test_what_a_machine_is_told_is_what_its_programs_read(name: str) -> None:
     environment = environments()[name]
-    read = set()
+    read = set[str]()
     for kind in kinds_of(name):
         fields = {f"{PREFIX}{field}".upper(): field for field in kind.model_fields}
         read |= fields.keys()
