@@ -70,6 +70,7 @@ SECRETS: Final[Mapping[str, Mapping[str, Key]]] = {
         "KIMBERLY_BACKUP_S3_ACCESS_KEY": ("backup", "access-key"),
         "KIMBERLY_BACKUP_S3_SECRET_KEY": ("backup", "secret-key"),
         "KIMBERLY_BACKUP_RECIPIENTS": ("backup", "recipients"),
+        "KIMBERLY_BACKUP_SIGNING_KEY": ("backup-signing", "key"),
     },
 }
 """By app, which variable is which secret: what the containers of its pod are given."""

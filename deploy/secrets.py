@@ -19,6 +19,7 @@ from pyrage import x25519
 
 from local.certificates import make_root
 from local.layout import CHECKOUT
+from server.backup.signing import Signer
 from server.cache import KEY_PREFIX
 from server.clock import utc_now
 from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM
@@ -78,7 +79,7 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
             "secret-key": secret_key,
             "s3.json": json.dumps({"identities": [identity]}),
         },
-        "key": {"master.key": f"{_master_key()}\n"},
+        "key": {"master.key": f"{_key()}\n"},
         **_backup(_url(BACKUP, passwords)),
     }
     if environment in BACKUPS_INSIDE:
@@ -117,6 +118,9 @@ def rotated(values: Values, name: str, environment: str = "") -> dict[str, dict[
         fresh[name]["identity"] = values[name]["identity"] + fresh[name]["identity"]
         fresh["backup"] = {**values["backup"], "recipients": fresh["backup"]["recipients"]}
         together = [name, "backup"]
+    if name == "backup-signing":
+        signers = f"{values[name]['signers']} {fresh[name]['signers']}"
+        fresh[name] = {**fresh[name], "signers": signers}
     if name.startswith("database"):
         together = [each for each in fresh if each.startswith("database")]
         backup_url = fresh["backup"]["database-url"]
@@ -251,7 +255,7 @@ def _url(role: str, passwords: Mapping[str, str], database: str = "kimberly") ->
 
 def _backup(database_url: str) -> dict[str, dict[str, str]]:
     """Return the secrets of backups; the keys of their bucket come from elsewhere."""
-    identity = x25519.Identity.generate()
+    identity, signing_key = x25519.Identity.generate(), _key()
     keys = ("access-key", "secret-key", "erasures-access-key", "erasures-secret-key")
     return {
         "backup": {
@@ -260,6 +264,7 @@ def _backup(database_url: str) -> dict[str, dict[str, str]]:
             **dict.fromkeys(keys, ""),
         },
         "backup-identity": {"identity": f"{identity}\n"},
+        "backup-signing": {"key": signing_key, "signers": Signer(signing_key).public},
     }
 
 
@@ -273,5 +278,5 @@ def _password() -> str:
     return secrets.token_hex(24)
 
 
-def _master_key() -> str:
+def _key() -> str:
     return base64.b64encode(secrets.token_bytes(32)).decode()

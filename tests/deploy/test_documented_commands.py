@@ -5,13 +5,15 @@ are not here (kubectl's own flags, flyctl, terraform) is not; docs/operations.md
 run.
 """
 
+import json
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -223,29 +225,32 @@ def exists(kind: str, name: str) -> bool:
 
 @pytest.mark.skipif(not TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize")
 def test_every_object_that_kubectl_is_asked_of_exists() -> None:
-    asked = 0
-    for command in starting_with("kubectl"):
-        if "-n" in command.words and "kimberly" not in command.words:
-            # Of an operator, which is installed by its own instructions.
-            continue
-        words = [word.removeprefix("--from=") for word in command.words]
-        for place, word in enumerate(words):
-            kind, _, name = word.partition("/")
-            if kind in KINDS and name and not name.endswith("-1"):
-                asked += 1
-                assert exists(KINDS[kind], name), str(command)
-            if word == "deployment" and "restart" in words:
-                for each in words[place + 1 :]:
-                    assert exists("Deployment", each), str(command)
-            if word == "-c":
-                assert words[place + 1] in containers(words), str(command)
-            if word.startswith("app.kubernetes.io/name="):
-                name = word.partition("=")[2]
-                assert exists("Deployment", name) or exists("StatefulSet", name), str(command)
-    assert asked > 10
+    # Those of operators are installed by their own instructions.
+    ours = [each for each in starting_with("kubectl") if "kimberly" in each.words]
+    named = [(each, *pair) for each in ours for pair in objects_of(each.words)]
+    assert len(named) > 10
+    for command, kind, name in named:
+        assert exists(kind, name), f"{command}: there is no {kind} {name}"
+    for command in ours:
+        for before, word in pairwise(command.words):
+            label, _, value = word.partition("=")
+            if before == "-l" and label == "app.kubernetes.io/name":
+                assert f'"{label}": "{value}"' in json.dumps(cluster()), str(command)
+            if before == "-c":
+                assert word in containers(command.words), str(command)
 
 
-def containers(words: list[str]) -> set[str]:
+def objects_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the kinds and names that kubectl is told, but for jobs that a command makes."""
+    for at, word in enumerate(words):
+        kind, _, name = word.removeprefix("--from=").partition("/")
+        if kind in KINDS and name and kind != "job":
+            yield KINDS[kind], name
+        if word == "deployment" and "restart" in words:
+            yield from (("Deployment", each) for each in words[at + 1 :])
+
+
+def containers(words: Sequence[str]) -> set[str]:
     """Return the names of the containers of what a command names."""
     name = next(word.partition("/")[2] for word in words if word.startswith("deployment/"))
     return {
