@@ -5,7 +5,6 @@ are not here (kubectl's own flags, flyctl, terraform) is not; docs/operations.md
 run.
 """
 
-import json
 import re
 import shlex
 import subprocess
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -22,8 +21,9 @@ import typer.core
 from kimberly.cli import app as kimberly
 
 from deploy.__main__ import app as deploy
-from deploy.manifests import Document, Manifests
+from deploy.manifests import Manifests
 from deploy.rendering import TOOLS, render, targets
+from deploy.secrets import new_values
 from local.__main__ import app as local
 from local.layout import CHECKOUT
 from server.__main__ import app as server
@@ -36,6 +36,9 @@ DOCUMENTS = (
 )
 APPS = {"server": server, "deploy": deploy, "local": local, "kimberly.cli": kimberly}
 MISSING = ("Missing argument", "Missing option", "Missing command")
+needs_kustomize = pytest.mark.skipif(
+    not TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
+)
 USAGE: Any = typer.BadParameter.__base__
 """What every command line raises that is not understood."""
 OTHERS = ("docker", "flyctl", "kind", "kubectl", "ssh", "terraform")
@@ -197,69 +200,113 @@ def test_every_script_of_deploy_says_how_it_is_used() -> None:
 
 # --- what kubectl is asked of --------------------------------------------------------------------
 
+# What runbooks have kubectl do: nothing that loses anything.
+VERBS = {"create", "describe", "exec", "get", "logs", "port-forward", "rollout", "scale", "top"}
 KINDS = {
-    "deployment": "Deployment",
-    "statefulset": "StatefulSet",
-    "service": "Service",
+    "certificate": "Certificate",
     "cronjob": "CronJob",
-    "job": "Job",
+    "deployment": "Deployment",
+    "secret": "Secret",
+    "service": "Service",
+    "statefulset": "StatefulSet",
 }
 
 
 @cache
-def cluster() -> tuple[Document, ...]:
-    """Return everything that some overlay puts into a cluster."""
-    names = ("local", "staging")
-    return tuple(
-        document
-        for name in names
-        for document in Manifests.parse(render(targets()[name])).documents
-    )
+def rendered() -> tuple[Manifests, ...]:
+    return tuple(Manifests.parse(render(path)) for path in targets().values())
 
 
-def exists(kind: str, name: str) -> bool:
-    return any(
-        document["kind"] == kind and document["metadata"]["name"] == name for document in cluster()
-    )
+@cache
+def named(kind: str) -> frozenset[str]:
+    """Return the names of what some cluster has of a kind."""
+    if kind == "Secret":
+        # Kept beside the manifests, or made by cert-manager.
+        certificates = (each for one in rendered() for each in one.of_kind("Certificate"))
+        made = (each["spec"]["secretName"] for each in certificates)
+        return frozenset((*new_values("staging"), *made))
+    return frozenset(name for each in rendered() for name in each.named(kind))
 
 
-@pytest.mark.skipif(not TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize")
-def test_every_object_that_kubectl_is_asked_of_exists() -> None:
-    # Those of operators are installed by their own instructions.
-    ours = [each for each in starting_with("kubectl") if "kimberly" in each.words]
-    named = [(each, *pair) for each in ours for pair in objects_of(each.words)]
-    assert len(named) > 10
-    for command, kind, name in named:
-        assert exists(kind, name), f"{command}: there is no {kind} {name}"
-    for command in ours:
-        for before, word in pairwise(command.words):
-            label, _, value = word.partition("=")
-            if before == "-l" and label == "app.kubernetes.io/name":
-                assert f'"{label}": "{value}"' in json.dumps(cluster()), str(command)
-            if before == "-c":
-                assert word in containers(command.words), str(command)
+def problems_of(words: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with a command of kubectl's, but for its own flags."""
+    told = list(words[1:])
+    inside = told[told.index("--") + 1 :] if "--" in told else []
+    told = told[: told.index("--")] if inside else told
+    if told[:2] == ["-n", "cert-manager"]:
+        # Others' own namespace.
+        return
+    ignored = ("history", "restart", "pod", "-it", "-o", "jsonpath={.data.ca\\.crt}")
+    yield from _unknown([word for word in told if word not in ignored])
+    found = module_of(Command("", tuple(inside), is_whole=True)) if inside else None
+    if found and (problem := refusal(*found)):
+        yield problem
 
 
-def objects_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the kinds and names that kubectl is told, but for jobs that a command makes."""
+def _unknown(words: Sequence[str]) -> Iterator[str]:
     for at, word in enumerate(words):
-        kind, _, name = word.removeprefix("--from=").partition("/")
-        if kind in KINDS and name and kind != "job":
-            yield KINDS[kind], name
-        if word == "deployment" and "restart" in words:
-            yield from (("Deployment", each) for each in words[at + 1 :])
+        kind, slash, name = word.removeprefix("--from=").partition("/")
+        if slash and kind in KINDS and name not in named(KINDS[kind]):
+            yield f"there is no {word}"
+        if word in KINDS:
+            lost = [each for each in _names(words[at + 1 :]) if each not in named(KINDS[word])]
+            yield from (f"there is no {word} {each}" for each in lost)
+        if word == "-c" and words[at + 1] not in _containers(words):
+            yield f"there is no container {words[at + 1]}"
+        if word == "-l" and not _selected(words[at + 1]):
+            yield f"{words[at + 1]} selects nothing"
 
 
-def containers(words: Sequence[str]) -> set[str]:
-    """Return the names of the containers of what a command names."""
-    name = next(word.partition("/")[2] for word in words if word.startswith("deployment/"))
-    return {
-        container["name"]
-        for document in cluster()
-        if document["kind"] == "Deployment" and document["metadata"]["name"] == name
-        for part in ("initContainers", "containers")
-        for container in document["spec"]["template"]["spec"].get(part, ())
-    }
+def _names(words: Sequence[str]) -> Iterator[str]:
+    yield from takewhile(lambda word: re.fullmatch(r"[a-z][\w-]*", word), words)
+
+
+def _containers(words: Sequence[str]) -> set[str]:
+    """Return the containers of the pods that a command names, such as deployment/memory."""
+    owners = {word.lower() for word in words}
+    pods = [pod for each in rendered() for pod in each.pods if pod.name.lower() in owners]
+    return {container.spec["name"] for pod in pods for container in pod.containers}
+
+
+def _selected(selector: str) -> bool:
+    key, _, value = selector.partition("=")
+    if selector.startswith("!"):
+        return True
+    return any(pod.labels.get(key) == value for each in rendered() for pod in each.pods)
+
+
+@needs_kustomize
+def test_every_object_that_kubectl_is_asked_of_exists() -> None:
+    asked = starting_with("kubectl")
+    assert len(asked) > 40
+    found = [f"{command}: {each}" for command in asked for each in problems_of(command.words)]
+    assert found == []
+
+
+def test_runbooks_lose_nothing_and_name_the_namespace() -> None:
+    for command in starting_with("kubectl"):
+        if command.document == "docs/runbooks.md":
+            assert command.words[1] == "-n", str(command)
+            assert command.words[2] in ("kimberly", "cert-manager"), str(command)
+            assert command.words[3] in VERBS, str(command)
+
+
+@needs_kustomize
+@pytest.mark.parametrize(
+    "line",
+    [
+        "kubectl -n kimberly logs deployment/scorer",
+        "kubectl -n kimberly describe certificate identity-scorer",
+        "kubectl -n kimberly rollout restart deployment auth scorer",
+        "kubectl -n kimberly get secret scorer",
+        "kubectl -n kimberly get pods -l app.kubernetes.io/name=scorer",
+        "kubectl -n kimberly logs deployment/memory -c proxy",
+        "kubectl -n kimberly create job --from=cronjob/scorer first",
+        "kubectl -n kimberly exec deployment/auth -c app -- python3 -m server score",
+    ],
+)
+def test_a_command_that_is_wrong_would_be_noticed(line: str) -> None:
+    assert list(problems_of(line.split())) != []
 
 
 # --- what was not run ----------------------------------------------------------------------------
