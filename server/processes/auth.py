@@ -154,6 +154,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         readings=[
             AuthReadings(system).mails,
             AuditReadings(system).lag,
+            AuditReadings(system).unsigned,
             billing_readings.usage,
             billing_readings.plans,
         ],

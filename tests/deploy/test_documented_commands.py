@@ -153,7 +153,8 @@ def test_every_module_subcommand_and_flag_exists(
 
 def refusal(module: str, told: tuple[str, ...]) -> str:
     """Return why a command line is not understood; it is parsed and not run."""
-    command, name, rest = typer.main.get_command(APPS[module]), module, list(told)
+    command: Any = typer.main.get_command(APPS[module])
+    name, rest = module, list(told)
     parent: Any = None
     try:
         while True:

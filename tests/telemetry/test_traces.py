@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from kimberly.memory.v1 import memory_pb2 as pb
 
 from local.mesh import Mesh
+from local.postgres import SYSTEM
+from server.database import SystemDatabase, open_pool
+from server.jobs.own_schedules import OwnSchedules
+from server.settings import Settings
 from tests.mesh import User, eventually
 from tests.telemetry.receiver import Receiver, Seen
 from tests.telemetry.test_metrics import meditate
@@ -17,6 +21,8 @@ QUERY = "kimberly.memory.v1.MemoryService/QueryMemories"
 MEDITATE = "kimberly.memory.v1.MemoryService/Meditate"
 PLAN = "kimberly.scoring.v1.ScoringService/PlanMeditation"
 SCORE = "kimberly.scoring.v1.ScoringService/Score"
+
+SHARDS = Settings.model_fields["meditation_shards"].default
 
 Trace = Sequence[Seen]
 
@@ -111,6 +117,29 @@ async def test_a_meditation_is_one_tree_from_the_edge_to_the_worker(
     assert job in ancestors(trace, stored), depicted(trace)
     (opening,) = [span for span in trace if span.name == SCORE]
     assert opening.seconds < 0.1
+
+
+async def test_a_night_is_one_tree_from_the_planner_to_every_shard(
+    mesh: Mesh, user: User, receiver: Receiver
+) -> None:
+    await user.grpc(
+        pb.CreateMemoryRequest(memory=pb.Memory(content="to be thought about at night"))
+    )
+    known = set(receiver.traces())
+    async with await open_pool(mesh.stores.dsn(SYSTEM), size=1, name="test") as pool:
+        await OwnSchedules(SystemDatabase(pool)).run("meditation.nightly")
+
+    def is_whole(trace: Trace) -> bool:
+        shards = [span for span in trace if span.name == "job meditation.shard"]
+        return is_one_tree(trace) and len(shards) == SHARDS
+
+    trace = await trace_with(receiver, "job meditation.plan", is_whole, known)
+    (root,) = [span for span in trace if not span.parent]
+    assert (root.service, root.name) == ("worker", "job meditation.plan"), depicted(trace)
+    (planned,) = [span for span in trace if span.name == PLAN and span.service == "memory"]
+    for job in (span for span in trace if span.name == "job meditation.shard"):
+        assert planned in ancestors(trace, job), depicted(trace)
+    assert services(trace) >= {"worker", "worker-sidecar", "memory-sidecar", "memory"}
 
 
 async def test_a_client_does_not_choose_what_is_traced_nor_where(
