@@ -154,7 +154,8 @@ def test_every_module_subcommand_and_flag_exists(
 def refusal(module: str, told: tuple[str, ...]) -> str:
     """Return why a command line is not understood; it is parsed and not run."""
     command: Any = typer.main.get_command(APPS[module])
-    name, rest = module, list(told)
+    name: str | None = module
+    rest = list(told)
     parent: Any = None
     try:
         while True:

@@ -60,6 +60,19 @@ def test_what_was_never_filled_in_is_said(directory: Path) -> None:
     ]
 
 
+def test_without_a_certificate_of_their_own_the_machines_of_fly_get_one_of_ours(
+    directory: Path,
+) -> None:
+    (directory / "fly.recipients").write_text(f"{ANN}\n")
+    secrets.encrypt(secrets.new_values("fly"), directory / "fly.enc.yaml", [ANN], SOPS)
+    said = list(secrets.problems_of(directory))
+    assert [each.split(" ")[1] for each in said] == [
+        "s3/access-key",
+        "s3/secret-key",
+        *(f"backup/{key}" for key in BUCKET_KEYS),
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

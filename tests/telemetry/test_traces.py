@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import yaml
 from kimberly.memory.v1 import memory_pb2 as pb
 
+from deploy.slos import OBSERVABILITY
 from local.mesh import Mesh
 from local.postgres import SYSTEM
 from server.database import SystemDatabase, open_pool
@@ -173,6 +176,11 @@ async def test_logs_say_which_trace_they_belong_to(
         return [line for line in lines if line["trace_id"] == wanted]
 
     assert all(line["span_id"] in spans for line in lines_of("memory"))
+    # By which Grafana leads from a line to its trace.
+    loki = yaml.safe_load((OBSERVABILITY / "full" / "datasources.yaml").read_text())["datasources"]
+    (field,) = loki[0]["jsonData"]["derivedFields"]
+    text = (mesh.layout.logs / "memory.log").read_text()
+    assert wanted in re.findall(field["matcherRegex"], text)
     assert lines_of("memory")
 
     async def at_the_edge() -> list[dict[str, str]]:
