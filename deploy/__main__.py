@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from deploy import images, observing, rendering, secrets, tools
+from deploy import fly, images, observing, rendering, secrets, tools
 from deploy.gate import Refused, watch
 from deploy.invariants import problems, unpinned
 from deploy.manifests import Manifests
 from deploy.smoke import Account, Failed, smoke
+from server.clock import utc_now
 
 app = typer.Typer(
     help="What stands between the checkout and a cluster.",
@@ -22,6 +23,8 @@ app = typer.Typer(
 
 kept = typer.Typer(help="Secrets: made, encrypted, rotated, checked.", no_args_is_help=True)
 app.add_typer(kept, name="secrets")
+flown = typer.Typer(help="What deploy/fly.sh asks for.", no_args_is_help=True)
+app.add_typer(flown, name="fly")
 
 _SOPS = rendering.TOOLS / "sops"
 
@@ -130,7 +133,7 @@ def new_command(environment: str) -> None:
 def rotate_command(environment: str, name: str) -> None:
     """Make one secret anew, and encrypt all to whom secrets/ENVIRONMENT.recipients names now."""
     file = _file(environment)
-    values = secrets.rotated(secrets.decrypt(file, _SOPS), name)
+    values = secrets.rotated(secrets.decrypt(file, _SOPS), name, environment)
     recipients = secrets.recipients_of(environment, secrets.DIRECTORY)
     secrets.encrypt(values, file, recipients, _SOPS)
 
@@ -150,6 +153,32 @@ def check_command() -> None:
     files = [Path(name) for name in listed.stdout.split("\0") if name]
     found = [*secrets.problems_of(secrets.DIRECTORY), *secrets.plain(files)]
     _end(found, f"no secret in {len(files)} files", "secrets")
+
+
+@flown.command("secrets")
+def fly_secrets_command(
+    *,
+    prefix: Annotated[str, typer.Option(help="What the names of all apps begin with.")],
+    host_name: Annotated[str, typer.Option(help="By which clients call the edge.")],
+) -> None:
+    """Print the secrets of all apps, a line each: APP NAME=VALUE."""
+    values, now = secrets.decrypt(_file("fly"), _SOPS), utc_now()
+    try:
+        for name in fly.APPS:
+            told = fly.variables(name, values, prefix=prefix, host_name=host_name, now=now)
+            typer.echo(fly.lines(name, told), nl=False)
+    except fly.NotGiven as error:
+        _end([str(error)], "")
+
+
+@flown.command("images")
+def fly_images_command() -> None:
+    """Print the images of all apps by their digests, a line each: NAME IMAGE."""
+    try:
+        for name in fly.IMAGES:
+            typer.echo(f"{name} {fly.image(name)}")
+    except fly.NotPinned as error:
+        _end([str(error)], "")
 
 
 def _file(environment: str) -> Path:

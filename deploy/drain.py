@@ -33,21 +33,27 @@ class DrainSettings(BaseSettings):
     """How long load balancers may take to send nothing new."""
 
 
-class _Admin(http.client.HTTPConnection):
-    """A connection to the admin interface."""
+class Admin(http.client.HTTPConnection):
+    """A connection to the admin interface of an Envoy."""
 
     def __init__(self, path: Path) -> None:
+        """Prepare to connect to a Unix socket."""
         super().__init__("envoy", timeout=_ANSWER_SECONDS)
         self._path = path
 
     def connect(self) -> None:
+        """Connect.
+
+        Raises:
+            OSError: Nobody listens.
+        """
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.connect(str(self._path))
 
 
 def drain(admin_socket: Path) -> int:
     """Tell Envoy to drain, and return the status of its answer. It ends by its own SIGTERM."""
-    admin = _Admin(admin_socket)
+    admin = Admin(admin_socket)
     try:
         admin.request("POST", "/drain_listeners?graceful&skip_exit")
         return admin.getresponse().status

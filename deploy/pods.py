@@ -39,14 +39,19 @@ class PodSettings(BaseSettings):
     process: str = Field(pattern="^(edge|auth|memory|jobs|worker)$")
     pod_name: str
     pod_ip: str
-    """What Envoy listens on: the pod's own address, of whichever family."""
+    """The pod's own address, of whichever family."""
+    listen_address: str = ""
+    """What Envoy listens on; unset: the pod's own address."""
     trust_domain: str
     namespace: str
-    cluster_domain: str = "cluster.local"
+    peer_names: str = "{process}.{namespace}.svc.cluster.local"
+    """The name behind which all pods of a process are."""
     token_issuer: str
     token_audience: str
     host_names: str = "localhost"
     """Names by which clients may call the edge, apart by commas."""
+    proxy_protocol: bool = False
+    """Whether a load balancer tells the edge the address of each client in the PROXY protocol."""
     cors_origins: str = ""
     """Pages that may call the edge, apart by commas."""
     otlp_endpoint: str = Field(default="", pattern=tracing.ENDPOINT)
@@ -121,7 +126,7 @@ def _collect(file: FileDescriptor, found: dict[str, FileDescriptor]) -> None:
 def _edge(told: PodSettings, places: Places) -> envoy.Edge:
     return envoy.Edge(
         name=told.pod_name,
-        listen=envoy.Address(told.pod_ip, EDGE_PORT),
+        listen=_here(told, EDGE_PORT),
         peers=_peers(told),
         admin_socket=places.sockets / "admin",
         sds=places.shared / "identity",
@@ -130,7 +135,8 @@ def _edge(told: PodSettings, places: Places) -> envoy.Edge:
         domain=_domain(told),
         tokens=_tokens(told),
         host_names=_words(told.host_names),
-        health=envoy.Address(told.pod_ip, HEALTH_PORT),
+        health=_here(told, HEALTH_PORT),
+        proxy_protocol=told.proxy_protocol,
         cors_origins=_words(told.cors_origins),
         traces=envoy.Traces.to(told.otlp_endpoint, told.trace_ratio),
     )
@@ -141,9 +147,9 @@ def _sidecar(told: PodSettings, places: Places) -> envoy.Sidecar:
     return envoy.Sidecar(
         process=told.process,
         name=told.pod_name,
-        inbound=envoy.Address(told.pod_ip, PEER_PORT) if serves else None,
+        inbound=_here(told, PEER_PORT) if serves else None,
         app_socket=places.sockets / "app" if serves else None,
-        health=envoy.Address(told.pod_ip, HEALTH_PORT),
+        health=_here(told, HEALTH_PORT),
         metrics_socket=places.sockets / "metrics",
         outbound_socket=places.sockets / "out",
         peers=_peers(told),
@@ -156,17 +162,23 @@ def _sidecar(told: PodSettings, places: Places) -> envoy.Sidecar:
     )
 
 
+def _here(told: PodSettings, port: int) -> envoy.Address:
+    return envoy.Address(told.listen_address or told.pod_ip, port)
+
+
 def _peers(told: PodSettings) -> envoy.Peers:
-    """Return where the sidecars are: behind headless services, whose names give every pod.
+    """Return where the sidecars are: behind names that give every pod.
 
     Who asks for itself, as the sidecar of auth does for the keys, needs no name: it would get none
     before its pod is ready, and another pod's after that.
     """
-    domain = f"{told.namespace}.svc.{told.cluster_domain}"
     return {
         process: (
             envoy.Address(
-                told.pod_ip if process == told.process else f"{process}.{domain}", PEER_PORT
+                told.pod_ip
+                if process == told.process
+                else told.peer_names.format(process=process, namespace=told.namespace),
+                PEER_PORT,
             ),
         )
         for process in PROCESSES

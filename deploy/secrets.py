@@ -17,8 +17,11 @@ from typing import Any, Final
 import yaml
 from pyrage import x25519
 
+from local.certificates import make_root
 from local.layout import CHECKOUT
+from server.backup.signing import Signer
 from server.cache import KEY_PREFIX
+from server.clock import utc_now
 from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM
 
 Values = Mapping[str, Mapping[str, str]]
@@ -33,12 +36,17 @@ TO_BE_GIVEN: Final = {
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
 BACKUPS_INSIDE: Final = ("local",)
 """Environments whose backups lie in their own object store: to try things out."""
-STORES_OUTSIDE: Final = ("free",)
+STORES_OUTSIDE: Final = ("fly", "free")
 """Environments whose object store is not ours: its keys come from there."""
-TELLING_NOBODY: Final = ("free", "local")
+TELLING_NOBODY: Final = ("fly", "free", "local")
 """Environments without Alertmanager, which would mail alerts."""
 WRITING_TO_NOBODY: Final = ("local",)
 """Environments without a carrier of mails."""
+WITHOUT_ISSUER: Final = ("fly",)
+"""Environments where no operator issues certificates: `deploy.fly` does, by the authority here, and
+the certificate that clients see comes from elsewhere."""
+MAY_BE_EMPTY: Final = ("edge-public",)
+"""What comes from elsewhere, and is made by us for those who try things out."""
 _SUPERUSER: Final = "postgres"
 _REDIS_USER: Final = "mesh"
 _ENCRYPTED: Final = "^(data|stringData)$"
@@ -79,7 +87,7 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
             "secret-key": secret_key,
             "s3.json": json.dumps({"identities": [identity]}),
         },
-        "key": {"master.key": f"{_master_key()}\n"},
+        "key": {"master.key": f"{_key()}\n"},
         **_backup(_url(BACKUP, passwords)),
     }
     if environment in BACKUPS_INSIDE:
@@ -92,11 +100,17 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
         del given["alerts"]
     if environment in WRITING_TO_NOBODY:
         del given["mails"]
+    if environment in WITHOUT_ISSUER:
+        root = make_root("Kimberly", now=utc_now())
+        pair = {"ca.crt": root.certificate_pem.decode(), "ca.key": root.key_pem.decode()}
+        made["authority"] = pair
+        del given["dns"]
+        given["edge-public"] = {"tls.crt": "", "tls.key": ""}
     return made | given
 
 
-def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:
-    """Return the values with one secret made anew.
+def rotated(values: Values, name: str, environment: str = "") -> dict[str, dict[str, str]]:
+    """Return the values of an environment with one secret made anew.
 
     A new master key goes below the old ones: what those wrapped is still to be read. The roles of
     the database follow at the next migration job, which sets their passwords.
@@ -104,8 +118,8 @@ def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:
     Raises:
         KeyError: There is no such secret, or it comes from elsewhere.
     """
-    fresh = new_values("")
-    if name in TO_BE_GIVEN or name not in fresh:
+    fresh = new_values(environment)
+    if not any(fresh[name].values()):
         raise KeyError(name)
     together = [name]
     if name == "key":
@@ -115,6 +129,9 @@ def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:
         fresh[name]["identity"] = values[name]["identity"] + fresh[name]["identity"]
         fresh["backup"] = {**values["backup"], "recipients": fresh["backup"]["recipients"]}
         together = [name, "backup"]
+    if name == "backup-signing":
+        signers = f"{values[name]['signers']} {fresh[name]['signers']}"
+        fresh[name] = {**fresh[name], "signers": signers}
     if name.startswith("database"):
         together = [each for each in fresh if each.startswith("database")]
         backup_url = fresh["backup"]["database-url"]
@@ -225,6 +242,8 @@ def _problems_of_file(file: Path) -> Iterator[str]:
             yield f"{file.name}: can be read by others than {environment}.recipients names"
         secret = document["metadata"]["name"]
         for key, value in _values(document).items():
+            if value == "" and secret in MAY_BE_EMPTY:
+                continue
             if value == "":
                 yield f"{file.name}: {secret}/{key} was never filled in: sops edit {file.name}"
             elif not value.startswith("ENC["):
@@ -249,7 +268,7 @@ def _url(role: str, passwords: Mapping[str, str], database: str = "kimberly") ->
 
 def _backup(database_url: str) -> dict[str, dict[str, str]]:
     """Return the secrets of backups; the keys of their bucket come from elsewhere."""
-    identity = x25519.Identity.generate()
+    identity, signing_key = x25519.Identity.generate(), _key()
     keys = ("access-key", "secret-key", "erasures-access-key", "erasures-secret-key")
     return {
         "backup": {
@@ -258,6 +277,7 @@ def _backup(database_url: str) -> dict[str, dict[str, str]]:
             **dict.fromkeys(keys, ""),
         },
         "backup-identity": {"identity": f"{identity}\n"},
+        "backup-signing": {"key": signing_key, "signers": Signer(signing_key).public},
     }
 
 
@@ -271,5 +291,5 @@ def _password() -> str:
     return secrets.token_hex(24)
 
 
-def _master_key() -> str:
+def _key() -> str:
     return base64.b64encode(secrets.token_bytes(32)).decode()

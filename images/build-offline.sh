@@ -34,7 +34,7 @@ run() { build run --isolation chroot "$container" -- "$@"; }
 [ "$(run id --user)" = 65532 ] || { echo "it is not run as user 65532"; exit 1; }
 run python3 -m server --help > /dev/null
 # 78: they look for their settings, so all that they import is there.
-for command in "server auth" "server memory" "server jobs" "server migrate" "server provision" "server backup create" "server backup verify" "server backup restore" workers deploy.pods deploy.drain; do
+for command in "server auth" "server memory" "server jobs" "server migrate" "server provision" "server backup create" "server backup verify" "server backup restore" workers deploy.pods deploy.drain "deploy.machine serve auth"; do
   # shellcheck disable=SC2086
   said=$(run python3 -m $command 2>&1) && { echo "$command: ran without settings"; exit 1; }
   grep -q "The environment is not complete" <<< "$said" || { echo "$command: $said"; exit 1; }

@@ -80,8 +80,16 @@ class KeyPair:
             OSError: a file is missing.
             ValueError: a file holds something else.
         """
-        leaf = x509.load_pem_x509_certificate(certificate.read_bytes())
-        return cls(leaf, _private_key(key))
+        return cls.parse(certificate.read_bytes(), key.read_bytes())
+
+    @classmethod
+    def parse(cls, certificate: bytes, key: bytes) -> "KeyPair":
+        """Read both from PEM.
+
+        Raises:
+            ValueError: one is something else.
+        """
+        return cls(x509.load_pem_x509_certificate(certificate), _private_key(key))
 
 
 def make_root(
@@ -304,17 +312,17 @@ def _pem(certificates: Sequence[x509.Certificate]) -> bytes:
 
 
 def _pair(certificates: Sequence[x509.Certificate], file: Path) -> KeyPair:
-    key = _private_key(file)
+    key = _private_key(file.read_bytes())
     for certificate in certificates:
         if certificate.public_key() == key.public_key():
             return KeyPair(certificate, key)
     raise ValueError(f"{file} belongs to no certificate that is trusted")
 
 
-def _private_key(file: Path) -> ec.EllipticCurvePrivateKey:
-    private = serialization.load_pem_private_key(file.read_bytes(), password=None)
+def _private_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    private = serialization.load_pem_private_key(pem, password=None)
     if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"{file} holds no elliptic-curve key")  # noqa: TRY004 - the file is wrong
+        raise ValueError("not an elliptic-curve key")  # noqa: TRY004 - the file is wrong
     return private
 
 

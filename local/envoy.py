@@ -117,6 +117,14 @@ class Address:
         return f"{self.host}:{self.port}"
 
     @property
+    def listener(self) -> str:
+        """Where a listener of Envoy listens, as JSON; on :: it is that and every IPv4 address."""
+        socket = {"address": self.host, "port_value": self.port}
+        if self.host == "::":
+            socket["ipv4_compat"] = True
+        return json.dumps({"socket_address": socket})
+
+    @property
     def is_numeric(self) -> bool:
         """Whether the host needs no name server."""
         try:
@@ -231,6 +239,9 @@ class Edge:
     health: Address | None = None
     """Where, without TLS, a kubelet asks how this Envoy is, and Prometheus for what it measures;
     None: nowhere."""
+    proxy_protocol: bool = False
+    """Whether a load balancer opens each connection with the address of its client, in the PROXY
+    protocol; then a connection without one is closed."""
     cors_origins: tuple[str, ...] = ()
     limits: EdgeLimits = EdgeLimits()
     traces: Traces | None = None

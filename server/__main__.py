@@ -23,6 +23,7 @@ from server.backup.postgres import ProgramFailed
 from server.backup.repository import Damaged
 from server.backup.restoring import NotEmpty
 from server.backup.sealing import KeyRefused
+from server.backup.signing import ManifestForged
 from server.backup.verifying import ScratchRefused
 from server.errors import Problem
 from server.kms import KmsUnusable, UnwrapFailed
@@ -70,7 +71,7 @@ _REFUSED = (
     WordForged,
     WrongRole,
 )
-_FAILED = (BackupFailed, Damaged, ProgramFailed, Unwanted)
+_FAILED = (BackupFailed, Damaged, ManifestForged, ProgramFailed, Unwanted)
 EX_TEMPFAIL = 75
 """Exit status of sysexits.h for what another process is at."""
 EX_CONFIG = 78
@@ -90,6 +91,12 @@ app.add_typer(backup, name="backup")
 Point = Annotated[
     str,
     typer.Option(help="A backup, or an instant such as 2026-05-04T12:00:00Z: the newest by then."),
+]
+
+
+Unsigned = Annotated[
+    bool,
+    typer.Option("--unsigned", help="Take one without a signature, as older releases made them."),
 ]
 
 
@@ -236,11 +243,13 @@ def create_backup_command() -> None:
 
 
 @backup.command("verify")
-def verify_backup_command(at: Point = "") -> None:
+def verify_backup_command(at: Point = "", *, unsigned: Unsigned = False) -> None:
     """Restore a backup, the newest unless told otherwise, into a scratch server and compare it."""
     settings = _settings(VerificationSettings)
     telemetry.configure("backup-verify", settings.log_level)
-    typer.echo(json.dumps(_run(_backups().verify_backup(settings, at)), indent=1))
+    typer.echo(
+        json.dumps(_run(_backups().verify_backup(settings, at, unsigned=unsigned)), indent=1)
+    )
 
 
 @backup.command("list")
@@ -255,7 +264,7 @@ def list_backups_command() -> None:
 
 
 @backup.command("restore")
-def restore_backup_command(at: Point = "") -> None:
+def restore_backup_command(at: Point = "", *, unsigned: Unsigned = False) -> None:
     """Fill an empty database and an empty bucket from a backup, the newest unless told otherwise.
 
     Whoever was erased since stays erased, and what was withdrawn stays withdrawn. Start the mesh
@@ -263,7 +272,7 @@ def restore_backup_command(at: Point = "") -> None:
     """
     settings = _settings(RestoreSettings)
     telemetry.configure("backup-restore", settings.log_level)
-    restored = _run(_backups().restore_backup(settings, at))
+    restored = _run(_backups().restore_backup(settings, at, unsigned=unsigned))
     typer.echo(
         f"{restored.manifest.id} is restored: {restored.manifest.rows} rows and "
         f"{restored.objects.restored} objects as of {restored.manifest.mark.isoformat()}; "

@@ -235,6 +235,8 @@ class BackupSettings(BackupBucketSettings):
     backup_recipients: str
     """Public keys of age, separated by spaces: whoever has one of their secret halves can
     restore. One of them should be kept where the mesh cannot be reached from."""
+    backup_signing_key: SecretStr
+    """Private key of Ed25519, 32 bytes in base64: signs the manifest of each backup."""
     backup_days: int = Field(default=30, ge=1)
     """For how long every backup is kept."""
     backup_weekly_days: int = Field(default=90, ge=1)
@@ -249,6 +251,8 @@ class OpenBackupSettings(BackupBucketSettings):
 
     backup_identity_file: Path
     """Secret keys of age, as age-keygen writes them. Mode 0600."""
+    backup_signers: str
+    """Public keys of those who sign backups, 32 bytes in base64 each, separated by spaces."""
     postgres_programs: Path | None = None
 
 

@@ -16,6 +16,7 @@ from server.backup.manifest import Manifest, Part, Table
 from server.backup.postgres import Programs
 from server.backup.repository import REFERENCES, Damaged, Repository
 from server.backup.sealing import Sealer
+from server.backup.signing import Signer
 from server.backup.snapshot import Named, Snapshot
 from server.blobs import Blobs
 from server.clock import Clock, utc_now
@@ -78,8 +79,15 @@ class Creator:
     """Makes backups of one mesh, one at a time."""
 
     def __init__(
-        self, source: Source, repository: Repository, sealer: Sealer, *, clock: Clock = utc_now
+        self,
+        source: Source,
+        repository: Repository,
+        sealer: Sealer,
+        signer: Signer,
+        *,
+        clock: Clock = utc_now,
     ) -> None:
+        self._signer = signer
         self._source = source
         self._repository = repository
         self._sealer = sealer
@@ -126,7 +134,7 @@ class Creator:
             streams=streams,
             new_bytes=objects.new_bytes + _size(streams),
         )
-        return Created(manifest, await self._repository.commit(manifest))
+        return Created(manifest, await self._repository.commit(manifest, self._signer))
 
     async def copy_words(self, target: Blobs) -> int:
         """Copy who was erased to where it outlives the mesh; return how many words are new.

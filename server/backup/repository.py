@@ -1,6 +1,7 @@
 """The bucket of backups.
 
     backups/ID/STREAM/NUMBER    the parts of a stream, most of them sealed
+    backups/ID/manifest.sig     who has signed the manifest, written before it
     backups/ID/manifest.json    written last
     objects/SHA256/NUMBERofN    what attachments and transcripts hold, sealed, once for all backups
     erasures/…                  whom no backup may bring back; see `server.privacy.words`
@@ -21,6 +22,7 @@ import structlog
 
 from server.backup.manifest import Manifest, ManifestUnreadable, Part, digest
 from server.backup.sealing import KeyRefused, Sealer, Unsealer
+from server.backup.signing import Signer, Signers, Unsigned
 from server.blobs import Blobs
 from server.errors import NotFound, StoreUnavailable
 
@@ -37,6 +39,8 @@ removes what no backup refers to any more holds no key."""
 _BACKUPS: Final = "backups/"
 _OBJECTS: Final = "objects/"
 _MANIFEST: Final = "manifest.json"
+_SIGNATURE: Final = "manifest.sig"
+_LONGEST_SIGNATURE: Final = 1024
 _LONGEST_MANIFEST: Final = 64 * 1024 * 1024
 _TYPE: Final = "application/octet-stream"
 _OBJECT_PART: Final = re.compile(r"objects/([0-9a-f]{64})/(\d{6})of(\d{6})\Z")
@@ -63,24 +67,57 @@ class Repository:
         return sorted(key.split("/")[1] for key in finished)
 
     async def manifest(self, backup: str) -> tuple[Manifest, bytes]:
-        """Return what a backup consists of, and the digest that it is known by.
+        """Return what a backup is said to consist of, and the digest that it is known by.
 
         Raises:
             NotFound: There is no such backup, or it was not finished.
             ManifestUnreadable: It is damaged, or of a newer release.
         """
+        return self._decoded(backup, await self._manifest(backup))
+
+    async def signed_manifest(
+        self, backup: str, signers: Signers, *, unsigned: bool = False
+    ) -> tuple[Manifest, bytes]:
+        """Return the same, if it is to be believed.
+
+        Args:
+            backup: Its name.
+            signers: Whose signature counts.
+            unsigned: Take one without a signature as well. One that does not fit never counts.
+
+        Raises:
+            NotFound: There is no such backup, or it was not finished.
+            ManifestForged: Somebody else has made it.
+            ManifestUnreadable: It is of a newer release.
+        """
+        encoded = await self._manifest(backup)
+        key = f"{_BACKUPS}{backup}/{_SIGNATURE}"
+        signature = await self._blobs.get_small(key, longest=_LONGEST_SIGNATURE)
+        try:
+            signers.check(backup, encoded, signature)
+        except Unsigned:
+            if not unsigned:
+                raise
+            log.warning("backup not signed", backup=backup)
+        return self._decoded(backup, encoded)
+
+    async def _manifest(self, backup: str) -> bytes:
         key = f"{_BACKUPS}{backup}/{_MANIFEST}"
         encoded = await self._blobs.get_small(key, longest=_LONGEST_MANIFEST)
         if encoded is None:
             raise NotFound("backup")
+        return encoded
+
+    def _decoded(self, backup: str, encoded: bytes) -> tuple[Manifest, bytes]:
         manifest = Manifest.decode(encoded)
         if manifest.id != backup:
             raise ManifestUnreadable(f"the manifest of {backup} is another backup's")
         return manifest, digest(encoded)
 
-    async def commit(self, manifest: Manifest) -> bytes:
+    async def commit(self, manifest: Manifest, signer: Signer) -> bytes:
         """Make a backup of what was written, and return the digest that it is known by."""
         encoded = manifest.encode()
+        await self._put(f"{_BACKUPS}{manifest.id}/{_SIGNATURE}", signer.sign(encoded))
         await self._put(f"{_BACKUPS}{manifest.id}/{_MANIFEST}", encoded)
         return digest(encoded)
 

@@ -4,9 +4,11 @@ from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from server import ids
 from server.cache import Redis, out_of_reach
 from server.database import SystemDatabase
 from server.embedding_requests import KIND
+from server.memory.shards import SHARD_JOB
 from server.metrics import SECONDS, set_all
 
 _MOST_COUNTED: Final = 100_000
@@ -33,6 +35,11 @@ LAST_SUCCESS: Final = Gauge(
 )
 LAST_DURATION: Final = Gauge(
     "memory_meditation_last_duration_seconds", "How long the last meditation of all users took."
+)
+MEDITATIONS_INTERRUPTED: Final = Gauge(
+    "memory_meditation_interrupted",
+    "Meditations under way that no job goes on with: theirs failed, or was cancelled.",
+    ["outcome"],
 )
 MEDITATIONS_RUNNING: Final = Gauge("memory_meditation_running", "Meditations under way.")
 LATENCY: Final = Histogram(
@@ -118,6 +125,37 @@ class MemoryReadings:
         LAST_SUCCESS.set(row["finished"])
         LAST_DURATION.set(row["duration"])
         MEDITATIONS_RUNNING.set(row["running"])
+
+    async def interrupted(self) -> None:
+        """Count the meditations that wait to be taken up again, by what became of their jobs."""
+        rows = await self._database.fetch_alone(
+            """
+            SELECT coalesce(bool_or(dead.id IS NOT NULL), false) AS failed
+              FROM meditations AS run
+              JOIN meditation_shards AS part ON part.meditation_id = run.id AND NOT part.done
+             CROSS JOIN LATERAL (
+                   SELECT format('%s/%s_%s/%s', $1::text, $2::text, replace(run.id::text, '-', ''),
+                                 part.shard) AS unique_key
+                   ) AS job
+              LEFT JOIN jobs AS live
+                ON live.unique_key = job.unique_key AND live.state IN ('waiting', 'running')
+              LEFT JOIN LATERAL (
+                   SELECT id FROM jobs
+                    WHERE kind = $1 AND state = 'dead' AND unique_key = job.unique_key
+                    LIMIT 1
+                   ) AS dead ON true
+             WHERE run.state = 'running'
+             GROUP BY run.id
+            HAVING bool_and(live.id IS NULL)
+            """,
+            SHARD_JOB,
+            ids.MEDITATION,
+        )
+        failed = sum(row["failed"] for row in rows)
+        set_all(
+            MEDITATIONS_INTERRUPTED,
+            {("failed",): failed, ("cancelled",): len(rows) - failed},
+        )
 
     async def vectors(self) -> None:
         """Tell how many vectors there are, how much room graphs take, and who waits for some."""

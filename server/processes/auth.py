@@ -173,6 +173,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         readings=[
             AuthReadings(system).mails,
             AuditReadings(system).lag,
+            AuditReadings(system).unsigned,
             billing_readings.usage,
             billing_readings.plans,
         ],

@@ -34,6 +34,7 @@ from server.backup.restoring import (
 from server.backup.retention import Retention, outdated
 from server.backup.run_store import Finished, RunStore
 from server.backup.sealing import Sealer, Unsealer
+from server.backup.signing import Signer, Signers
 from server.backup.verifying import Report, Scratch, Verifier
 from server.blobs import Blobs
 from server.caller import Caller
@@ -92,6 +93,7 @@ async def create_backup(settings: BackupSettings) -> Mapping[str, Any]:
         BackupFailed: Objects were missing. What was there is in the backup.
     """
     sealer = Sealer(settings.backup_recipients.split())
+    signer = Signer(settings.backup_signing_key.get_secret_value())
     bucket = open_backup_bucket(settings)
     repository = Repository(bucket)
     source = Source(
@@ -101,7 +103,7 @@ async def create_backup(settings: BackupSettings) -> Mapping[str, Any]:
         checkpoints.object_key,
         _WORDS,
     )
-    creator = Creator(source, repository, sealer)
+    creator = Creator(source, repository, sealer, signer)
     retention = Retention(settings.backup_days, settings.backup_weekly_days)
     system_url = settings.system_database_url.get_secret_value()
 
@@ -169,15 +171,18 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 # --- verify --------------------------------------------------------------------------------------
 
 
-async def verify_backup(settings: VerificationSettings, point: str) -> Mapping[str, Any]:
+async def verify_backup(
+    settings: VerificationSettings, point: str, *, unsigned: bool = False
+) -> Mapping[str, Any]:
     """Restore a backup into the scratch server, compare it, and return what was looked at.
 
     Raises:
         Busy: Another process verifies.
         NotFound: There is no such backup.
+        ManifestForged: It is not signed, unless that is asked for, or by somebody else.
         BackupFailed: The backup is not what it should be.
     """
-    unsealer = _unsealer(settings)
+    unsealer, signers = _unsealer(settings), Signers(settings.backup_signers.split())
     repository = Repository(open_backup_bucket(settings))
     system_url = settings.system_database_url.get_secret_value()
     scratch_url = settings.scratch_database_url.get_secret_value()
@@ -201,7 +206,9 @@ async def verify_backup(settings: VerificationSettings, point: str) -> Mapping[s
             try:
                 backup = await choose(repository, point)
                 await runs.name(run_id, backup)
-                manifest, digest = await repository.manifest(backup)
+                manifest, digest = await repository.signed_manifest(
+                    backup, signers, unsigned=unsigned
+                )
                 report = await verifier.verify(manifest, progress)
             except BaseException as error:
                 await runs.finish(run_id, Finished("failed", {"error": said(error)}))
@@ -294,7 +301,9 @@ class Restored:
     objects: Objects
 
 
-async def restore_backup(settings: RestoreSettings, point: str) -> Restored:
+async def restore_backup(
+    settings: RestoreSettings, point: str, *, unsigned: bool = False
+) -> Restored:
     """Bring up a new mesh: fill its empty database and bucket, and erase whoever was erased.
 
     What was withdrawn since is withdrawn again, whether or not it was granted once more after that.
@@ -303,14 +312,16 @@ async def restore_backup(settings: RestoreSettings, point: str) -> Restored:
 
     Raises:
         NotFound: There is no such backup.
+        ManifestForged: It is not signed, unless that is asked for, or by somebody else.
         NotEmpty: There is a mesh already.
         WordForged: Somebody is said to be erased, or to have withdrawn a consent, and it is not to
             be believed.
         BackupFailed: Objects of the backup are damaged. All others are there.
     """
     unsealer, bucket = _unsealer(settings), open_backup_bucket(settings)
-    repository = Repository(bucket)
-    manifest, digest = await repository.manifest(await choose(repository, point))
+    repository, signers = Repository(bucket), Signers(settings.backup_signers.split())
+    backup = await choose(repository, point)
+    manifest, digest = await repository.signed_manifest(backup, signers, unsigned=unsigned)
     blobs = open_blobs(settings)
     owner_url = settings.owner_database_url.get_secret_value()
     await _fill(settings, repository, unsealer, manifest)

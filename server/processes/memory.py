@@ -200,6 +200,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         readings=[
             readings.usage,
             readings.meditations,
+            readings.interrupted,
             readings.vectors,
             ShortTermReading(redis).held,
         ],

@@ -37,6 +37,35 @@ def test_wrong_settings_are_named_without_their_values() -> None:
     assert "secret" not in ended.stderr
 
 
+def kimberly(*arguments: str, path: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "kimberly.cli", *arguments],
+        cwd=CHECKOUT,
+        env={"PATH": os.defpath, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_kimberly_backup_is_the_command_of_the_server() -> None:
+    path = f"{CHECKOUT}:{CHECKOUT / 'client'}"
+    ended = kimberly("backup", "restore", "--at", "2026-05-04T12:00:00Z", path=path)
+    assert ended.returncode == 78
+    assert "KIMBERLY_BACKUP_IDENTITY_FILE: Field required" in ended.stderr
+    shown = kimberly("backup", "verify", "--help", path=path)
+    assert (shown.returncode, "--unsigned" in shown.stdout) == (0, True)
+
+
+def test_a_client_alone_says_that_it_makes_no_backups(tmp_path: Path) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "__init__.py").write_text("raise SystemExit('imported')")
+    ended = kimberly("backup", "create", path=f"{CHECKOUT / 'client'}:{tmp_path}")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("the server is not here")
+
+
 def test_help_lists_the_commands() -> None:
     ended = run("--help")
     assert ended.returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import secrets
 from collections.abc import AsyncIterator
@@ -22,6 +23,7 @@ from local.postgres import APPLICATION, BACKUP, OWNER, SUPERUSER, SYSTEM
 from local.servers import BUCKET, Stores
 from server import audit, ids
 from server.backup.repository import Repository
+from server.backup.signing import Signer
 from server.blobs import Blobs
 from server.caller import Caller
 from server.database import Database, SystemDatabase
@@ -82,6 +84,7 @@ class Rig:
     bucket: str
     identity: Path
     recipient: str
+    signing_key: str
     programs: Path
     master_key: Path
 
@@ -93,6 +96,10 @@ class Rig:
     @property
     def repository(self) -> Repository:
         return Repository(self.blobs)
+
+    @property
+    def signer(self) -> Signer:
+        return Signer(self.signing_key)
 
     def _bucket(self) -> dict[str, Any]:
         s3 = self.elsewhere.s3
@@ -119,6 +126,7 @@ class Rig:
             "s3_bucket": BUCKET,
             "s3_secure": False,
             "backup_recipients": self.recipient,
+            "backup_signing_key": SecretStr(self.signing_key),
             "postgres_programs": self.programs,
             "lease_seconds": 3.0,
         }
@@ -128,6 +136,7 @@ class Rig:
         return {
             **self._bucket(),
             "backup_identity_file": self.identity,
+            "backup_signers": self.signer.public,
             "postgres_programs": self.programs,
         }
 
@@ -145,8 +154,10 @@ class Rig:
         """Make a backup and return its name."""
         return str((await create_backup(self.making(**changes)))["backup"])
 
-    async def verify(self, point: str = "", **changes: Any) -> dict[str, Any]:
-        return dict(await verify_backup(self.verifying(**changes), point))
+    async def verify(
+        self, point: str = "", *, unsigned: bool = False, **changes: Any
+    ) -> dict[str, Any]:
+        return dict(await verify_backup(self.verifying(**changes), point, unsigned=unsigned))
 
 
 @pytest.fixture
@@ -162,6 +173,7 @@ def rig(stores: Stores, elsewhere: Stores, tmp_path: Path, master_key: Path) -> 
         bucket=new_bucket(elsewhere, "backups"),
         identity=file,
         recipient=str(identity.to_public()),
+        signing_key=base64.b64encode(secrets.token_bytes(32)).decode(),
         programs=stores.postgres.home.install / "bin",
         master_key=master_key,
     )
@@ -175,8 +187,8 @@ class NewMesh:
     settings: RestoreSettings
     bucket: str
 
-    async def restore(self, point: str = "") -> Restored:
-        return await restore_backup(self.settings, point)
+    async def restore(self, point: str = "", *, unsigned: bool = False) -> Restored:
+        return await restore_backup(self.settings, point, unsigned=unsigned)
 
     @property
     def blobs(self) -> Blobs:

@@ -114,7 +114,7 @@ async def test_what_no_backup_names_any_more_is_removed(
     # A year later, for the first of them.
     manifest, _ = await rig.repository.manifest(old)
     long_ago = dataclasses.replace(manifest, mark=manifest.mark - timedelta(days=365))
-    await rig.repository.commit(long_ago)
+    await rig.repository.commit(long_ago, rig.signer)
     await rig.create()
     assert old not in [each.id for each in await list_backups(rig.listing())]
     assert not [key for key in await rig.blobs.list_keys("backups/") if old in key]

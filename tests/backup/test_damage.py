@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import dataclasses
+import hashlib
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import asyncpg
 import pytest
+from pydantic import SecretStr
 from pyrage import x25519
 
 from local.postgres import BACKUP, SUPERUSER
 from local.servers import BUCKET
 from server.backup.creating import Creator, Source, new_name
 from server.backup.failures import BackupFailed
+from server.backup.manifest import Manifest, Part
 from server.backup.postgres import Programs
 from server.backup.repository import Damaged
 from server.backup.restoring import NotEmpty
 from server.backup.run_store import RunStore
 from server.backup.sealing import KeyRefused, Sealer
+from server.backup.signing import ManifestForged, Signer, Unsigned
 from server.backup.verifying import ScratchRefused
 from server.blobs import Blobs
 from server.clock import utc_now
@@ -118,8 +125,73 @@ async def test_rows_that_changed_on_their_way_are_reported(rig: Rig, story: Stor
     ):
         changed = text.replace(was, becomes).encode()
         await rig.blobs.put(f"backups/{backup}/manifest.json", changed, "application/json")
+        # Signed as well: what is compared are the tables.
+        signature = rig.signer.sign(changed)
+        await rig.blobs.put(f"backups/{backup}/manifest.sig", signature, "application/json")
         with pytest.raises(BackupFailed, match=said):
             await rig.verify()
+
+
+async def test_a_manifest_that_was_changed_is_refused_though_all_digests_fit(
+    rig: Rig, story: Story, new_mesh: NewMesh, system_database: SystemDatabase
+) -> None:
+    """Somebody who may write to the bucket puts another part there, sealed for whom it is to be."""
+    backup = await rig.create()
+    manifest, _ = await rig.repository.manifest(backup)
+    forged = await Sealer([rig.recipient]).seal(b"")
+    number = len(manifest.streams["checkpoints"]) - 1
+    key = f"backups/{backup}/checkpoints/{number:06}"
+    assert key in await keys_of(rig)
+    await rig.blobs.put(key, forged, "application/octet-stream")
+    part = Part(len(forged), hashlib.sha256(forged).hexdigest())
+    streams = {**manifest.streams, "checkpoints": (*manifest.streams["checkpoints"][:-1], part)}
+    changed = dataclasses.replace(manifest, streams=streams).encode()
+    await rig.blobs.put(f"backups/{backup}/manifest.json", changed, "application/json")
+    assert await rig.repository.damages(Manifest.decode(changed)) == []
+    for unsigned in (False, True):
+        with pytest.raises(ManifestForged, match=f"the manifest of {backup} is not what any of"):
+            await rig.verify(unsigned=unsigned)
+        with pytest.raises(ManifestForged):
+            await new_mesh.restore(unsigned=unsigned)
+    assert (await RunStore(system_database).gauges())["backup_verify_ok"] == 0
+    assert await new_mesh.blobs.list_keys("") == []
+    # Whoever signs it with a key of their own gains nothing, nor who moves another's signature.
+    for signature in (Signer(another_key()).sign(changed), await signature_of(rig)):
+        await rig.blobs.put(f"backups/{backup}/manifest.sig", signature, "application/octet-stream")
+        with pytest.raises(ManifestForged):
+            await rig.verify(backup)
+
+
+def another_key() -> str:
+    return base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+async def signature_of(rig: Rig) -> bytes:
+    """Return the signature of one more backup."""
+    key = f"backups/{await rig.create()}/manifest.sig"
+    return await rig.blobs.get_small(key, longest=1024) or b""
+
+
+async def test_a_backup_without_a_signature_is_taken_only_if_that_is_said(
+    rig: Rig, story: Story, new_mesh: NewMesh
+) -> None:
+    backup = await rig.create()
+    await rig.blobs.remove_version(f"backups/{backup}/manifest.sig", None)
+    with pytest.raises(Unsigned, match="say --unsigned"):
+        await new_mesh.restore()
+    assert (await new_mesh.restore(unsigned=True)).manifest.id == backup
+    with pytest.raises(Unsigned):
+        await rig.verify()
+    assert (await rig.verify(unsigned=True))["problems"] == []
+
+
+async def test_whoever_signed_before_a_rotation_still_counts(rig: Rig, story: Story) -> None:
+    await rig.create()
+    both = f"{Signer(another_key()).public} {rig.signer.public}"
+    assert (await rig.verify(backup_signers=both))["problems"] == []
+    for nobody in ("", "not base64", rig.signer.public[:-8]):
+        with pytest.raises(KeyRefused):
+            await rig.verify(backup_signers=nobody)
 
 
 async def test_another_key_opens_nothing(rig: Rig, story: Story, tmp_path: Path) -> None:
@@ -195,7 +267,7 @@ def creator_of(rig: Rig) -> Creator:
         checkpoints.object_key,
         (words.DIRECTORY,),
     )
-    return Creator(source, rig.repository, Sealer([rig.recipient]))
+    return Creator(source, rig.repository, Sealer([rig.recipient]), rig.signer)
 
 
 async def test_a_restore_goes_on_until_it_is_done_and_then_never_again(
@@ -255,10 +327,31 @@ async def test_a_point_is_a_backup_or_the_newest_one_by_then(rig: Rig, story: St
             await rig.verify(nonsense)
 
 
+async def test_a_restore_goes_to_the_point_that_was_named(
+    rig: Rig, story: Story, new_mesh: NewMesh
+) -> None:
+    first = await rig.create()
+    later = "what the point does not know yet"
+    await story.remember(story.mine, later)
+    second = await rig.create()
+    marks = [(await rig.repository.manifest(name))[0].mark for name in (first, second)]
+    restored = await new_mesh.restore((marks[0] + (marks[1] - marks[0]) / 2).isoformat())
+    assert restored.manifest.id == first
+    copy = await asyncpg.connect(rig.elsewhere.dsn(SUPERUSER, RESTORED))
+    try:
+        contents = [row["content"] for row in await copy.fetch("SELECT content FROM memories")]
+    finally:
+        await copy.close()
+    assert len(contents) == 15
+    assert later not in contents
+
+
 async def test_a_recipient_that_is_no_key_makes_no_backup(rig: Rig) -> None:
     for nobody in ("", "age1nobody"):
         with pytest.raises(KeyRefused):
             await create_backup(rig.making(backup_recipients=nobody))
+    with pytest.raises(KeyRefused):
+        await create_backup(rig.making(backup_signing_key=SecretStr("")))
     assert await keys_of(rig) == []
 
 

@@ -1,25 +1,16 @@
 """Alerts: each fires and is quiet in a test of promtool's, and leads to text one can follow."""
 
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-import kimberly.cli
 import pytest
-import typer
 import yaml
-from typer.main import get_command
 
-import deploy.__main__
-import local.__main__
-import server.__main__
-from deploy import rendering, tools
-from deploy.manifests import Manifests
+from deploy import tools
 from deploy.slos import OBSERVABILITY, RULES, RUNBOOKS
 from local.layout import CHECKOUT
 from tests.deploy import expressions
@@ -32,9 +23,6 @@ SEVERITIES = {"page", "ticket", "notice"}
 
 needs_promtool = pytest.mark.skipif(
     not PROMTOOL.exists(), reason="make build/prometheus/installed brings promtool, on Debian"
-)
-needs_kustomize = pytest.mark.skipif(
-    not rendering.TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
 )
 
 
@@ -112,140 +100,7 @@ def test_a_section_says_what_to_look_at_what_to_do_and_when_it_is_over(name: str
         assert f"**{part}**" in SECTIONS[name]
 
 
-# --- commands of the runbooks ------------------------------------------------------------------
-
-# What kubectl is asked to do: nothing that loses anything.
-VERBS = {"create", "describe", "exec", "get", "logs", "port-forward", "rollout", "scale", "top"}
-
-
-def commands() -> list[str]:
-    """Return every command of the runbooks, of its blocks and of its sentences."""
-    blocks = re.findall(r"(?ms)^```sh\n(.*?)^```", TEXT)
-    lines = [line for block in blocks for line in block.splitlines()]
-    sentences = re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```", "", TEXT))
-    own = ("kubectl ", "kimberly ", "python -m ", "deploy/", "make ")
-    return lines + [each for each in sentences if each.startswith(own)]
-
-
-@cache
-def rendered() -> list[Manifests]:
-    return [Manifests.parse(rendering.render(path)) for path in rendering.targets().values()]
-
-
-def is_command(app: typer.Typer, words: list[str]) -> bool:
-    """Tell whether a command line of ours begins with a command that there is."""
-    node: Any = get_command(app)
-    for word in words:
-        if not hasattr(node, "commands"):
-            break
-        if word not in node.commands:
-            return False
-        node = node.commands[word]
-    return not hasattr(node, "commands")
-
-
-APPS = {
-    "kimberly": kimberly.cli.app,
-    "server": server.__main__.app,
-    "deploy": deploy.__main__.app,
-    "local": local.__main__.app,
-}
-
-
-def is_ours(line: str) -> bool:
-    """Tell whether a command that is not kubectl's is one of ours."""
-    words = shlex.split(line)
-    if words[0] == "make":
-        return re.search(rf"(?m)^{words[1]}:", (CHECKOUT / "Makefile").read_text()) is not None
-    if words[0].startswith("deploy/"):
-        return (CHECKOUT / words[0]).exists()
-    if words[:2] in (["python", "-m"], ["python3", "-m"]):
-        return is_command(APPS[words[2]], words[3:])
-    return is_command(APPS[words[0]], words[1:])
-
-
-def named(kind: str) -> set[str]:
-    return {name for each in rendered() for name in each.named(kind)}
-
-
-KINDS = {
-    "certificate": "Certificate",
-    "cronjob": "CronJob",
-    "deployment": "Deployment",
-    "service": "Service",
-    "statefulset": "StatefulSet",
-}
-
-
-def problems_of(line: str) -> Iterator[str]:
-    """Yield what is wrong with a command of kubectl's."""
-    command, _, inside = line.partition(" -- ")
-    words = shlex.split(command)[1:]
-    if words[:2] == ["-n", "cert-manager"]:
-        # Others' own namespace.
-        return
-    if words[:2] != ["-n", "kimberly"]:
-        yield f"{line}: in which namespace?"
-        return
-    if words[2] not in VERBS:
-        yield f"{line}: {words[2]} is not what a runbook asks for"
-    rest = [word for word in words[3:] if word not in ("history", "restart", "pod", "-it", "-o")]
-    yield from _unknown(line, rest)
-    if inside.startswith(("python3 -m", "kimberly")) and not is_ours(inside):
-        yield f"{line}: there is no {inside}"
-
-
-def _unknown(line: str, words: list[str]) -> Iterator[str]:
-    for at, word in enumerate(words):
-        kind, slash, name = word.removeprefix("--from=").partition("/")
-        if slash and kind in KINDS and name not in named(KINDS[kind]):
-            yield f"{line}: there is no {word}"
-        if word in KINDS and words[at + 1] not in named(KINDS[word]):
-            yield f"{line}: there is no {word} {words[at + 1]}"
-        if word == "-c" and words[at + 1] not in _containers(words):
-            yield f"{line}: has no container {words[at + 1]}"
-        if word == "-l" and not _selected(words[at + 1]):
-            yield f"{line}: {words[at + 1]} selects nothing"
-
-
-def _containers(words: list[str]) -> set[str]:
-    """Return the containers of the pods that a command names, such as deployment/memory."""
-    owners = {word.lower() for word in words}
-    pods = [pod for each in rendered() for pod in each.pods if pod.name.lower() in owners]
-    return {container.spec["name"] for pod in pods for container in pod.containers}
-
-
-def _selected(selector: str) -> bool:
-    key, _, value = selector.partition("=")
-    return any(pod.labels.get(key) == value for each in rendered() for pod in each.pods)
-
-
-@needs_kustomize
-def test_every_command_of_the_runbooks_can_be_typed() -> None:
-    found: list[str] = []
-    for line in commands():
-        if line.startswith("kubectl"):
-            found += problems_of(line)
-        elif not is_ours(line):
-            found.append(f"{line}: there is no such command")
-    assert found == []
-
-
-@needs_kustomize
-@pytest.mark.parametrize(
-    "line",
-    [
-        "kubectl -n kimberly logs deployment/scorer",
-        "kubectl -n kimberly describe certificate identity-scorer",
-        "kubectl -n kimberly get pods -l app.kubernetes.io/name=scorer",
-        "kubectl -n kimberly logs deployment/memory -c proxy",
-        "kubectl -n kimberly delete pods",
-        "kubectl get pods",
-        "kubectl -n kimberly exec deployment/auth -c app -- python3 -m server score",
-    ],
-)
-def test_a_command_that_is_wrong_would_be_noticed(line: str) -> None:
-    assert list(problems_of(line)) != []
+# --- statements of the runbooks ----------------------------------------------------------------
 
 
 def statements() -> list[str]:

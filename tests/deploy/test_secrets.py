@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from deploy import rendering, secrets
 from deploy.__main__ import app
 from local.servers import KEY_PREFIX, VALKEY_USER
+from server.backup.signing import Signer
 from server.kms.local import LocalKms
 from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM, Role
 
@@ -57,6 +58,19 @@ def test_what_was_never_filled_in_is_said(directory: Path) -> None:
         *(f"backup/{key}" for key in BUCKET_KEYS),
         "dns/api-token",
         "mails/smtp-password",
+    ]
+
+
+def test_without_a_certificate_of_their_own_the_machines_of_fly_get_one_of_ours(
+    directory: Path,
+) -> None:
+    (directory / "fly.recipients").write_text(f"{ANN}\n")
+    secrets.encrypt(secrets.new_values("fly"), directory / "fly.enc.yaml", [ANN], SOPS)
+    said = list(secrets.problems_of(directory))
+    assert [each.split(" ")[1] for each in said] == [
+        "s3/access-key",
+        "s3/secret-key",
+        *(f"backup/{key}" for key in BUCKET_KEYS),
     ]
 
 
@@ -172,6 +186,14 @@ def test_a_new_key_of_backups_stands_below_the_old_one_and_the_next_is_sealed_fo
     assert values["backup-identity"]["identity"] == f"{old}\n"
     assert rotated["backup"]["recipients"] == str(x25519.Identity.from_str(new).to_public())
     assert rotated["backup"]["database-url"] == values["backup"]["database-url"]
+
+
+def test_a_new_signer_of_backups_stands_beside_the_old_one() -> None:
+    values = secrets.new_values("staging")
+    rotated = secrets.rotated(values, "backup-signing")["backup-signing"]
+    old = values["backup-signing"]
+    assert rotated["signers"] == f"{old['signers']} {Signer(rotated['key']).public}"
+    assert rotated["key"] != old["key"]
 
 
 def test_what_is_not_ours_is_not_rotated() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import datetime as dt
 import hashlib
 import json
@@ -33,6 +34,7 @@ from local.mesh import Mesh
 from local.postgres import BACKUP, OWNER, SUPERUSER, SYSTEM
 from local.servers import Stores
 from server.access import EDGE, PROCESSES
+from server.backup.signing import Signer
 from server.blobs import Blobs
 from tests.mesh import PASSWORD, User, address_of, bearer, eventually, sign_up
 from tests.transports import Grpc, Refused
@@ -56,6 +58,10 @@ class Written:
         return {memory_id for memory_id, then in self.at.items() if then < mark}
 
 
+def new_signing_key() -> str:
+    return base64.b64encode(secrets.token_bytes(32)).decode()
+
+
 @dataclass(frozen=True, slots=True)
 class Vault:
     """Another machine: it holds the backups, and has a server to verify them with."""
@@ -63,6 +69,7 @@ class Vault:
     stores: Stores
     identity: Path
     recipient: str
+    signing_key: str
 
     @property
     def blobs(self) -> Blobs:
@@ -117,6 +124,8 @@ def told_of(stores: Stores, vault: Vault) -> dict[str, str]:
         "KIMBERLY_SCRATCH_DATABASE_URL": vault.stores.dsn(SUPERUSER, "postgres"),
         "KIMBERLY_BACKUP_RECIPIENTS": vault.recipient,
         "KIMBERLY_BACKUP_IDENTITY_FILE": str(vault.identity),
+        "KIMBERLY_BACKUP_SIGNING_KEY": vault.signing_key,
+        "KIMBERLY_BACKUP_SIGNERS": Signer(vault.signing_key).public,
         "KIMBERLY_POSTGRES_PROGRAMS": str(stores.postgres.home.install / "bin"),
     }
 
@@ -299,7 +308,7 @@ async def test_a_mesh_that_is_gone_comes_back_from_its_backup(tmp_path: Path) ->
     async with Stores(Layout(tmp_path / "vault"), durable=True) as stores:
         s3 = stores.s3
         Minio(s3.endpoint, s3.access_key, s3.secret_key, secure=False).make_bucket(BUCKET)
-        vault = Vault(stores, key, str(identity.to_public()))
+        vault = Vault(stores, key, str(identity.to_public()), new_signing_key())
         lived = await live(tmp_path / "old", vault)
         # All that is left: the bucket, the key that opens it, and the master key, kept elsewhere.
         master_key = (Layout(tmp_path / "old").secrets / MASTER_KEY).read_text()

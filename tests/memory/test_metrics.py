@@ -7,8 +7,10 @@ import pytest
 from prometheus_client import REGISTRY
 
 from server.caller import Caller
-from server.database import SystemDatabase
+from server.database import Database, SystemDatabase
+from server.memory.meditation_store import MeditationStore
 from server.memory.metrics import MemoryReadings
+from tests.conftest import new_caller
 from tests.memory.calls import Stub, archive, create
 from tests.refusals import refusal_of
 
@@ -77,3 +79,33 @@ async def test_the_last_meditation_of_all_users_is_told(
     assert value("memory_meditation_last_success_timestamp_seconds") == 1090
     assert value("memory_meditation_last_duration_seconds") == 90
     assert value("memory_meditation_running") == 0
+
+
+async def test_meditations_that_no_job_goes_on_with_are_counted_by_what_became_of_theirs(
+    meditations: MeditationStore,
+    database: Database,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    readings = MemoryReadings(system_database)
+
+    async def interrupted() -> list[float]:
+        await readings.interrupted()
+        name = "memory_meditation_interrupted"
+        return [value(name, outcome=outcome) for outcome in ("failed", "cancelled")]
+
+    callers = [await new_caller(database) for _ in range(3)]
+    for each in callers:
+        await meditations.start(each, "")
+    assert await interrupted() == [0, 0]
+    failed, cancelled, _ = callers
+    for caller, state in ((failed, "dead"), (cancelled, "cancelled")):
+        await owner.execute(
+            "UPDATE jobs SET state = $2, finished_at = now() WHERE user_id = $1",
+            caller.user_id,
+            state,
+        )
+    assert await interrupted() == [1, 1]
+    # Whoever asks again has it taken up again.
+    await meditations.start(failed, "")
+    assert await interrupted() == [0, 1]

@@ -21,6 +21,7 @@ EXPECTED: Mapping[str, frozenset[str]] = {
             "auth_tokens_issued_total",
             "auth_mails_waiting",
             "audit_seal_lag_seconds",
+            "audit_unsigned_seconds",
             "billing_usage_users",
         }
     ),
@@ -35,6 +36,7 @@ EXPECTED: Mapping[str, frozenset[str]] = {
             "memory_meditation_last_success_timestamp_seconds",
             "memory_meditation_last_duration_seconds",
             "memory_meditation_running",
+            "memory_meditation_interrupted",
             "retrieval_latency_seconds_bucket",
             "embedding_waiting",
             "vector_index_bytes",

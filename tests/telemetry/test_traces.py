@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import yaml
 from kimberly.memory.v1 import memory_pb2 as pb
 
+from deploy.slos import OBSERVABILITY
 from local.mesh import Mesh
+from local.postgres import SYSTEM
+from server.database import SystemDatabase, open_pool
+from server.jobs.own_schedules import OwnSchedules
+from server.settings import Settings
 from tests.mesh import User, eventually
 from tests.telemetry.receiver import Receiver, Seen
 from tests.telemetry.test_metrics import meditate
@@ -17,6 +24,8 @@ QUERY = "kimberly.memory.v1.MemoryService/QueryMemories"
 MEDITATE = "kimberly.memory.v1.MemoryService/Meditate"
 PLAN = "kimberly.scoring.v1.ScoringService/PlanMeditation"
 SCORE = "kimberly.scoring.v1.ScoringService/Score"
+
+SHARDS = Settings.model_fields["meditation_shards"].default
 
 Trace = Sequence[Seen]
 
@@ -113,6 +122,29 @@ async def test_a_meditation_is_one_tree_from_the_edge_to_the_worker(
     assert opening.seconds < 0.1
 
 
+async def test_a_night_is_one_tree_from_the_planner_to_every_shard(
+    mesh: Mesh, user: User, receiver: Receiver
+) -> None:
+    await user.grpc(
+        pb.CreateMemoryRequest(memory=pb.Memory(content="to be thought about at night"))
+    )
+    known = set(receiver.traces())
+    async with await open_pool(mesh.stores.dsn(SYSTEM), size=1, name="test") as pool:
+        await OwnSchedules(SystemDatabase(pool)).run("meditation.nightly")
+
+    def is_whole(trace: Trace) -> bool:
+        shards = [span for span in trace if span.name == "job meditation.shard"]
+        return is_one_tree(trace) and len(shards) == SHARDS
+
+    trace = await trace_with(receiver, "job meditation.plan", is_whole, known)
+    (root,) = [span for span in trace if not span.parent]
+    assert (root.service, root.name) == ("worker", "job meditation.plan"), depicted(trace)
+    (planned,) = [span for span in trace if span.name == PLAN and span.service == "memory"]
+    for job in (span for span in trace if span.name == "job meditation.shard"):
+        assert planned in ancestors(trace, job), depicted(trace)
+    assert services(trace) >= {"worker", "worker-sidecar", "memory-sidecar", "memory"}
+
+
 async def test_a_client_does_not_choose_what_is_traced_nor_where(
     mesh: Mesh, user: User, receiver: Receiver
 ) -> None:
@@ -144,6 +176,11 @@ async def test_logs_say_which_trace_they_belong_to(
         return [line for line in lines if line["trace_id"] == wanted]
 
     assert all(line["span_id"] in spans for line in lines_of("memory"))
+    # By which Grafana leads from a line to its trace.
+    loki = yaml.safe_load((OBSERVABILITY / "full" / "datasources.yaml").read_text())["datasources"]
+    (field,) = loki[0]["jsonData"]["derivedFields"]
+    text = (mesh.layout.logs / "memory.log").read_text()
+    assert wanted in re.findall(field["matcherRegex"], text)
     assert lines_of("memory")
 
     async def at_the_edge() -> list[dict[str, str]]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
 from kimberly.users.v1 import users_pb2 as pb
 from kimberly.users.v1 import users_pb2_grpc as rpc
+from prometheus_client import REGISTRY
 
 from server.caller import Caller
-from server.database import Database
+from server.database import Database, SystemDatabase
 from server.users.audit_keys import AuditKeys
 from server.users.audit_log import AuditLog
 from server.users.audit_work_service import AuditWorkService
 from server.users.checkpoint_archive import CheckpointArchive
 from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
+from server.users.metrics import AuditReadings
 from tests.conftest import EDGE_ID, Serve, as_worker, bearer, new_caller
 from tests.users.tampering import act
 from tests.users.test_checkpoints import unreachable as unreachable
@@ -49,6 +52,31 @@ async def test_job_signs_every_chain_that_grew_page_by_page(
     for each in callers:
         assert await checkpoint_store.recorded(each.tenant_id)
     assert await auditing.sign_checkpoints(TASK) == {"signed": 0}
+
+
+async def test_while_nobody_does_the_job_what_is_not_signed_is_told_to_grow_old(
+    channel: grpc.aio.Channel,
+    callers: list[Caller],
+    database: Database,
+    audit_log: AuditLog,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    readings = AuditReadings(system_database)
+
+    async def unsigned() -> float:
+        await readings.unsigned()
+        return REGISTRY.get_sample_value("audit_unsigned_seconds") or 0.0
+
+    await owner.execute("UPDATE audit_events SET event_time = event_time - interval '1 hour'")
+    assert 3600 <= await unsigned() < 3700
+    auditing = Auditing(channel, metadata=as_worker())
+    await auditing.sign_checkpoints(TASK)
+    assert await unsigned() == 0
+    # One chain goes on: what was signed is not counted again.
+    await act(database, callers[0])
+    await audit_log.seal()
+    assert 0 < await unsigned() < 60
 
 
 async def test_interrupted_job_leaves_less_to_the_next_one(

@@ -2,7 +2,7 @@
 
 import typer
 
-from kimberly.cli import agents, audit, jobs, meditations, profile, tenants
+from kimberly.cli import agents, audit, backups, jobs, meditations, profile, tenants
 
 app = typer.Typer(
     help=(
@@ -16,6 +16,11 @@ app = typer.Typer(
 )
 app.add_typer(agents.app, name="agents")
 app.add_typer(audit.app, name="audit")
+app.command(
+    # Its help, too, is the server's.
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(backups.backup)
 app.add_typer(tenants.invitations, name="invitations")
 app.add_typer(jobs.app, name="jobs")
 app.command()(meditations.meditate)
