@@ -3,12 +3,14 @@
 import ssl
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from deploy import images, observing, rendering, secrets, tools
+from deploy.forwarding import Unreachable, forwarded
 from deploy.gate import Refused, watch
 from deploy.invariants import problems, unpinned
 from deploy.manifests import Manifests
@@ -88,11 +90,19 @@ def smoke_command(
 
 
 @app.command("gate")
-def gate_command(prometheus: str, *, minutes: float = 10.0) -> None:
+def gate_command(
+    prometheus: Annotated[
+        str, typer.Argument(help="Its URL; none: that of the cluster that kubectl speaks to.")
+    ] = "",
+    *,
+    minutes: float = 10.0,
+) -> None:
     """Fail if an alert that pages fires within some minutes."""
+    reached = nullcontext(prometheus) if prometheus else forwarded("prometheus", 9090)
     try:
-        looked = watch(prometheus, seconds=minutes * 60)
-    except Refused as error:
+        with reached as url:
+            looked = watch(url, seconds=minutes * 60)
+    except (Refused, Unreachable) as error:
         _end([str(error)], "")
     _end([], f"nothing fired in {looked} looks", "gate")
 
