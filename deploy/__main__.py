@@ -12,7 +12,7 @@ import typer
 from deploy import images, observing, rendering, secrets, tools
 from deploy.forwarding import Unreachable, forwarded
 from deploy.gate import Refused, watch
-from deploy.invariants import problems, unpinned
+from deploy.invariants import problems, spread, unpinned
 from deploy.manifests import Manifests
 from deploy.smoke import Failed, smoke
 
@@ -48,6 +48,8 @@ def render_command(
         manifests = Manifests.parse(text)
         every.append(manifests)
         found += [f"{name}: {each}" for each in problems(manifests, rendering.secrets_of(name))]
+        if name in rendering.ZONES:
+            found += [f"{name}: {each}" for each in spread(manifests, rendering.ZONES[name])]
         if released:
             found += [f"{name}: {each} is not pinned by digest" for each in unpinned(manifests)]
     found += rendering.problems_of_schema(every)

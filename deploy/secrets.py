@@ -24,6 +24,7 @@ from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM
 Values = Mapping[str, Mapping[str, str]]
 """Values by the name of the secret and the key in it."""
 
+NAMESPACE: Final = "kimberly"
 DIRECTORY: Final = CHECKOUT / "secrets"
 TO_BE_GIVEN: Final = {"dns": ("api-token",), "alerts": ("smtp-password",)}
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
@@ -117,7 +118,7 @@ def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:
     }
 
 
-def documents(values: Values, namespace: str = "kimberly") -> str:
+def documents(values: Values, namespace: str = NAMESPACE) -> str:
     """Return the secrets as Kubernetes takes them."""
     text: str = yaml.safe_dump_all(
         (
@@ -236,7 +237,8 @@ def _kind(keys: Mapping[str, str]) -> str:
 
 
 def _url(role: str, passwords: Mapping[str, str], database: str = "kimberly") -> str:
-    return f"postgresql://{role}:{passwords[role]}@postgres:5432/{database}"
+    # With the namespace: KEDA counts in it from another one.
+    return f"postgresql://{role}:{passwords[role]}@postgres.{NAMESPACE}.svc:5432/{database}"
 
 
 def _backup(database_url: str) -> dict[str, dict[str, str]]:

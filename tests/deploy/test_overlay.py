@@ -233,7 +233,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster,
         stores = stack.enter_context(in_background(Stores(layout, durable=False)))
         values["database-owner"]["superuser-url"] = stores.dsn(SUPERUSER, "postgres")
         words = {
-            "@postgres:5432/": f"@127.0.0.1:{stores.postgres.port}/",
+            "@postgres.kimberly.svc:5432/": f"@127.0.0.1:{stores.postgres.port}/",
             "@valkey:6379/": f"@{ADDRESSES['valkey']}:6379/",
             "s3.kimberly.svc.cluster.local:": f"{ADDRESSES['s3']}:",
         }
