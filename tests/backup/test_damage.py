@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 from pyrage import x25519
 
-from local.postgres import BACKUP, SUPERUSER
+from local.postgres import BACKUP, SUPERUSER, SYSTEM
 from local.servers import BUCKET
 from server.backup.creating import Creator, Source, new_name
 from server.backup.failures import BackupFailed
@@ -190,6 +190,7 @@ async def test_an_object_that_is_lost_makes_the_backup_fail_and_one_that_was_del
 def creator_of(rig: Rig) -> Creator:
     source = Source(
         rig.stores.dsn(BACKUP, DATABASE),
+        rig.stores.dsn(SYSTEM, DATABASE),
         open_bucket(rig.stores, BUCKET),
         Programs(rig.programs),
         checkpoints.object_key,
