@@ -22,6 +22,7 @@ from deploy.__main__ import app
 from deploy.gate import Refused, paging, watch
 from deploy.manifests import Manifests
 from deploy.slos import RULES
+from tests.needs import needs_kustomize, needs_prometheus
 
 FIRING = {"metric": {"alertname": "QueryLatencyBudgetBurns"}, "value": [0, "1"]}
 
@@ -143,9 +144,7 @@ def test_a_cluster_that_has_no_prometheus_stops_it(notes: Path) -> None:
     assert notes.exists()
 
 
-@pytest.mark.skipif(
-    not rendering.TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
-)
+@needs_kustomize
 @pytest.mark.parametrize("overlay", ["staging", "prod"])
 def test_where_a_release_goes_there_is_a_prometheus_to_ask(overlay: str) -> None:
     manifests = Manifests.parse(rendering.render(rendering.targets()[overlay]))
@@ -194,12 +193,6 @@ def is_ready(prometheus: str) -> bool:
         return httpx.get(f"{prometheus}/-/ready").status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
-
-
-needs_prometheus = pytest.mark.skipif(
-    not (tools.PROMETHEUS / "prometheus").exists(),
-    reason="make build/prometheus/installed brings Prometheus, on Debian",
-)
 
 
 @needs_prometheus

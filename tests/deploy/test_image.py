@@ -14,8 +14,9 @@ import pytest
 
 from deploy import images
 from deploy.manifests import Manifests
-from deploy.rendering import TOOLS, render, targets
+from deploy.rendering import render, targets
 from local.layout import CHECKOUT
+from tests.needs import needs_kustomize
 
 DOCKERFILE = CHECKOUT / "images" / "service" / "Dockerfile"
 
@@ -52,7 +53,7 @@ def run(image: Path, *arguments: str, **told: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.skipif(not TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize")
+@needs_kustomize
 def test_every_command_of_the_manifests_starts_in_the_image(image: Path) -> None:
     manifests = Manifests.parse(render(targets()["local"]))
     commands = {

@@ -17,10 +17,9 @@ from deploy.secrets import new_values
 from local.layout import CHECKOUT
 from local.postgres import COMMON_SETTINGS, DURABLE_SETTINGS
 from server.database import SystemDatabase
+from tests.needs import needs_kustomize
 
-pytestmark = pytest.mark.skipif(
-    not rendering.TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
-)
+pytestmark = needs_kustomize
 
 HASH = re.compile(r"-[a-z0-9]{10}$")
 """What kustomize puts behind the name of a ConfigMap."""

@@ -6,16 +6,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from deploy.manifests import Manifests, Pod
-from deploy.rendering import TOOLS, render, targets
+from deploy.rendering import render, targets
 from local.layout import CHECKOUT
+from tests.needs import needs_kustomize, needs_terraform
 
 ROOT = CHECKOUT / "terraform"
-needs_terraform = pytest.mark.skipif(
-    shutil.which("terraform") is None, reason="there is no terraform here"
-)
 
 
 def terraform(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,10 +40,9 @@ def test_sizes_are_held_to_what_is_free(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@needs_kustomize
 def test_what_runs_on_the_free_node_fits_into_it() -> None:
     """By what the pods ask for: limits may be more than there is, requests may not."""
-    if not TOOLS.is_dir():
-        pytest.skip("make build/deploy/installed brings kustomize")
     manifests = Manifests.parse(render(targets()["free"]))
     asked = [(pod.lives, *asked_for(pod)) for pod in manifests.pods]
     # What comes and goes is due at different hours: the largest of it has to fit beside the rest.

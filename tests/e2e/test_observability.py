@@ -31,6 +31,7 @@ from server import access
 from tests.deploy import expressions
 from tests.deploy.expressions import Read
 from tests.mesh import PASSWORD, eventually, sign_up
+from tests.needs import needs_prometheus
 from tests.transports import Refused as CallRefused
 
 PROGRAM = tools.PROMETHEUS / "prometheus"
@@ -56,9 +57,7 @@ NOT_HERE: Final = {
 FAILING: Final = {("code", "INTERNAL"), ("outcome", "dead"), ("envoy_response_code_class", "5")}
 """What does not happen either, as long as the mesh is well."""
 
-pytestmark = pytest.mark.skipif(
-    not PROGRAM.exists(), reason="make build/prometheus/installed brings Prometheus, on Debian"
-)
+pytestmark = needs_prometheus
 
 
 @dataclass(frozen=True)
