@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from deploy.manifests import Manifests, Pod
 from deploy.rendering import render, targets
 from local.layout import CHECKOUT
@@ -67,6 +69,21 @@ def asked_for(pod: Pod) -> tuple[int, int]:
         memory += int(mebibytes[0]) * int(mebibytes[1])
     replicas = pod.owner["spec"].get("replicas", 1)
     return replicas * cpu, replicas * memory
+
+
+@needs_kustomize
+@pytest.mark.parametrize("environment", ["free", "staging"])
+def test_backups_go_to_the_bucket_that_is_made_for_them(environment: str) -> None:
+    described = (ROOT / "envs" / environment / "main.tf").read_text()
+    (module,) = re.findall(r'(?ms)^module "backups" {.*?^}', described)
+    maps = Manifests.parse(render(targets()[environment])).named("ConfigMap")
+    (told,) = (each["data"] for name, each in maps.items() if name.startswith("backups-"))
+    assert f'"{told["KIMBERLY_BACKUP_S3_BUCKET"]}"' in module
+    # As the module has it: the tenancy and the region are whoever's.
+    endpoint = r"\w+\.compat\.objectstorage\.([\w-]+)\.oraclecloud\.com"
+    region = re.fullmatch(endpoint, told["KIMBERLY_BACKUP_S3_ENDPOINT"])
+    assert region
+    assert region[1] == told["KIMBERLY_BACKUP_S3_REGION"]
 
 
 def test_production_lets_services_into_the_subnets_of_data() -> None:
