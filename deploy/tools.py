@@ -13,7 +13,7 @@ POLICIES: Final = CHECKOUT / "build" / "policies" / "bin"
 MODELS: Final = CHECKOUT / "build" / "models"
 PROMETHEUS: Final = CHECKOUT / "build" / "prometheus" / "usr" / "bin"
 _NOT_OURS: Final = (
-    *("^build/", "^third_party/", r"^\.venv/", r"^\.mesh/"),
+    *("build", "third_party", ".venv", ".mesh"),
     # Names of secrets in Vault look as random as secrets do.
     "kustomize/components/external-secrets/secrets.yaml",
 )
