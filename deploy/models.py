@@ -1,24 +1,113 @@
-"""Holds custom resources against their operators' own models; runs in build/policies.
+"""Holds custom resources against their operators' models; runs in build/policies.
 
-There are models of cert-manager and KEDA. None of CloudNativePG and External Secrets could be had:
-nothing but people reads those.
+Those of cert-manager and KEDA come from the operators. None of CloudNativePG's could be had: what
+we use of it is written down below, from its API reference. External Secrets has models.mjs.
 """
 
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cloudcoil.models.cert_manager import v1 as certificates
 from cloudcoil.models.keda import v1alpha1 as keda
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+
+class Part(BaseModel):
+    """A part of a resource that knows no other fields than those named here."""
+
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, strict=True)
+
+
+class InitDb(Part):
+    """How the data directory is made."""
+
+    encoding: str
+    locale_provider: Literal["builtin", "icu", "libc"]
+    builtin_locale: str
+    locale: str
+    data_checksums: bool
+
+
+class Bootstrap(Part):
+    """What the first instance starts with."""
+
+    initdb: InitDb
+
+
+class Synchronous(Part):
+    """How many standbys a commit waits for."""
+
+    method: Literal["any", "first"]
+    number: int = Field(ge=1)
+    data_durability: Literal["required", "preferred"]
+
+
+class PostgreSql(Part):
+    """What PostgreSQL is told."""
+
+    parameters: dict[str, str]
+    synchronous: Synchronous
+
+
+class SecretName(Part):
+    """A secret of the same namespace."""
+
+    name: str
+
+
+class Storage(Part):
+    """The volume of an instance."""
+
+    size: str
+
+
+class Resources(Part):
+    """What an instance asks for and may take."""
+
+    requests: dict[str, str]
+    limits: dict[str, str]
+
+
+class Affinity(Part):
+    """Where instances are in relation to each other."""
+
+    enable_pod_anti_affinity: bool
+    topology_key: str
+
+
+class ClusterSpec(Part):
+    """What we use of CloudNativePG 1.30."""
+
+    instances: int = Field(ge=1)
+    image_name: str
+    enable_superuser_access: bool
+    superuser_secret: SecretName
+    bootstrap: Bootstrap
+    postgresql: PostgreSql
+    storage: Storage
+    resources: Resources
+    affinity: Affinity
+
+
+class Cluster(Part):
+    """PostgreSQL with standbys."""
+
+    api_version: str
+    kind: str
+    metadata: dict[str, Any]
+    spec: ClusterSpec
+
 
 MODELS: dict[tuple[str, str], Any] = {
     ("cert-manager.io/v1", "Certificate"): certificates.Certificate,
     ("cert-manager.io/v1", "Issuer"): certificates.Issuer,
     ("keda.sh/v1alpha1", "ScaledObject"): keda.ScaledObject,
     ("keda.sh/v1alpha1", "TriggerAuthentication"): keda.TriggerAuthentication,
+    ("postgresql.cnpg.io/v1", "Cluster"): Cluster,
 }
 
 

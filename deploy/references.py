@@ -1,12 +1,14 @@
 """What manifests refer to: configuration, secrets, ports, and who may connect to whom."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from deploy.manifests import Container, Document, Manifests, Pod, name_of, selects
 from deploy.secrets import Values
 
 CERTIFICATE_KEYS = ("tls.crt", "tls.key", "ca.crt")
+
+_NOBODY: Document = {"matchLabels": {"nobody": "has this label"}}
 
 # What the kubelet would fill in.
 _POD_FIELDS = {"status.podIP": "192.0.2.7", "metadata.name": "pod-0"}
@@ -46,10 +48,16 @@ def environment(manifests: Manifests, container: Container, given: Values) -> di
 
 def may_connect(manifests: Manifests, caller: Pod, called: Pod, port: int) -> bool:
     """Tell whether network policies let one pod open a TCP connection to another."""
-    policies = [each["spec"] for each in manifests.of_kind("NetworkPolicy")]
-    return _lets(policies, "Egress", caller, called, port) and _lets(
-        policies, "Ingress", called, caller, port
+    return _lets(
+        manifests, "Egress", caller.labels, port, lambda peer: _is_pod(peer, called.labels)
+    ) and _lets(
+        manifests, "Ingress", called.labels, port, lambda peer: _is_pod(peer, caller.labels)
     )
+
+
+def may_enter(manifests: Manifests, namespace: str, labels: Mapping[str, str], port: int) -> bool:
+    """Tell whether network policies let all of another namespace connect to pods with labels."""
+    return _lets(manifests, "Ingress", labels, port, lambda peer: _is_namespace(peer, namespace))
 
 
 def secrets_of(document: Document) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -162,32 +170,46 @@ def _unresolved_services(manifests: Manifests) -> Iterator[str]:
                 yield f"{name_of(service)}: no pod opens port {port['targetPort']}"
 
 
-def _lets(policies: list[Document], direction: str, subject: Pod, other: Pod, port: int) -> bool:
-    """Tell whether the policies about one pod let the other be its peer."""
+def _lets(
+    manifests: Manifests,
+    direction: str,
+    labels: Mapping[str, str],
+    port: int,
+    is_peer: Callable[[Document], bool],
+) -> bool:
+    """Tell whether the policies about a pod with these labels let somebody be its peer."""
+    policies = [each["spec"] for each in manifests.of_kind("NetworkPolicy")]
     about = [
         policy
         for policy in policies
-        if direction in policy["policyTypes"] and selects(policy["podSelector"], subject.labels)
+        if direction in policy["policyTypes"] and selects(policy["podSelector"], labels)
     ]
     return not about or any(
-        _rule_lets(rule, direction, other, port)
+        _rule_lets(rule, direction, port, is_peer)
         for policy in about
         for rule in policy.get(direction.lower(), ())
     )
 
 
-def _rule_lets(rule: Document, direction: str, other: Pod, port: int) -> bool:
+def _rule_lets(
+    rule: Document, direction: str, port: int, is_peer: Callable[[Document], bool]
+) -> bool:
     ports = [each["port"] for each in rule.get("ports", ())]
     if ports and port not in ports:
         return False
     peers = rule.get("from" if direction == "Ingress" else "to")
-    return peers is None or any(_is_peer(peer, other) for peer in peers)
+    return peers is None or any(is_peer(peer) for peer in peers)
 
 
-def _is_peer(peer: Document, other: Pod) -> bool:
+def _is_pod(peer: Document, labels: Mapping[str, str]) -> bool:
     # Ours are all in one namespace; an ipBlock means what is outside of the cluster.
     return (
         "podSelector" in peer
         and "namespaceSelector" not in peer
-        and selects(peer["podSelector"], other.labels)
+        and selects(peer["podSelector"], labels)
     )
+
+
+def _is_namespace(peer: Document, name: str) -> bool:
+    named = {"kubernetes.io/metadata.name": name}
+    return "podSelector" not in peer and selects(peer.get("namespaceSelector", _NOBODY), named)

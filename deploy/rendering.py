@@ -19,6 +19,9 @@ VERSIONS: Final = ("1.33", "1.35", "1.37")
 WITHOUT_SECRETS: Final = ("prod",)
 """Its secrets come from Vault: the manifests must name every one."""
 
+ZONES: Final = {"prod": 3}
+"""Overlays that outlive the loss of a zone, and over how many they are spread."""
+
 
 def targets() -> Mapping[str, Path]:
     """Return what can be rendered, by name."""

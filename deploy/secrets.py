@@ -7,12 +7,14 @@ the manifests may refer to; production has the same names in Vault.
 import base64
 import hashlib
 import json
+import os
 import re
 import secrets
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import yaml
 from pyrage import x25519
@@ -27,6 +29,7 @@ from server.provision import APPLICATION, BACKUP, OWNER, SYSTEM
 Values = Mapping[str, Mapping[str, str]]
 """Values by the name of the secret and the key in it."""
 
+NAMESPACE: Final = "kimberly"
 DIRECTORY: Final = CHECKOUT / "secrets"
 TO_BE_GIVEN: Final = {
     "dns": ("api-token",),
@@ -36,6 +39,8 @@ TO_BE_GIVEN: Final = {
 """What comes from elsewhere and stays empty until somebody fills it in with `sops edit`."""
 BACKUPS_INSIDE: Final = ("local",)
 """Environments whose backups lie in their own object store: to try things out."""
+REPLICATED: Final = ("staging",)
+"""Environments whose database has standbys: backups read from one of those."""
 STORES_OUTSIDE: Final = ("fly", "free")
 """Environments whose object store is not ours: its keys come from there."""
 TELLING_NOBODY: Final = ("fly", "free", "local")
@@ -47,15 +52,38 @@ WITHOUT_ISSUER: Final = ("fly",)
 the certificate that clients see comes from elsewhere."""
 MAY_BE_EMPTY: Final = ("edge-public",)
 """What comes from elsewhere, and is made by us for those who try things out."""
+_URLS: Final = {
+    APPLICATION: ("database", "application-url"),
+    SYSTEM: ("database", "system-url"),
+    OWNER: ("database-owner", "owner-url"),
+    BACKUP: ("backup", "database-url"),
+}
+"""Where the password of a role is that the migration job looks after."""
+_OURS: Final = {"redis": "users.acl", "s3": "s3.json"}
+"""Stores that the secret itself tells whom to let in, where they are ours, and by which key."""
 _SUPERUSER: Final = "postgres"
 _REDIS_USER: Final = "mesh"
 _ENCRYPTED: Final = "^(data|stringData)$"
 # Put together here, so that this file is none that holds them.
-_MARKS: Final = (
-    b"AGE-SECRET" + b"-KEY-1",
-    *(b"-----BEGIN " + kind + b"PRIVATE KEY-----" for kind in (b"", b"RSA ", b"EC ", b"OPENSSH ")),
+_AGE: Final = "AGE-SECRET" + "-KEY-1"
+_LOOKS: Final = (
+    ("holds a private key", re.compile(_AGE.encode())),
+    (
+        "holds a private key",
+        re.compile(rb"-----BEGIN (RSA |EC |DSA |OPENSSH |ENCRYPTED )?PRIV" + rb"ATE KEY-----"),
+    ),
+    ("holds an API key of ours", re.compile(rb"\bkim_[0-9a-f]{10}_[\w-]{43}")),
+    (
+        "holds a password in a URL",
+        # What a shell, a template or an f-string fills in is none.
+        re.compile(rb"\b[a-z][a-z0-9+.-]+://[^\s/:@\"'<>{}$]*:[^\s/:@\"'<>{}$]{8,}@"),
+    ),
 )
-_SECRET: Final = re.compile(rb"^kind: Secret$", re.MULTILINE)
+"""What gives a secret away, whatever file it is in."""
+_SECRET: Final = re.compile(
+    rb"""(^|[\s{,-])["']?kind["']?\s*:\s*["']?Secret["']?\s*(,|}|\#|$)""", re.MULTILINE
+)
+_DATA: Final = re.compile(rb"""\b(data|stringData)["']?\s*:""")
 
 
 def new_values(environment: str) -> dict[str, dict[str, str]]:
@@ -88,7 +116,7 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
             "s3.json": json.dumps({"identities": [identity]}),
         },
         "key": {"master.key": f"{_key()}\n"},
-        **_backup(_url(BACKUP, passwords)),
+        **_backup(_url(BACKUP, passwords, host=_backed_up(environment))),
     }
     if environment in BACKUPS_INSIDE:
         for whose in ("", "erasures-"):
@@ -109,40 +137,43 @@ def new_values(environment: str) -> dict[str, dict[str, str]]:
     return made | given
 
 
-def rotated(values: Values, name: str, environment: str = "") -> dict[str, dict[str, str]]:
+def rotated(values: Values, name: str) -> dict[str, dict[str, str]]:
     """Return the values of an environment with one secret made anew.
 
     A new master key goes below the old ones: what those wrapped is still to be read. The roles of
-    the database follow at the next migration job, which sets their passwords.
+    the database follow at the next migration job, which sets their passwords; its superuser does
+    where an operator looks after it, and has to be told elsewhere.
 
     Raises:
-        KeyError: There is no such secret, or it comes from elsewhere.
+        KeyError: There is no such secret, or its other half is not in the cluster.
     """
-    fresh = new_values(environment)
-    if not any(fresh[name].values()):
-        raise KeyError(name)
-    together = [name]
-    if name == "key":
-        fresh[name]["master.key"] = values[name]["master.key"] + fresh[name]["master.key"]
-    if name == "backup-identity":
+    changed = {each: dict(keys) for each, keys in values.items()}
+    fresh = new_values("")
+    if name == "database":
+        for secret, key in _URLS.values():
+            changed[secret][key] = _with_password(values[secret][key], _password())
+    elif name == "database-superuser":
+        password, owner = _password(), changed["database-owner"]
+        changed[name]["password"] = owner["superuser-password"] = password
+        owner["superuser-url"] = _with_password(owner["superuser-url"], password)
+    elif name == "key":
+        changed[name]["master.key"] += fresh[name]["master.key"]
+    elif name == "backup-identity":
         # What the old keys sealed is to be opened for as long as it is kept.
-        fresh[name]["identity"] = values[name]["identity"] + fresh[name]["identity"]
-        fresh["backup"] = {**values["backup"], "recipients": fresh["backup"]["recipients"]}
-        together = [name, "backup"]
-    if name == "backup-signing":
+        changed[name]["identity"] += fresh[name]["identity"]
+        changed["backup"]["recipients"] = fresh["backup"]["recipients"]
+    elif name == "backup-signing":
+        # What the old key signed is to be believed for as long as it is kept.
         signers = f"{values[name]['signers']} {fresh[name]['signers']}"
-        fresh[name] = {**fresh[name], "signers": signers}
-    if name.startswith("database"):
-        together = [each for each in fresh if each.startswith("database")]
-        backup_url = fresh["backup"]["database-url"]
-        fresh["backup"] = {**values["backup"], "database-url": backup_url}
-        together.append("backup")
-    return {**{each: dict(keys) for each, keys in values.items()}} | {
-        each: {key: fresh[each][key] for key in values[each]} for each in together
-    }
+        changed[name] = {**fresh[name], "signers": signers}
+    elif _OURS.get(name, "") in values.get(name, {}):
+        changed[name] = {key: fresh[name][key] for key in values[name]}
+    else:
+        raise KeyError(name)
+    return changed
 
 
-def documents(values: Values, namespace: str = "kimberly") -> str:
+def documents(values: Values, namespace: str = NAMESPACE) -> str:
     """Return the secrets as Kubernetes takes them."""
     text: str = yaml.safe_dump_all(
         (
@@ -163,6 +194,20 @@ def documents(values: Values, namespace: str = "kimberly") -> str:
 def values_of(text: str) -> dict[str, dict[str, str]]:
     """Return the values of secrets as Kubernetes takes them."""
     return {each["metadata"]["name"]: each["stringData"] for each in yaml.safe_load_all(text)}
+
+
+def own_keys() -> list[str]:
+    """Return the public age keys of whoever runs this, as SOPS finds them; make one if none is."""
+    configured = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    usual = Path(configured) / "sops" / "age" / "keys.txt"
+    file = Path(os.environ.get("SOPS_AGE_KEY_FILE") or usual)
+    if not file.exists():
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(f"{x25519.Identity.generate()}\n")
+    lines = file.read_text().splitlines()
+    keys = [line.strip() for line in lines if line.startswith(_AGE)]
+    return [str(x25519.Identity.from_str(key).to_public()) for key in keys]
 
 
 def encrypt(values: Values, file: Path, recipients: Sequence[str], sops: Path) -> None:
@@ -224,12 +269,12 @@ def problems_of(directory: Path) -> Iterator[str]:
 
 
 def plain(files: Iterable[Path]) -> Iterator[str]:
-    """Yield the files that hold a key, or a Secret of Kubernetes that is not encrypted."""
+    """Yield the files that hold a key, a password, or a Secret of Kubernetes in the open."""
     for file in files:
         text = file.read_bytes()
-        if any(mark in text for mark in _MARKS):
-            yield f"{file}: holds a private key"
-        if file.suffix in {".yaml", ".yml"} and _SECRET.search(text) and b"\nsops:" not in text:
+        yield from (f"{file}: {what}" for what, look in _LOOKS if look.search(text))
+        is_open = file.suffix in {".yaml", ".yml", ".json"} and b"\nsops:" not in text
+        if is_open and _SECRET.search(text) and _DATA.search(text):
             yield f"{file}: is a Secret that everybody can read"
 
 
@@ -262,8 +307,23 @@ def _kind(keys: Mapping[str, str]) -> str:
     return "kubernetes.io/basic-auth" if set(keys) == {"username", "password"} else "Opaque"
 
 
-def _url(role: str, passwords: Mapping[str, str], database: str = "kimberly") -> str:
-    return f"postgresql://{role}:{passwords[role]}@postgres:5432/{database}"
+def _url(
+    role: str, passwords: Mapping[str, str], database: str = "kimberly", host: str = "postgres"
+) -> str:
+    # With the namespace: KEDA counts in it from another one.
+    return f"postgresql://{role}:{passwords[role]}@{host}.{NAMESPACE}.svc:5432/{database}"
+
+
+def _backed_up(environment: str) -> str:
+    """Return the service behind which the database is read for backups."""
+    # The operator makes it: any standby.
+    return "postgres-ro" if environment in REPLICATED else "postgres"
+
+
+def _with_password(url: str, password: str) -> str:
+    parts = urlsplit(url)
+    netloc = f"{parts.username}:{password}@{parts.netloc.rpartition('@')[2]}"
+    return parts._replace(netloc=netloc).geturl()
 
 
 def _backup(database_url: str) -> dict[str, dict[str, str]]:

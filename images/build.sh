@@ -20,13 +20,17 @@ build() {  # short name in the manifests, directory of the Dockerfile, further o
   python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["containerimage.digest"])' "$metadata"
 }
 
-# shellcheck source=images/bases.env
-source images/bases.env
+base() {  # directory of the Dockerfile, argument: its default there, by digest
+  local image
+  image=$(sed -n "s/^ARG $2=//p" "images/$1/Dockerfile")
+  echo "$2=$image@$(digest_of "$image")"
+}
+
 docker buildx create --name kimberly --driver docker-container --use >&2
 service=$(build kimberly service \
-  --build-arg "BUILDER_IMAGE=${BUILDER_IMAGE}@$(digest_of "$BUILDER_IMAGE")" \
-  --build-arg "BASE_IMAGE=${BASE_IMAGE}@$(digest_of "$BASE_IMAGE")")
+  --build-arg "$(base service BUILDER_IMAGE)" \
+  --build-arg "$(base service BASE_IMAGE)")
 backup=$(build backup backup \
   --build-arg "SERVICE_IMAGE=$(images/name.sh)@$service" \
-  --build-arg "POSTGRES_IMAGE=${POSTGRES_IMAGE}@$(digest_of "$POSTGRES_IMAGE")")
+  --build-arg "$(base backup POSTGRES_IMAGE)")
 echo "digest=$service $backup"

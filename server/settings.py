@@ -223,8 +223,10 @@ class BackupSettings(BackupBucketSettings):
     """Settings of `python -m server backup create`. None of its keys opens a backup."""
 
     backup_database_url: SecretStr
-    """PostgreSQL as the backup role: reads every row, and changes none."""
+    """PostgreSQL as the backup role: reads every row, and changes none. It may name a replica that
+    streams from the database and holds up its vacuum (hot_standby_feedback = on)."""
     system_database_url: SecretStr
+    """The database itself: what a replica has yet to learn is asked there."""
     s3_endpoint: str
     s3_access_key: SecretStr
     """May read and list the bucket of the mesh; that is enough."""

@@ -41,7 +41,9 @@ class Source:
     """What is backed up."""
 
     database_url: str
-    """As a role that reads every row of every table."""
+    """As a role that reads every row of every table; of a replica, if there is one."""
+    primary_url: str
+    """Of the database that is written to, as a role that sees all users."""
     blobs: Blobs
     programs: Programs
     checkpoint_key: Callable[[UUID, int], str]
@@ -102,8 +104,10 @@ class Creator:
         Raises:
             StoreUnavailable: A store does not answer.
             ProgramFailed: pg_dump does not end well.
+            BackupFailed: The replica stays behind the database.
         """
-        async with Snapshot.open(self._source.database_url) as snapshot:
+        source = self._source
+        async with Snapshot.open(source.database_url, source.primary_url) as snapshot:
             transactions = await snapshot.transactions()
             migrations = await snapshot.migrations()
             tables, dump = await self._database(backup, snapshot)

@@ -1,5 +1,6 @@
 """One state of the database: dumped, counted and digested as it was at one moment."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -11,12 +12,17 @@ from uuid import UUID
 
 import asyncpg
 
+from server.backup.failures import BackupFailed
 from server.backup.manifest import Table, Transactions
 from server.backup.postgres import Programs, connect
 
 _PAGE: Final = 500
 _PROBES: Final = 3
 _NEIGHBOURS: Final = 10
+_CATCH_UP_SECONDS: Final = 60.0
+"""How long a replica may take to have what the primary had when a backup began."""
+_LOOK_SECONDS: Final = 0.1
+_HAS_REPLAYED: Final = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +54,36 @@ class Sealed:
 class Snapshot:
     """A transaction that sees one state, and whoever else looks at the same."""
 
-    def __init__(self, connection: asyncpg.Connection, url: str, name: str, mark: datetime) -> None:
+    def __init__(
+        self,
+        connection: asyncpg.Connection,
+        urls: tuple[str, str],
+        name: str,
+        mark: datetime,
+    ) -> None:
         self._connection = connection
-        self._url = url
+        self._url, self._primary_url = urls
         self._name = name
         self.mark = mark
         """Every write that was acknowledged before is in it."""
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str) -> AsyncIterator["Snapshot"]:
+    async def open(cls, url: str, primary_url: str) -> AsyncIterator["Snapshot"]:
         """Hold a state until the end.
 
         Args:
-            url: Of a role that reads every row of every table.
+            url: Of a role that reads every row of every table; at a replica, if there is one.
+            primary_url: Of the database that is written to, as a role that sees all users.
+
+        Raises:
+            BackupFailed: The replica stays behind.
         """
         async with connect(url) as connection:
-            mark = await connection.fetchval("SELECT clock_timestamp()")
+            mark = await _mark(connection, primary_url)
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 name = await connection.fetchval("SELECT pg_export_snapshot()")
-                yield cls(connection, url, name, mark)
+                yield cls(connection, (url, primary_url), name, mark)
 
     async def transactions(self) -> Transactions:
         """Return how far transactions were numbered."""
@@ -152,7 +168,8 @@ class Snapshot:
 
     async def names(self, object_: Named) -> bool:
         """Tell whether a row names an object now, rather than at the time of the snapshot."""
-        async with connect(self._url) as connection:
+        # A replica may not know yet that the row went, and the object after it.
+        async with connect(self._primary_url) as connection:
             found: bool = await connection.fetchval(
                 f"SELECT EXISTS (SELECT FROM {object_.table}"  # noqa: S608 - one of two names
                 " WHERE tenant_id = $1 AND user_id = $2 AND id = $3)",
@@ -161,6 +178,32 @@ class Snapshot:
                 object_.id,
             )
         return found
+
+
+async def _mark(connection: asyncpg.Connection, primary_url: str) -> datetime:
+    """Return a time by the primary's clock: what was acknowledged before can be read by now.
+
+    Raises:
+        BackupFailed: The connection is to a replica that stays behind.
+    """
+    mark: datetime
+    if not await connection.fetchval("SELECT pg_is_in_recovery()"):
+        mark = await connection.fetchval("SELECT clock_timestamp()")
+        return mark
+    async with connect(primary_url) as primary:
+        mark = await primary.fetchval("SELECT clock_timestamp()")
+        # Behind all that was written so far, and flushed with it.
+        end = await primary.fetchval("SELECT pg_logical_emit_message(true, 'backup', '')::text")
+    try:
+        async with asyncio.timeout(_CATCH_UP_SECONDS):
+            while True:
+                if await connection.fetchval(_HAS_REPLAYED, end):
+                    return mark
+                await asyncio.sleep(_LOOK_SECONDS)
+    except TimeoutError as error:
+        raise BackupFailed(
+            f"the replica is more than {_CATCH_UP_SECONDS:.0f} s behind the database"
+        ) from error
 
 
 async def digest_tables(connection: asyncpg.Connection) -> Mapping[str, Table]:

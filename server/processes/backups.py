@@ -90,7 +90,8 @@ async def create_backup(settings: BackupSettings) -> Mapping[str, Any]:
 
     Raises:
         Busy: Another process makes one.
-        BackupFailed: Objects were missing. What was there is in the backup.
+        BackupFailed: Objects were missing: what was there is in the backup. Or the replica stays
+            behind: there is none.
     """
     sealer = Sealer(settings.backup_recipients.split())
     signer = Signer(settings.backup_signing_key.get_secret_value())
@@ -98,6 +99,7 @@ async def create_backup(settings: BackupSettings) -> Mapping[str, Any]:
     repository = Repository(bucket)
     source = Source(
         settings.backup_database_url.get_secret_value(),
+        settings.system_database_url.get_secret_value(),
         open_blobs(settings),
         Programs(settings.postgres_programs),
         checkpoints.object_key,

@@ -16,7 +16,7 @@ import pytest
 from pydantic import SecretStr
 from pyrage import x25519
 
-from local.postgres import BACKUP, SUPERUSER
+from local.postgres import BACKUP, SUPERUSER, SYSTEM
 from local.servers import BUCKET
 from server.backup.creating import Creator, Source, new_name
 from server.backup.failures import BackupFailed
@@ -262,6 +262,7 @@ async def test_an_object_that_is_lost_makes_the_backup_fail_and_one_that_was_del
 def creator_of(rig: Rig) -> Creator:
     source = Source(
         rig.stores.dsn(BACKUP, DATABASE),
+        rig.stores.dsn(SYSTEM, DATABASE),
         open_bucket(rig.stores, BUCKET),
         Programs(rig.programs),
         checkpoints.object_key,

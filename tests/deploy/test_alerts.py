@@ -14,16 +14,13 @@ from deploy import tools
 from deploy.slos import OBSERVABILITY, RULES, RUNBOOKS
 from local.layout import CHECKOUT
 from tests.deploy import expressions
+from tests.needs import needs_prometheus
 
 PROMTOOL = tools.PROMETHEUS / "promtool"
 TESTS = sorted((OBSERVABILITY / "tests").glob("*.yaml"))
 TEXT = (CHECKOUT / "docs" / "runbooks.md").read_text()
 SECTIONS: Final[dict[str, str]] = dict(re.findall(r"(?ms)^## (\w+)\n(.*?)(?=^#|\Z)", TEXT))
 SEVERITIES = {"page", "ticket", "notice"}
-
-needs_promtool = pytest.mark.skipif(
-    not PROMTOOL.exists(), reason="make build/prometheus/installed brings promtool, on Debian"
-)
 
 
 def by_hand() -> list[dict[str, Any]]:
@@ -51,7 +48,7 @@ def verdict(file: Path) -> tuple[int, str]:
 # --- promtool ----------------------------------------------------------------------------------
 
 
-@needs_promtool
+@needs_prometheus
 def test_alerts_fire_and_are_quiet_when_they_should_be() -> None:
     for status, said in map(verdict, TESTS):
         assert status == 0, said
@@ -63,7 +60,7 @@ def test_no_alert_is_left_out_of_those_tests(fires: bool) -> None:
     assert looked_at == {rule["alert"] for rule in by_hand()}
 
 
-@needs_promtool
+@needs_prometheus
 def test_an_alert_that_never_fires_would_be_noticed(tmp_path: Path) -> None:
     """Every expectation of an alert fails when no rule fires: nothing else makes them hold."""
     rules = yaml.safe_load((RULES / "alerts.yaml").read_text())

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from pyrage import x25519
 
-from deploy import rendering
-from deploy.rendering import RENDERED, render, targets
+from deploy.rendering import RENDERED, TOOLS, WITHOUT_SECRETS, render, targets
+from deploy.secrets import encrypt, new_values
 from local.layout import CHECKOUT
+from tests.needs import needs_kustomize
 
-pytestmark = pytest.mark.skipif(
-    not rendering.TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
-)
+pytestmark = needs_kustomize
 
 STORES = {
     "free": ["postgres", "valkey"],
@@ -22,11 +22,14 @@ STORES = {
     "staging": ["s3", "valkey"],
 }
 """By overlay, the stores that a StatefulSet runs."""
+KEY = x25519.Identity.generate()
 KUBECTL = f"""#!{sys.executable}
 import os, sys, yaml
 arguments = sys.argv[1:]
 with open(os.environ["NOTES"], "a") as notes:
     print(*arguments, file=notes)
+if "-" in arguments:
+    sys.stdin.read()
 if "statefulsets" in arguments:
     label, _, value = arguments[arguments.index("-l") + 1].partition("=")
     for each in yaml.safe_load_all(open(os.environ["CLUSTER"])):
@@ -46,6 +49,7 @@ def asked_of_the_cluster(overlay: str, directory: Path) -> list[str]:
     kubectl.write_text(KUBECTL)
     kubectl.chmod(0o755)
     notes = directory / "notes"
+    notes.touch()
     subprocess.run(
         [CHECKOUT / "deploy" / "apply.sh", overlay],
         env={
@@ -53,6 +57,8 @@ def asked_of_the_cluster(overlay: str, directory: Path) -> list[str]:
             "PYTHON": "true",
             "NOTES": str(notes),
             "CLUSTER": str(rendered),
+            "SECRETS": str(directory),
+            "SOPS_AGE_KEY": str(KEY),
         },
         check=True,
         timeout=60,
@@ -60,8 +66,16 @@ def asked_of_the_cluster(overlay: str, directory: Path) -> list[str]:
     return notes.read_text().splitlines()
 
 
+def keep_secrets(overlay: str, directory: Path) -> None:
+    """Encrypt the secrets of an overlay, as people do before they deploy."""
+    file = directory / f"{overlay}.enc.yaml"
+    encrypt(new_values(overlay), file, [str(KEY.to_public())], TOOLS / "sops")
+
+
 @pytest.mark.parametrize("overlay", STORES)
 def test_the_migration_starts_when_every_store_is_ready(overlay: str, tmp_path: Path) -> None:
+    if overlay not in WITHOUT_SECRETS:
+        keep_secrets(overlay, tmp_path)
     asked = asked_of_the_cluster(overlay, tmp_path)
     (applied,) = (at for at, each in enumerate(asked) if "-l !kimberly/stage" in each)
     (migrating,) = (at for at, each in enumerate(asked) if "-l kimberly/stage=migrate" in each)
@@ -73,3 +87,10 @@ def test_the_migration_starts_when_every_store_is_ready(overlay: str, tmp_path: 
     assert names == STORES[overlay]
     assert any("clusters.postgresql.cnpg.io" in each for each in between) is (overlay == "staging")
     assert any("job/migration" in each for each in asked[migrating:serving])
+
+
+@pytest.mark.parametrize("overlay", [name for name in STORES if name not in WITHOUT_SECRETS])
+def test_a_cluster_without_its_secrets_is_left_alone(overlay: str, tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        asked_of_the_cluster(overlay, tmp_path)
+    assert (tmp_path / "notes").read_text() == ""

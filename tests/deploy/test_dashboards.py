@@ -11,6 +11,7 @@ import pytest
 
 from deploy import dashboards, tools
 from tests.deploy import expressions
+from tests.needs import needs_prometheus
 
 PROMTOOL = tools.PROMETHEUS / "promtool"
 FILES = sorted(dashboards.DASHBOARDS.glob("*.json"))
@@ -49,9 +50,7 @@ def test_every_expression_is_one() -> None:
         promql_parser.parse(expression)
 
 
-@pytest.mark.skipif(
-    not PROMTOOL.exists(), reason="make build/prometheus/installed brings promtool, on Debian"
-)
+@needs_prometheus
 def test_prometheus_itself_takes_every_expression(tmp_path: Path) -> None:
     """As a rule that records it: functions and types are looked at too."""
     rules = [

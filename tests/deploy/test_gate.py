@@ -1,9 +1,11 @@
 """A release goes on when nothing pages, and stops when something does or nobody can tell."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,10 +15,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
-from deploy import tools
+from deploy import rendering, tools
+from deploy.__main__ import app
 from deploy.gate import Refused, paging, watch
+from deploy.manifests import Manifests
 from deploy.slos import RULES
+from tests.needs import needs_kustomize, needs_prometheus
 
 FIRING = {"metric": {"alertname": "QueryLatencyBudgetBurns"}, "value": [0, "1"]}
 
@@ -66,7 +72,7 @@ def rules(*, without: str = "", health: str = "ok") -> bytes:
 
 def test_a_quiet_time_lets_a_release_go_on(prometheus: str) -> None:
     Prometheus.answers = [answer()]
-    assert watch(prometheus, seconds=0.2, every_seconds=0.05) >= 2
+    assert watch(prometheus, seconds=2, every_seconds=0.05) >= 2
 
 
 def test_an_alert_that_comes_later_stops_it(prometheus: str) -> None:
@@ -93,6 +99,60 @@ def test_an_alert_that_nobody_evaluates_stops_it(prometheus: str, known: bytes) 
     Prometheus.answers, Prometheus.rules = [answer()], known
     with pytest.raises(Refused, match=r"not watched: .*QueryLatencyBudgetBurns"):
         watch(prometheus, seconds=0.1, every_seconds=0.05)
+
+
+# --- through the API server of a cluster ---------------------------------------------------------
+
+KUBECTL = f"""#!{sys.executable}
+import os, signal, sys
+with open(os.environ["NOTES"], "a") as notes:
+    print(*sys.argv[1:], file=notes)
+if "LISTENS" not in os.environ:
+    sys.exit('Error from server (NotFound): services "prometheus" not found')
+print("Forwarding from", os.environ["LISTENS"], "-> 9090", flush=True)
+signal.pause()
+"""
+"""A cluster that passes a port on, or has nothing behind it."""
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What kubectl was asked for."""
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(KUBECTL)
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    return tmp_path / "notes"
+
+
+@pytest.mark.parametrize(("told", "code"), [(answer(), 0), (answer(FIRING), 1)])
+def test_the_prometheus_of_a_cluster_is_reached_by_a_forwarded_port(
+    prometheus: str, notes: Path, monkeypatch: pytest.MonkeyPatch, told: bytes, code: int
+) -> None:
+    Prometheus.answers = [told]
+    monkeypatch.setenv("LISTENS", prometheus.removeprefix("http://"))
+    ended = CliRunner().invoke(app, ["gate", "--minutes", "0"])
+    assert ended.exit_code == code, ended.output
+    assert notes.read_text() == "-n kimberly port-forward service/prometheus :9090\n"
+
+
+def test_a_cluster_that_has_no_prometheus_stops_it(notes: Path) -> None:
+    ended = CliRunner().invoke(app, ["gate", "--minutes", "0"])
+    assert ended.exit_code == 1
+    assert 'services "prometheus" not found' in ended.output
+    assert notes.exists()
+
+
+@needs_kustomize
+@pytest.mark.parametrize("overlay", ["staging", "prod"])
+def test_where_a_release_goes_there_is_a_prometheus_to_ask(overlay: str) -> None:
+    manifests = Manifests.parse(rendering.render(rendering.targets()[overlay]))
+    (port,) = manifests.named("Service")["prometheus"]["spec"]["ports"]
+    assert port["port"] == 9090
+    # The kubelet forwards to the loopback address of the pod: no policy is asked.
+    (container,) = manifests.pod("StatefulSet/prometheus").containers
+    assert not [each for each in container.command if "web.listen-address" in each]
 
 
 # --- with a real Prometheus --------------------------------------------------------------------
@@ -133,12 +193,6 @@ def is_ready(prometheus: str) -> bool:
         return httpx.get(f"{prometheus}/-/ready").status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
-
-
-needs_prometheus = pytest.mark.skipif(
-    not (tools.PROMETHEUS / "prometheus").exists(),
-    reason="make build/prometheus/installed brings Prometheus, on Debian",
-)
 
 
 @needs_prometheus

@@ -7,13 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from deploy import images
 from deploy.manifests import Manifests
-from deploy.rendering import TOOLS, render, targets
+from deploy.rendering import render, targets
 from local.layout import CHECKOUT
+from tests.needs import needs_kustomize
 
 DOCKERFILE = CHECKOUT / "images" / "service" / "Dockerfile"
 
@@ -50,7 +53,7 @@ def run(image: Path, *arguments: str, **told: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.skipif(not TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize")
+@needs_kustomize
 def test_every_command_of_the_manifests_starts_in_the_image(image: Path) -> None:
     manifests = Manifests.parse(render(targets()["local"]))
     commands = {
@@ -107,6 +110,59 @@ def test_all_that_is_imported_is_pinned_for_the_image(image: Path) -> None:
     lines = (CHECKOUT / "requirements" / "runtime.txt").read_text()
     pinned = set(re.findall(r"^([\w-]+)==", lines, re.MULTILINE))
     assert {name for name, distributions in imported.items() if not distributions & pinned} == set()
+
+
+# --- what runs is scanned ----------------------------------------------------------------------
+
+DOCKER = f"""#!{sys.executable}
+import sys
+with open({{notes!r}}, "a") as notes:
+    print(sys.argv[-1], file=notes)
+sys.stdin.read()
+sys.exit("envoy" in sys.argv[-1])
+"""
+"""A scanner that finds something in Envoy alone, and eats what it is not given."""
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Callable[[], tuple[int, list[str]]]:
+    """Scans the images of a checkout of its own; returns how that ended and what was looked at."""
+    for part in ("images", "kustomize/components/images"):
+        shutil.copytree(CHECKOUT / part, tmp_path / part)
+    docker, notes = tmp_path / "docker", tmp_path / "notes"
+    docker.write_text(DOCKER.format(notes=str(notes)))
+    docker.chmod(0o755)
+    notes.touch()
+
+    def run_it() -> tuple[int, list[str]]:
+        done = subprocess.run(
+            [tmp_path / "images" / "scan.sh"],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)},
+            check=False,
+            timeout=60,
+        )
+        return done.returncode, notes.read_text().splitlines()
+
+    return run_it
+
+
+def test_every_image_of_a_release_is_scanned_and_what_is_found_in_one_fails(
+    scan: Callable[[], tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    component = tmp_path / images.FILE.relative_to(CHECKOUT)
+    names = re.findall(r"(?m)^- name: (\w+)$", component.read_text())
+    for number, name in enumerate(names):
+        component.write_text(images.pinned(component.read_text(), name, f"sha256:{number:064}"))
+    code, scanned = scan()
+    assert code == 1
+    assert scanned[0] == f"ghcr.io/kimberly/kimberly@sha256:{0:064}"
+    assert [int(image.rpartition(":")[2]) for image in scanned] == list(range(len(names)))
+
+
+def test_what_may_not_be_what_runs_is_not_scanned(
+    scan: Callable[[], tuple[int, list[str]]],
+) -> None:
+    assert scan() == (2, [])
 
 
 @pytest.mark.skipif(

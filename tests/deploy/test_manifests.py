@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 
 from deploy import images, rendering
-from deploy.invariants import problems, unpinned
+from deploy.invariants import problems, spread, unpinned
 from deploy.manifests import Manifests
 from deploy.rendering import render, secrets_of, targets
 from deploy.secrets import new_values
 from local.layout import CHECKOUT
 from local.postgres import COMMON_SETTINGS, DURABLE_SETTINGS
 from server.database import SystemDatabase
+from tests.needs import needs_kustomize
 
-pytestmark = pytest.mark.skipif(
-    not rendering.TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
-)
+pytestmark = needs_kustomize
+
+HASH = re.compile(r"-[a-z0-9]{10}$")
+"""What kustomize puts behind the name of a ConfigMap."""
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -36,7 +38,7 @@ def changed(overlay: str, kind: str, name: str, change: Change) -> list[str]:
     (found,) = (
         each
         for each in documents
-        if each["kind"] == kind and each["metadata"]["name"].startswith(name)
+        if each["kind"] == kind and HASH.sub("", each["metadata"]["name"]) == name
     )
     change(dict(found))
     return problems(Manifests(tuple(documents)), secrets_of(overlay))
@@ -254,6 +256,20 @@ CHANGES: list[tuple[str, str, str, Change, str]] = [
         "would undo HorizontalPodAutoscaler/memory",
     ),
     (
+        "cnpg-spiffe-keda",
+        "NetworkPolicy",
+        "keda-to-postgres",
+        lambda d: d["spec"].update(ingress=[]),
+        "KEDA cannot reach the database in pods with {'cnpg.io/cluster'",
+    ),
+    (
+        "statefulset-keda",
+        "NetworkPolicy",
+        "keda-to-postgres-statefulset",
+        lambda d: d["spec"]["ingress"][0]["ports"][0].update(port=5433),
+        "KEDA cannot reach the database in pods with",
+    ),
+    (
         "local",
         "Service",
         "edge",
@@ -296,6 +312,51 @@ def test_a_field_that_kubernetes_does_not_know_is_said(monkeypatch: pytest.Monke
     found = list(rendering.problems_of_schema([Manifests(tuple(documents))]))
     assert len(found) == len(rendering.VERSIONS)
     assert all("replicaz" in problem for problem in found)
+
+
+def test_keda_looks_for_the_database_under_a_name_that_its_namespace_knows() -> None:
+    values = secrets_of("statefulset-keda")
+    given = {name: dict(keys) for name, keys in values.items()}
+    given["database"]["system-url"] = "postgresql://kimberly_system:x@postgres:5432/kimberly"
+    assert problems(rendered("statefulset-keda"), given) == [
+        "database/system-url: in namespace keda there is no postgres"
+    ]
+
+
+@pytest.mark.parametrize("name", rendering.ZONES)
+def test_what_is_to_outlive_the_loss_of_a_zone_is_spread(name: str) -> None:
+    assert list(spread(rendered(name), rendering.ZONES[name])) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        (
+            "Deployment",
+            lambda d: pod(d)["topologySpreadConstraints"][0].update(
+                whenUnsatisfiable="ScheduleAnyway"
+            ),
+            "Deployment/memory: all of its pods may be in one zone",
+        ),
+        (
+            "Deployment",
+            lambda d: pod(d)["topologySpreadConstraints"][0].pop("matchLabelKeys"),
+            "Deployment/memory: all of its pods may be in one zone",
+        ),
+        (
+            "HorizontalPodAutoscaler",
+            lambda d: d["spec"].update(minReplicas=2),
+            "Deployment/memory: 2 replicas are not in 3 zones",
+        ),
+    ],
+)
+def test_what_a_lost_zone_would_take_is_said(kind: str, change: Change, said: str) -> None:
+    documents = copy.deepcopy(rendered("prod").documents)
+    (found,) = (
+        each for each in documents if each["kind"] == kind and each["metadata"]["name"] == "memory"
+    )
+    change(dict(found))
+    assert list(spread(Manifests(documents), 3)) == [said]
 
 
 # --- images ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from deploy.manifests import Manifests
 from deploy.references import environment, may_connect
 from deploy.slos import OBSERVABILITY
 from server import access
+from tests.needs import needs_kustomize, needs_prometheus
 
 AMTOOL = tools.PROMETHEUS / "amtool"
 PROMTOOL = tools.PROMETHEUS / "promtool"
@@ -24,9 +25,7 @@ ALERTMANAGER = OBSERVABILITY / "full" / "alertmanager.yaml"
 MESH = (access.EDGE, *access.PROCESSES, access.WORKER)
 HEALTH_PORT = 8081
 
-pytestmark = pytest.mark.skipif(
-    not rendering.TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
-)
+pytestmark = needs_kustomize
 
 
 @functools.cache
@@ -190,9 +189,7 @@ def test_the_collector_may_read_logs_of_its_namespace_and_nothing_else() -> None
 # --- who is told -------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    not AMTOOL.exists(), reason="make build/prometheus/installed brings amtool, on Debian"
-)
+@needs_prometheus
 @pytest.mark.parametrize(
     ("severity", "receiver"), [("page", "on-call"), ("ticket", "team"), ("notice", "team")]
 )
@@ -203,9 +200,7 @@ def test_an_alert_goes_to_whom_its_severity_says(severity: str, receiver: str) -
     assert done.stdout.strip() == receiver
 
 
-@pytest.mark.skipif(
-    not AMTOOL.exists(), reason="make build/prometheus/installed brings amtool, on Debian"
-)
+@needs_prometheus
 def test_alertmanager_and_prometheus_take_their_files() -> None:
     for command in (
         [str(AMTOOL), "check-config", str(ALERTMANAGER)],

@@ -26,7 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy import references
 from deploy.manifests import Container, Manifests, Pod
-from deploy.rendering import TOOLS, render, targets
+from deploy.rendering import render, targets
 from deploy.secrets import new_values
 from deploy.smoke import Account, Failed, smoke
 from local.certificates import Authority, Names
@@ -36,10 +36,9 @@ from local.postgres import SUPERUSER
 from local.processes import installed
 from local.servers import Stores, _valkey_binary, _weed_binary
 from server import access
+from tests.needs import needs_kustomize
 
-pytestmark = pytest.mark.skipif(
-    not TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
-)
+pytestmark = needs_kustomize
 
 PATIENCE_SECONDS = 90.0
 # Two runs at once do not meet.
@@ -233,7 +232,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster,
         stores = stack.enter_context(in_background(Stores(layout, durable=False)))
         values["database-owner"]["superuser-url"] = stores.dsn(SUPERUSER, "postgres")
         words = {
-            "@postgres:5432/": f"@127.0.0.1:{stores.postgres.port}/",
+            "@postgres.kimberly.svc:5432/": f"@127.0.0.1:{stores.postgres.port}/",
             "@valkey:6379/": f"@{ADDRESSES['valkey']}:6379/",
             "s3.kimberly.svc.cluster.local:": f"{ADDRESSES['s3']}:",
         }

@@ -19,12 +19,15 @@ import httpx
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from deploy import pods
+from deploy import pods, references, rendering
+from deploy.manifests import Manifests
 from deploy.pods import Places, PodSettings
 from local import envoy
 from local.certificates import Authority, Names
 from local.layout import CHECKOUT
 from server import access, telemetry
+from server.settings import PREFIX
+from tests.needs import needs_kustomize
 
 ROLES = (access.EDGE, *access.PROCESSES, access.WORKER)
 NOW = dt.datetime.now(dt.UTC)
@@ -40,16 +43,15 @@ class Pod:
     places: Places
 
     @classmethod
-    def make(cls, directory: Path, process: str, address: str) -> "Pod":
-        told = PodSettings(
-            process=process,
-            pod_name=f"{process}-0",
-            pod_ip=address,
-            trust_domain="kimberly.example",
-            namespace="prod",
-            token_issuer="https://auth.kimberly.example",
-            token_audience="kimberly",
-        )
+    def make(cls, directory: Path, process: str, address: str, **more: str) -> "Pod":
+        usual = {
+            "trust_domain": "kimberly.example",
+            "namespace": "prod",
+            "token_issuer": "https://auth.kimberly.example",
+            "token_audience": "kimberly",
+        }
+        own = {"process": process, "pod_name": f"{process}-0", "pod_ip": address}
+        told = PodSettings.model_validate({**usual, **more, **own})
         shared = directory / process
         shared.mkdir()
         authority = Authority.open(directory / "certificates", now=NOW)
@@ -123,16 +125,49 @@ def test_the_stubs_hold_the_whole_contract() -> None:
     )
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_the_envoy_of_a_pod_boots_and_lives(directory: Path, role: str) -> None:
-    pod = Pod.make(directory, role, "127.0.1.1")
-    assert (pod.places.sockets.stat().st_mode & 0o777) == 0o700
-    with pod.running():
-        # Nothing that it needs is there.
-        assert pod.health("/ready") == 503
-        assert pod.health("/stats") == 404
-        log = (pod.places.shared / "log").read_text()
-        assert "gRPC config" not in log, log
+def told_by(overlay: str, role: str) -> dict[str, str]:
+    """Return what an overlay tells the container that writes the configuration of an Envoy."""
+    manifests = Manifests.parse(rendering.render(rendering.targets()[overlay]))
+    (container,) = (
+        each
+        for each in manifests.pod(f"Deployment/{role}").containers
+        if each.spec["name"] == "envoy-files"
+    )
+    told = references.environment(manifests, container, rendering.secrets_of(overlay))
+    return {
+        name: told[variable]
+        for name in PodSettings.model_fields.keys() - {"process", "pod_name", "pod_ip"}
+        if (variable := f"{PREFIX}{name}".upper()) in told
+    }
+
+
+@needs_kustomize
+@pytest.mark.parametrize(
+    ("overlay", "more"),
+    [
+        *((overlay, {}) for overlay in rendering.targets()),
+        ("prod", {"cors_origins": "https://app.kimberly.example,https://kimberly.example"}),
+    ],
+)
+def test_the_envoys_of_every_overlay_boot_and_live(
+    directory: Path, overlay: str, more: dict[str, str]
+) -> None:
+    pods_ = [
+        Pod.make(directory, role, f"127.0.2.{number}", **{**told_by(overlay, role), **more})
+        for number, role in enumerate(ROLES, start=1)
+    ]
+    traced = overlay in ("staging", "prod", "all-components")
+    with contextlib.ExitStack() as running:
+        for pod in pods_:
+            assert (pod.places.sockets.stat().st_mode & 0o777) == 0o700
+            assert ("collector" in pod.places.config.read_text()) is traced
+            running.enter_context(pod.running())
+        for pod in pods_:
+            # Nothing that it needs is there.
+            assert pod.health("/ready") == 503
+            assert pod.health("/stats") == 404
+            log = (pod.places.shared / "log").read_text()
+            assert "gRPC config" not in log, log
 
 
 def test_prometheus_sees_what_a_pod_measures(directory: Path) -> None:

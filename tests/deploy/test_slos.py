@@ -11,6 +11,7 @@ import yaml
 
 from deploy import observing, slos, tools
 from deploy.slos import PAIRS, Pair, Slo
+from tests.needs import needs_prometheus
 
 PROMTOOL = tools.PROMETHEUS / "promtool"
 SLOS = slos.read(slos.SLOS)
@@ -190,16 +191,11 @@ def run(directory: Path, slo: Slo, pair: Pair, rules: str) -> str:
     return f"{name}:\n{done.stderr}" if done.returncode else ""
 
 
-needs_promtool = pytest.mark.skipif(
-    not PROMTOOL.exists(), reason="make build/prometheus/installed brings promtool, on Debian"
-)
-
-
 def test_what_is_generated_is_what_is_described() -> None:
     assert list(observing.drifted()) == []
 
 
-@needs_promtool
+@needs_prometheus
 def test_each_pair_of_windows_fires_when_its_budget_burns_and_only_then(tmp_path: Path) -> None:
     pairs = [(slo, pair) for slo in SLOS for pair in slo.pairs]
     with ThreadPoolExecutor(2) as threads:
@@ -209,7 +205,7 @@ def test_each_pair_of_windows_fires_when_its_budget_burns_and_only_then(tmp_path
         assert [each for each in told if each] == []
 
 
-@needs_promtool
+@needs_prometheus
 def test_an_alert_that_outlasts_its_cause_would_be_noticed(tmp_path: Path) -> None:
     """The scenes can fail: here the rules look at the long window only."""
     promise = next(slo for slo in SLOS if slo.name == "query-errors")

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 
 from deploy.manifests import Manifests, Pod
-from deploy.rendering import TOOLS, render, targets
+from deploy.rendering import render, targets
 from local.layout import CHECKOUT
+from tests.needs import needs_kustomize, needs_terraform
 
 ROOT = CHECKOUT / "terraform"
-needs_terraform = pytest.mark.skipif(
-    shutil.which("terraform") is None, reason="there is no terraform here"
-)
 
 
 def terraform(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,10 +42,9 @@ def test_sizes_are_held_to_what_is_free(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@needs_kustomize
 def test_what_runs_on_the_free_node_fits_into_it() -> None:
     """By what the pods ask for: limits may be more than there is, requests may not."""
-    if not TOOLS.is_dir():
-        pytest.skip("make build/deploy/installed brings kustomize")
     manifests = Manifests.parse(render(targets()["free"]))
     asked = [(pod.lives, *asked_for(pod)) for pod in manifests.pods]
     # What comes and goes is due at different hours: the largest of it has to fit beside the rest.
@@ -72,6 +69,21 @@ def asked_for(pod: Pod) -> tuple[int, int]:
         memory += int(mebibytes[0]) * int(mebibytes[1])
     replicas = pod.owner["spec"].get("replicas", 1)
     return replicas * cpu, replicas * memory
+
+
+@needs_kustomize
+@pytest.mark.parametrize("environment", ["free", "staging"])
+def test_backups_go_to_the_bucket_that_is_made_for_them(environment: str) -> None:
+    described = (ROOT / "envs" / environment / "main.tf").read_text()
+    (module,) = re.findall(r'(?ms)^module "backups" {.*?^}', described)
+    maps = Manifests.parse(render(targets()[environment])).named("ConfigMap")
+    (told,) = (each["data"] for name, each in maps.items() if name.startswith("backups-"))
+    assert f'"{told["KIMBERLY_BACKUP_S3_BUCKET"]}"' in module
+    # As the module has it: the tenancy and the region are whoever's.
+    endpoint = r"\w+\.compat\.objectstorage\.([\w-]+)\.oraclecloud\.com"
+    region = re.fullmatch(endpoint, told["KIMBERLY_BACKUP_S3_ENDPOINT"])
+    assert region
+    assert region[1] == told["KIMBERLY_BACKUP_S3_REGION"]
 
 
 def test_production_lets_services_into_the_subnets_of_data() -> None:

@@ -34,6 +34,7 @@ from server import access, ids
 from tests.deploy import expressions
 from tests.deploy.expressions import Read
 from tests.mesh import PASSWORD, User, eventually, sign_up
+from tests.needs import needs_prometheus
 from tests.transports import Refused as CallRefused
 
 PROGRAM = tools.PROMETHEUS / "prometheus"
@@ -51,9 +52,7 @@ SUFFIXES: Final[Mapping[str, tuple[str, ...]]] = {"histogram": ("_bucket", "_cou
 FAILING: Final = {("code", "INTERNAL"), ("outcome", "dead"), ("envoy_response_code_class", "5")}
 """What does not happen either, as long as the mesh is well."""
 
-pytestmark = pytest.mark.skipif(
-    not PROGRAM.exists(), reason="make build/prometheus/installed brings Prometheus, on Debian"
-)
+pytestmark = needs_prometheus
 
 
 @dataclass(frozen=True)

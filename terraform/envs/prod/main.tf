@@ -1,5 +1,6 @@
 # Production runs on a managed Kubernetes with managed PostgreSQL, Valkey and S3, of whichever provider:
-# those are bought, not described here. What is described is what our manifests expect of them.
+# those are bought, with their network, and not described here. What is described is the name, and by
+# the output `expected` what our manifests expect of all else.
 
 terraform {
   required_version = ">= 1.6"
@@ -47,6 +48,14 @@ module "name" {
 }
 
 output "expected" {
-  description = "What the manifests expect: nodes in three zones, managed stores in these addresses."
-  value       = { nodes = module.sizing.nodes, subnets = module.sizing.subnets }
+  description = "What the manifests expect to be bought. Stores have addresses of subnets.data alone."
+  value = {
+    nodes   = merge(module.sizing.nodes, { zones = 3 })
+    subnets = module.sizing.subnets
+    stores = {
+      postgresql = "18 with pgvector, one standby in another zone, one read replica for backups"
+      valkey     = "9, one standby in another zone"
+      buckets    = { mesh = "kimberly, versioned", backups = "kimberly-backups-prod, versioned, in another region" }
+    }
+  }
 }

@@ -1,5 +1,5 @@
 # A paid node of the same kind, large enough for CloudNativePG's three instances. Its stores are in the
-# cluster: no bucket.
+# cluster; the bucket of its backups is not.
 
 terraform {
   # This backend came with 1.12.
@@ -82,6 +82,20 @@ module "server" {
   k3s_installer_sha256 = var.k3s.installer_sha256
 }
 
+variable "backup_user_id" {
+  description = "OCID of the user that backups are to the object store: staging's own."
+  type        = string
+}
+
+module "backups" {
+  source            = "../../modules/objectstore"
+  compartment_id    = var.tenancy.compartment_id
+  user_id           = var.backup_user_id
+  region            = var.tenancy.region
+  bucket            = "kimberly-backups-staging"
+  old_versions_days = 30
+}
+
 module "name" {
   source    = "../../modules/dns"
   zone_id   = var.zone_id
@@ -92,4 +106,20 @@ module "name" {
 output "address" {
   description = "The edge, and the Kubernetes API on port 6443."
   value       = module.server.public_ip
+}
+
+output "backup_s3_endpoint" {
+  description = "For KIMBERLY_BACKUP_S3_ENDPOINT of the overlay staging."
+  value       = module.backups.endpoint
+}
+
+output "backup_access_key" {
+  description = "For backup/access-key of secrets/staging.enc.yaml."
+  value       = module.backups.access_key
+}
+
+output "backup_secret_key" {
+  description = "For backup/secret-key of secrets/staging.enc.yaml."
+  value       = module.backups.secret_key
+  sensitive   = true
 }

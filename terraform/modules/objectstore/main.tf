@@ -95,17 +95,17 @@ resource "oci_identity_customer_secret_key" "services" {
 }
 
 output "endpoint" {
-  description = "For KIMBERLY_S3_ENDPOINT of kustomize/overlays/free."
+  description = "For the overlay: KIMBERLY_S3_ENDPOINT, or KIMBERLY_BACKUP_S3_ENDPOINT."
   value       = "${data.oci_objectstorage_namespace.mine.namespace}.compat.objectstorage.${var.region}.oraclecloud.com"
 }
 
 output "access_key" {
-  description = "For s3/access-key of secrets/free.enc.yaml."
+  description = "For access-key of the secret s3, or backup."
   value       = oci_identity_customer_secret_key.services.id
 }
 
 output "secret_key" {
-  description = "For s3/secret-key of secrets/free.enc.yaml."
+  description = "For secret-key of the secret s3, or backup."
   value       = oci_identity_customer_secret_key.services.key
   sensitive   = true
 }
