@@ -36,6 +36,7 @@ from tests.canaries import (
     pytest_sessionfinish,
     pytest_sessionstart,
     pytest_terminal_summary,
+    pytest_testnodedown,
 )
 from tests.kms.key_files import key_file
 
@@ -44,6 +45,7 @@ __all__ = [
     "pytest_sessionfinish",
     "pytest_sessionstart",
     "pytest_terminal_summary",
+    "pytest_testnodedown",
 ]
 
 DATABASE = "test"

@@ -42,6 +42,7 @@ async def test_ten_thousand_guesses_find_nothing(ann: User, bob: User) -> None:
     assert answers == {(await refusal(bob, ids.show(ids.MEMORY, hers))).refusal}
 
 
+@pytest.mark.alone
 async def test_the_time_does_not_tell_what_is_anothers_from_what_is_not(
     ann: User, bob: User, capsys: pytest.CaptureFixture[str]
 ) -> None:

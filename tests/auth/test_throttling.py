@@ -150,6 +150,7 @@ async def answer(auth: Auth, email: str, place: str) -> tuple[str, float]:
     return said, (time.perf_counter() - started) * 1000
 
 
+@pytest.mark.alone
 async def test_unknown_wrong_and_waiting_are_not_told_apart(
     auth: Auth, hasher: CountingHasher, capsys: pytest.CaptureFixture[str]
 ) -> None:
