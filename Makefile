@@ -35,7 +35,7 @@ down: ready ## Stop the mesh
 status: ready ## Show what runs, what it measures, and how to reach it
 	@$(BIN)/python -m local status
 
-test: ready build/deploy/installed build/prometheus/installed ## Run the tests against real servers
+test: ready build/deploy/installed build/prometheus/installed ## Run the tests against real servers, side by side: make test PROCESSES=2
 	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile -m "not alone"; beside=$$?; \
 	  $(BIN)/python -m pytest -m alone && exit $$beside
 
