@@ -37,9 +37,11 @@ from local.processes import installed
 from local.servers import Stores, _valkey_binary, _weed_binary
 from server import access
 
-pytestmark = pytest.mark.skipif(
-    not TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
-)
+pytestmark = [
+    # All pods at once on this machine, each with a probe that loses patience.
+    pytest.mark.alone,
+    pytest.mark.skipif(not TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"),
+]
 
 PATIENCE_SECONDS = 90.0
 # Two runs at once do not meet.
