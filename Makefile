@@ -6,6 +6,7 @@ PROTOS := $(shell find proto -name '*.proto' | sort)
 CODE := client server workers local deploy bench tests
 FILE ?=
 WORKERS ?= 2
+PROCESSES ?= 2
 CROWD ?= 0
 KILLS ?= 200
 STEPS ?= 10000
@@ -34,8 +35,9 @@ down: ready ## Stop the mesh
 status: ready ## Show what runs, what it measures, and how to reach it
 	@$(BIN)/python -m local status
 
-test: ready build/deploy/installed build/prometheus/installed ## Run the tests against real servers
-	@$(BIN)/python -m pytest
+test: ready build/deploy/installed build/prometheus/installed ## Run the tests against real servers, side by side: make test PROCESSES=2
+	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile -m "not alone"; beside=$$?; \
+	  $(BIN)/python -m pytest -m alone && exit $$beside
 
 faults: ready ## Kill processes while they work and count what is lost (slow)
 	@$(BIN)/python -m pytest tests/faults

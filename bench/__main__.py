@@ -3,14 +3,13 @@
 import asyncio
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from bench import calls, standing
 from bench.pace import pace
-from bench.table import Row, for_eyes, for_readme
+from bench.table import Markdown, Row, show
 from local.layout import Layout
 from local.mesh import Mesh
 
@@ -19,15 +18,13 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option(help="Print the table as the README has it.")
-    ] = False,
+    markdown: Markdown = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Measure calls, start-up and memory. Let nothing else run meanwhile; it takes a minute."""
     console = Console()
     with console.status("measuring …"):
         rows = asyncio.run(_measure())
-    print(for_readme(rows)) if markdown else console.print(for_eyes(rows))
+    show(rows, markdown=markdown)
 
 
 async def _measure() -> list[Row]:

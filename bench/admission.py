@@ -17,17 +17,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
 import structlog
 import typer
 from joserfc.jwk import ECKey
 from kimberly.memory.v1 import memory_pb2, memory_pb2_grpc
-from rich.console import Console
 
 from bench.logging_in import OneKey
-from bench.table import Row, for_eyes, for_readme
+from bench.table import Markdown, Row, show
 from local.layout import Layout
 from local.mesh import Mesh
 from local.postgres import SYSTEM
@@ -59,15 +58,13 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option(help="Print the table as the README has it.")
-    ] = False,
+    markdown: Markdown = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Measure. Let nothing else run meanwhile; it takes a minute."""
     # A line a call is not what is to be measured, and services do not write it either.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     rows = asyncio.run(_measure())
-    print(for_readme(rows)) if markdown else Console().print(for_eyes(rows))
+    show(rows, markdown=markdown)
 
 
 class _Idle(memory_pb2_grpc.MemoryServiceServicer):

@@ -25,7 +25,7 @@ from kimberly.users.v1 import users_pb2 as users
 from rich.console import Console
 
 from bench.measure import rate
-from bench.table import Row, for_eyes, for_readme
+from bench.table import Markdown, Row, show
 from local.layout import Layout
 from local.mesh import Mesh
 from local.postgres import APPLICATION, SYSTEM
@@ -84,15 +84,13 @@ class Log:
 @app.command()
 def main(
     seconds: Annotated[float, typer.Option(help="How long each kind of writers writes.")] = 5.0,
-    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option(help="Print the table as the README has it.")
-    ] = False,
+    markdown: Markdown = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Measure durable writes with the audit log on. Let nothing else run meanwhile."""
     console = Console()
     with console.status("measuring …"):
         rows = asyncio.run(_measure(seconds))
-    print(for_readme(rows)) if markdown else console.print(for_eyes(rows))
+    show(rows, markdown=markdown)
 
 
 async def _measure(seconds: float) -> list[Row]:

@@ -18,10 +18,9 @@ import typer
 from kimberly.client import Client, connect
 from kimberly.memory.v1 import memory_pb2 as memory
 from kimberly.users.v1 import users_pb2 as users
-from rich.console import Console
 
 from bench.progress import step
-from bench.table import Row, for_eyes, for_readme
+from bench.table import Markdown, Row, show
 from bench.telling import Stub, address, bare_stub
 from local import demo
 from local.layout import Layout
@@ -43,9 +42,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     items: Annotated[int, typer.Option(min=1_000, help="Memories of each import.")] = 50_000,
-    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option(help="Print the table as the README has it.")
-    ] = False,
+    markdown: Markdown = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Measure imports of made-up sentences into a mesh of its own, durable, on this machine.
 
@@ -57,7 +54,7 @@ def main(
     Let nothing else run meanwhile; it takes a minute.
     """
     rows = asyncio.run(_measure(items))
-    print(for_readme(rows)) if markdown else Console().print(for_eyes(rows))
+    show(rows, markdown=markdown)
 
 
 async def _measure(items: int) -> list[Row]:

@@ -14,13 +14,12 @@ from typing import Annotated, Any, Final
 import asyncpg
 import numpy as np
 import typer
-from rich.console import Console
 
 from bench.measure import Latency, latency
 from bench.peers import beside
 from bench.peers.beside import PeerError
 from bench.progress import notices
-from bench.table import Row, for_eyes, for_readme
+from bench.table import Markdown, Row, show
 from local.layout import CHECKOUT, Layout
 from local.mesh import Mesh
 from local.postgres import APPLICATION, DATABASE, SUPERUSER, SYSTEM
@@ -54,9 +53,7 @@ def main(
     peers: Annotated[
         Path, typer.Option(help="The environment that the peers are installed in.")
     ] = beside.HOME,
-    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option(help="Print the table as the README has it.")
-    ] = False,
+    markdown: Markdown = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Measure the queue of a mesh of its own, and other queues on the same Postgres.
 
@@ -68,7 +65,7 @@ def main(
     Let nothing else run meanwhile; it takes two minutes.
     """
     rows = asyncio.run(_measure(jobs, backlog, peers / "bin" / "python"))
-    print(for_readme(rows)) if markdown else Console().print(for_eyes(rows))
+    show(rows, markdown=markdown)
 
 
 async def _measure(jobs: int, backlog: int, python: Path) -> list[Row]:

@@ -13,12 +13,11 @@ import typer
 from kimberly.client import connect
 from kimberly.memory.v1 import memory_pb2 as memory
 from kimberly.users.v1 import users_pb2 as users
-from rich.console import Console
 
 from bench.measure import latency
 from bench.pace import pace
 from bench.progress import step
-from bench.table import Row, for_eyes, for_readme
+from bench.table import Markdown, Row, show
 from bench.telling import Stub, address, bare_stub
 from local import demo
 from local.layout import Layout
@@ -39,9 +38,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     memories: Annotated[int, typer.Option(min=_USERS, help="Memories of others.")] = 1_000_000,
-    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option(help="Print the table as the README has it.")
-    ] = False,
+    markdown: Markdown = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Measure pages of a list in a mesh of its own, through edge and sidecar, one after the other.
 
@@ -49,7 +46,7 @@ def main(
     Postgres. It takes two minutes; let nothing else run meanwhile.
     """
     rows = asyncio.run(_measure(memories))
-    print(for_readme(rows)) if markdown else Console().print(for_eyes(rows))
+    show(rows, markdown=markdown)
 
 
 async def _measure(memories: int) -> list[Row]:

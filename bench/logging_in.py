@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
 import asyncpg
 import grpc
@@ -23,11 +22,10 @@ import typer
 from joserfc.jwk import ECKey
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.client import Client, connect
-from rich.console import Console
 
 from bench.distributions import chances
 from bench.measure import rate
-from bench.table import Row, for_eyes, for_readme
+from bench.table import Markdown, Row, show
 from local.layout import Layout
 from local.mesh import Mesh
 from local.postgres import SUPERUSER
@@ -51,13 +49,11 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option(help="Print the table as the README has it.")
-    ] = False,
+    markdown: Markdown = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Measure. Let nothing else run meanwhile; it takes two minutes."""
     rows = asyncio.run(_measure())
-    print(for_readme(rows)) if markdown else Console().print(for_eyes(rows))
+    show(rows, markdown=markdown)
 
 
 async def _measure() -> list[Row]:

@@ -23,13 +23,12 @@ import typer
 from kimberly.client import connect
 from kimberly.memory.v1 import memory_pb2 as memory
 from kimberly.users.v1 import users_pb2 as users
-from rich.console import Console
 
 from bench.load import latency_of
 from bench.measure import Latency
 from bench.pace import pace
 from bench.progress import step
-from bench.table import Row, for_eyes, for_readme
+from bench.table import Markdown, Row, show
 from bench.telling import Stub, address, bare_stub
 from local import demo
 from local.layout import Layout
@@ -97,9 +96,7 @@ class Run:
 def main(
     memories: Annotated[int, typer.Option(min=_FEW, help="How many, of all users.")] = 1_000_000,
     users: Annotated[int, typer.Option(min=1, help="How many users they are of.")] = 1_000,
-    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option(help="Print the table as the README has it.")
-    ] = False,
+    markdown: Markdown = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Measure a full run and one that stores what moved, in a mesh of its own, queries beside it.
 
@@ -107,7 +104,7 @@ def main(
     make the memories; let nothing else run meanwhile.
     """
     rows = asyncio.run(_measure(Size(memories, users)))
-    print(for_readme(rows)) if markdown else Console().print(for_eyes(rows))
+    show(rows, markdown=markdown)
 
 
 async def _measure(size: Size) -> list[Row]:

@@ -2,8 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
+import typer
+from rich.console import Console
 from rich.table import Table
+
+Markdown = Annotated[bool, typer.Option(help="Print the table as the README has it.")]
+"""A flag of every command that prints one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +25,18 @@ class Row:
         return f"{self.what}: {self.value}"
 
 
-def for_eyes(rows: Iterable[Row]) -> Table:
-    """Return the rows as a table for a terminal."""
+def show(rows: Iterable[Row], *, markdown: bool) -> None:
+    """Print the rows for eyes, or for the README."""
+    print(_for_readme(rows)) if markdown else Console().print(_for_eyes(rows))
+
+
+def _for_eyes(rows: Iterable[Row]) -> Table:
     table = Table("what", "measured", "beside it")
     for row in rows:
         table.add_row(row.what, row.value, row.beside)
     return table
 
 
-def for_readme(rows: Iterable[Row]) -> str:
-    """Return the rows as a Markdown table."""
+def _for_readme(rows: Iterable[Row]) -> str:
     lines = [f"| {row.what} | {row.value} | {row.beside} |" for row in rows]
     return "\n".join(["| what | measured | beside it |", "|---|---|---|", *lines])

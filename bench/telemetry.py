@@ -23,12 +23,11 @@ import typer
 from kimberly.client import connect
 from kimberly.memory.v1 import memory_pb2 as memory
 from kimberly.users.v1 import users_pb2 as users
-from rich.console import Console
 
 from bench.measure import rate
 from bench.pace import pace
 from bench.spending import CLIENT, cpu_seconds
-from bench.table import Row, for_eyes, for_readme
+from bench.table import Markdown, Row, show
 from bench.telling import address, bare_stub
 from local import demo
 from local.layout import Layout
@@ -53,13 +52,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     rounds: Annotated[int, typer.Option(min=2, help="Of each mesh.")] = 80,
     ratio: Annotated[float, typer.Option(min=0, max=1, help="Part of calls traced.")] = 0.05,
-    markdown: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option(help="Print the table as the README has it.")
-    ] = False,
+    markdown: Markdown = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Compare queries a second with and without telemetry. Let nothing else run meanwhile."""
     rows = asyncio.run(_measure(rounds, ratio))
-    print(for_readme(rows)) if markdown else Console().print(for_eyes(rows))
+    show(rows, markdown=markdown)
 
 
 async def _measure(rounds: int, ratio: float) -> list[Row]:

@@ -27,6 +27,11 @@ class Layout:
         return Path(tempfile.gettempdir()) / f"kimberly-{os.getuid()}-{name}"
 
     @property
+    def postgres_sockets(self) -> Path:
+        """Directory of the socket of PostgreSQL, which may run as another user."""
+        return self.sockets.with_name(f"{self.sockets.name}-postgres")
+
+    @property
     def secrets(self) -> Path:
         """Passwords and keys of the stores, 0700, made on first start."""
         return self.state / "secrets"

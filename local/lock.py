@@ -116,17 +116,26 @@ def _lock(file: IO[str]) -> bool:
 
 def holder_of(state: Path) -> Identity | None:
     """Return the process that holds a state directory, or None if nobody does."""
+    with kept_free(state) as is_free:
+        holder = None if is_free else _read(state)
+    return holder if holder and holder.is_alive() else None
+
+
+@contextlib.contextmanager
+def kept_free(state: Path) -> Iterator[bool]:
+    """Tell whether nobody holds a state directory, and keep it so; for a moment only."""
     try:
         file = (state / FILE).open("a+")
     except FileNotFoundError:
-        return None
+        yield True
+        return
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _read(state)
-            return holder if holder and holder.is_alive() else None
-    return None
+            yield False
+        else:
+            yield True
 
 
 def _read(state: Path) -> Identity | None:

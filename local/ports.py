@@ -86,6 +86,15 @@ def open_ports(record: Path) -> Iterator[Ports]:
         yield Ports(record, claims)
 
 
+def is_unused(port: int) -> bool:
+    """Tell whether no mesh has claimed a port and nobody listens on it."""
+    claim = _lock(port)
+    if claim is None:
+        return False
+    with claim:
+        return _is_free(port)
+
+
 def _read(record: Path) -> dict[str, int]:
     try:
         return {str(name): int(port) for name, port in json.loads(record.read_text()).items()}

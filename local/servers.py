@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from local import lock, ports, probes
+from local import leftovers, lock, ports, probes
 from local.layout import Layout
 from local.ports import GRPC_OFFSET, LOOPBACK, Ports
 from local.postgres import (
@@ -223,9 +223,8 @@ class SeaweedFS:
     def clean(self) -> None:
         """Remove the sockets that SeaweedFS makes under fixed names and leaves behind."""
         for part, port in self.ports.items():
-            socket = Path("/tmp", f"seaweedfs-{part}-grpc-{port + GRPC_OFFSET}.sock")  # noqa: S108 - its choice
             with contextlib.suppress(OSError):
-                socket.unlink()
+                leftovers.seaweed_socket(part, port + GRPC_OFFSET).unlink()
 
     async def _is_ready(self) -> bool:
         """Tell whether an object can be written with the key, and none without."""
@@ -343,7 +342,7 @@ class Stores:
         self.postgres = PostgreSQL(
             home=find_home(layout),
             port=claimed_ports.claim("postgres"),
-            sockets=layout.sockets.with_name(f"{layout.sockets.name}-postgres"),
+            sockets=layout.postgres_sockets,
             log=layout.logs / "postgres.log",
             passwords={role: kept.get(f"{role}.password") for role in ROLES},
             durable=self.durable,
@@ -395,6 +394,8 @@ def claimed(layout: Layout) -> Iterator[Ports]:
         make_passable(layout.data)
         shutil.rmtree(layout.sockets, ignore_errors=True)
         make_private(layout.sockets)
+        leftovers.own(layout)
+        leftovers.clear()
         try:
             yield claimed_ports
         finally:

@@ -160,6 +160,8 @@ def _is_many(value: object) -> bool:
 # --- what pytest calls -------------------------------------------------------------------------
 
 _ON: Final = pytest.StashKey[bool]()
+_FOUND: Final = "found"
+"""Under this name, what one of several processes has found reaches the one that started them."""
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -189,8 +191,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     factory = getattr(session.config, "_tmp_path_factory", None)
     if factory is not None:
         WATCH.look_into(factory.getbasetemp())
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[_FOUND] = WATCH.found
     if WATCH.found and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what was found by a process that ran some of the tests."""
+    WATCH.found.update(getattr(node, "workeroutput", {}).get(_FOUND, {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

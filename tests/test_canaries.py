@@ -71,8 +71,11 @@ def test_what_is_in_a_log_is_found(leak: str, scratch: Path) -> None:
     assert quiet.found == {}
 
 
-@pytest.mark.parametrize("where", ["printed", "removed", "kept", "nowhere"])
-def test_a_run_that_leaks_has_failed(where: str, scratch: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "processes"),
+    [("printed", 0), ("removed", 0), ("kept", 0), ("kept", 1), ("nowhere", 1)],
+)
+def test_a_run_that_leaks_has_failed(where: str, processes: int, scratch: Path) -> None:
     texts = dict.fromkeys(("printed", "removed", "kept"), "nothing to see")
     if where in texts:
         texts[where] = "a key kim_0123456789_" + "x" * 43
@@ -80,7 +83,7 @@ def test_a_run_that_leaks_has_failed(where: str, scratch: Path) -> None:
     file.write_text(RUN.format(**texts))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "tests.canaries"),
+            *(sys.executable, "-m", "pytest", "-q", "-p", "tests.canaries", "-n", str(processes)),
             *("--rootdir", scratch, "-c", "/dev/null", "--basetemp", scratch / "base", file),
         ],
         capture_output=True,

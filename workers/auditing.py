@@ -8,6 +8,7 @@ import structlog
 from kimberly.users.v1 import users_pb2 as pb
 from kimberly.users.v1 import users_pb2_grpc as rpc
 
+from workers.paging import pages
 from workers.stream import Task
 
 log = structlog.get_logger()
@@ -15,7 +16,6 @@ log = structlog.get_logger()
 CHECKPOINT: Final = "audit.checkpoint"
 
 PAGE_SIZE = 100
-_PAGE_SECONDS = 15.0
 
 
 class Auditing:
@@ -38,15 +38,9 @@ class Auditing:
 
         An attempt that is interrupted leaves less to the next one: what is signed stays so.
         """
-        signed, token = 0, ""
-        while True:
-            page = await self._stub.SignCheckpoints(
-                pb.SignCheckpointsRequest(page_size=self._page_size, page_token=token),
-                timeout=_PAGE_SECONDS,
-                metadata=self._metadata,
-            )
+        request = pb.SignCheckpointsRequest(page_size=self._page_size)
+        signed = 0
+        async for page in pages(self._stub.SignCheckpoints, request, self._metadata):
             signed += page.signed
-            token = page.next_page_token
-            if not token:
-                log.info("audit checkpoints signed", job=task.job_id, checkpoints=signed)
-                return {"signed": signed}
+        log.info("audit checkpoints signed", job=task.job_id, checkpoints=signed)
+        return {"signed": signed}

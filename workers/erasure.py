@@ -8,6 +8,7 @@ import structlog
 from kimberly.privacy.v1 import privacy_pb2 as pb
 from kimberly.privacy.v1 import privacy_pb2_grpc as rpc
 
+from workers.paging import PAGE_SECONDS
 from workers.stream import Task
 
 log = structlog.get_logger()
@@ -15,7 +16,6 @@ log = structlog.get_logger()
 ERASE: Final = "user.erase"
 
 PAGE_SIZE = 500
-_PAGE_SECONDS = 15.0
 _MOST_ROUNDS: Final = 20
 
 
@@ -54,7 +54,7 @@ class Erasing:
         removed, first = 0, None
         while True:
             answer = await self._stub.EraseUser(
-                request, timeout=_PAGE_SECONDS, metadata=self._metadata
+                request, timeout=PAGE_SECONDS, metadata=self._metadata
             )
             removed += answer.removed
             if answer.done:

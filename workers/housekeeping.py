@@ -8,6 +8,7 @@ import structlog
 from kimberly.maintenance.v1 import maintenance_pb2 as pb
 from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
 
+from workers.paging import PAGE_SECONDS, pages
 from workers.stream import Task
 
 log = structlog.get_logger()
@@ -16,7 +17,6 @@ SWEEP_ATTACHMENTS: Final = "attachments.sweep"
 SWEEP_MEMORIES: Final = "memories.sweep"
 
 PAGE_SIZE = 200
-_PAGE_SECONDS = 15.0
 # What expires is doomed, and what is doomed is removed, in one sweep.
 _STAGES: Final = {
     "expired": pb.SWEEP_STAGE_EXPIRED,
@@ -56,7 +56,7 @@ class Housekeeping:
         while True:
             page = await self._stub.SweepMemories(
                 pb.SweepMemoriesRequest(page_size=self._page_size),
-                timeout=_PAGE_SECONDS,
+                timeout=PAGE_SECONDS,
                 metadata=self._metadata,
             )
             archived, deleted = archived + page.archived, deleted + page.deleted
@@ -66,16 +66,10 @@ class Housekeeping:
 
     async def _sweep(self, stage: "pb.SweepStage.ValueType") -> int:
         """Go through the pages of a stage and return how many things were removed."""
-        removed, token = 0, ""
-        while True:
-            page = await self._stub.SweepAttachments(
-                pb.SweepAttachmentsRequest(
-                    stage=stage, page_size=self._page_size, page_token=token
-                ),
-                timeout=_PAGE_SECONDS,
-                metadata=self._metadata,
-            )
-            removed += page.removed
-            token = page.next_page_token
-            if not token:
-                return removed
+        request = pb.SweepAttachmentsRequest(stage=stage, page_size=self._page_size)
+        return sum(
+            [
+                page.removed
+                async for page in pages(self._stub.SweepAttachments, request, self._metadata)
+            ]
+        )

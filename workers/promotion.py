@@ -8,6 +8,7 @@ import structlog
 from kimberly.maintenance.v1 import maintenance_pb2 as pb
 from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
 
+from workers.paging import pages
 from workers.stream import Task
 
 log = structlog.get_logger()
@@ -15,7 +16,6 @@ log = structlog.get_logger()
 PROMOTE: Final = "short_term.promote"
 
 PAGE_SIZE = 200
-_PAGE_SECONDS = 15.0
 
 
 class Promoting:
@@ -38,17 +38,10 @@ class Promoting:
 
         An attempt that is interrupted leaves less to the next one: what is promoted stays so.
         """
+        request = pb.PromoteShortTermRequest(page_size=self._page_size)
         promoted = withdrawn = 0
-        token = ""
-        while True:
-            page = await self._stub.PromoteShortTerm(
-                pb.PromoteShortTermRequest(page_size=self._page_size, page_token=token),
-                timeout=_PAGE_SECONDS,
-                metadata=self._metadata,
-            )
+        async for page in pages(self._stub.PromoteShortTerm, request, self._metadata):
             promoted += page.promoted
             withdrawn += page.withdrawn
-            token = page.next_page_token
-            if not token:
-                log.info("short term promoted", job=task.job_id, promoted=promoted)
-                return {"promoted": promoted, "withdrawn": withdrawn}
+        log.info("short term promoted", job=task.job_id, promoted=promoted)
+        return {"promoted": promoted, "withdrawn": withdrawn}

@@ -7,12 +7,12 @@ import grpc
 from kimberly.maintenance.v1 import maintenance_pb2 as pb
 from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
 
+from workers.paging import pages
 from workers.stream import Task
 
 REINDEX: Final = "memories.reindex"
 
 PAGE_SIZE = 200
-_PAGE_SECONDS = 15.0
 
 
 class Reindexing:
@@ -42,11 +42,6 @@ class Reindexing:
             page_size=self._page_size,
         )
         reindexed = 0
-        while True:
-            page = await self._stub.ReindexMemories(
-                request, timeout=_PAGE_SECONDS, metadata=self._metadata
-            )
+        async for page in pages(self._stub.ReindexMemories, request, self._metadata):
             reindexed += page.reindexed
-            if not page.next_page_token:
-                return {"reindexed": reindexed}
-            request.page_token = page.next_page_token
+        return {"reindexed": reindexed}

@@ -8,6 +8,7 @@ import structlog
 from kimberly.maintenance.v1 import maintenance_pb2 as pb
 from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
 
+from workers.paging import pages
 from workers.stream import Task
 
 log = structlog.get_logger()
@@ -15,7 +16,6 @@ log = structlog.get_logger()
 REWRAP: Final = "keys.rewrap"
 
 PAGE_SIZE = 50
-_PAGE_SECONDS = 15.0
 
 
 class DataKeysUnreadable(Exception):
@@ -46,19 +46,11 @@ class Rewrapping:
             DataKeysUnreadable: Some keys stay wrapped as they were. The old master key, if it
                 still exists, must not be destroyed before their cause is known.
         """
+        request = pb.RewrapDataKeysRequest(page_size=self._page_size)
         rewrapped = unreadable = 0
-        token = ""
-        while True:
-            page = await self._stub.RewrapDataKeys(
-                pb.RewrapDataKeysRequest(page_size=self._page_size, page_token=token),
-                timeout=_PAGE_SECONDS,
-                metadata=self._metadata,
-            )
+        async for page in pages(self._stub.RewrapDataKeys, request, self._metadata):
             rewrapped += page.rewrapped
             unreadable += page.unreadable
-            token = page.next_page_token
-            if not token:
-                break
         if unreadable:
             log.error("data keys unreadable", job=task.job_id, keys=unreadable)
             raise DataKeysUnreadable

@@ -199,66 +199,85 @@ async def insert_all(
     around = await Surroundings.of(connection, caller, places, writing.language)
     around = around.with_drafts(drafts)
     await around.refresh(connection, caller, places)
-    terms = _terms(around, drafts, made, writing.language, sealing)
     new_ids = [ids.new_id() for _ in drafts]
+    derived = (
+        _terms(around, drafts, made, writing.language, sealing),
+        _sealed(drafts, new_ids, sealing),
+    )
     with within_quota():
-        # In order of their hashes, so that of two who store the same texts none waits for the
-        # other in a circle.
-        rows = await connection.fetch(
-            """
-            WITH created AS (
-                INSERT INTO memories (tenant_id, user_id, id, tier, content, tags, source,
-                                      session_id, session_position, speaker, occurred_at,
-                                      size_bytes, content_hash, created_at, updated_at, terms,
-                                      channels, scope, protected, consent_version, sensitive,
-                                      sealed)
-                SELECT $1, $2, draft.id, draft.tier, draft.content,
-                       draft.tags::text[], draft.source, draft.session_id,
-                       draft.session_position, draft.speaker, draft.occurred_at,
-                       draft.size_bytes, draft.content_hash, $3, $3, draft.terms,
-                       draft.channels::text[], draft.scope, draft.protected, $4,
-                       draft.sealed IS NOT NULL, draft.sealed
-                  FROM unnest($5::uuid[], $6::text[], $7::text[], $8::text[], $9::text[],
-                              $10::text[], $11::integer[], $12::text[], $13::timestamptz[],
-                              $14::integer[], $15::bytea[], $16::sparsevec[], $17::text[],
-                              $18::text[], $19::boolean[], $20::bytea[])
-                    AS draft (id, tier, content, tags, source, session_id, session_position,
-                              speaker, occurred_at, size_bytes, content_hash, terms, channels,
-                              scope, protected, sealed)
-                 ORDER BY draft.content_hash
-                ON CONFLICT DO NOTHING
-                RETURNING id
-            )
-            INSERT INTO memory_scores (tenant_id, user_id, memory_id, last_seen_at)
-            SELECT $1, $2, id, $3 FROM created
-            RETURNING memory_id
-            """,
-            caller.tenant_id,
-            caller.user_id,
-            now,
-            writing.consent_version,
-            new_ids,
-            [draft.tier for draft in drafts],
-            ["" if draft.is_sensitive else draft.content for draft in drafts],
-            [_array(draft.tags) for draft in drafts],
-            [draft.source for draft in drafts],
-            [draft.session_id for draft in drafts],
-            [draft.session_position for draft in drafts],
-            [draft.speaker for draft in drafts],
-            [draft.occurred_at or now for draft in drafts],
-            [draft.size_bytes for draft in drafts],
-            [draft.content_hash for draft in drafts],
-            terms,
-            [_array(draft.channels) for draft in drafts],
-            [draft.scope for draft in drafts],
-            [draft.is_protected for draft in drafts],
-            _sealed(drafts, new_ids, sealing),
-        )
-    created = {row["memory_id"] for row in rows}
+        created = await _insert(connection, caller, drafts, new_ids, derived, writing, now)
     kept = [new_id if new_id in created else None for new_id in new_ids]
     names = [ids.show(ids.MEMORY, new_id) for new_id in kept if new_id]
     await audit.record_all(connection, caller, "memory.create", names)
     return kept
+
+
+async def _insert(
+    connection: Connection,
+    caller: Caller,
+    drafts: Sequence[Draft],
+    new_ids: Sequence[UUID],
+    derived: tuple[Sequence[SparseVector], Sequence[bytes | None]],
+    writing: Writing,
+    now: datetime,
+) -> set[UUID]:
+    """Insert memories with what follows from their texts, and return the ids of those new.
+
+    In order of their hashes, so that of two who store the same texts none waits for the other in
+    a circle.
+    """
+    terms, sealed = derived
+    rows = await connection.fetch(
+        """
+        WITH created AS (
+            INSERT INTO memories (tenant_id, user_id, id, tier, content, tags, source,
+                                  session_id, session_position, speaker, occurred_at,
+                                  size_bytes, content_hash, created_at, updated_at, terms,
+                                  channels, scope, protected, consent_version, sensitive,
+                                  sealed)
+            SELECT $1, $2, draft.id, draft.tier, draft.content,
+                   draft.tags::text[], draft.source, draft.session_id,
+                   draft.session_position, draft.speaker, draft.occurred_at,
+                   draft.size_bytes, draft.content_hash, $3, $3, draft.terms,
+                   draft.channels::text[], draft.scope, draft.protected, $4,
+                   draft.sealed IS NOT NULL, draft.sealed
+              FROM unnest($5::uuid[], $6::text[], $7::text[], $8::text[], $9::text[],
+                          $10::text[], $11::integer[], $12::text[], $13::timestamptz[],
+                          $14::integer[], $15::bytea[], $16::sparsevec[], $17::text[],
+                          $18::text[], $19::boolean[], $20::bytea[])
+                AS draft (id, tier, content, tags, source, session_id, session_position,
+                          speaker, occurred_at, size_bytes, content_hash, terms, channels,
+                          scope, protected, sealed)
+             ORDER BY draft.content_hash
+            ON CONFLICT DO NOTHING
+            RETURNING id
+        )
+        INSERT INTO memory_scores (tenant_id, user_id, memory_id, last_seen_at)
+        SELECT $1, $2, id, $3 FROM created
+        RETURNING memory_id
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        now,
+        writing.consent_version,
+        new_ids,
+        [draft.tier for draft in drafts],
+        ["" if draft.is_sensitive else draft.content for draft in drafts],
+        [_array(draft.tags) for draft in drafts],
+        [draft.source for draft in drafts],
+        [draft.session_id for draft in drafts],
+        [draft.session_position for draft in drafts],
+        [draft.speaker for draft in drafts],
+        [draft.occurred_at or now for draft in drafts],
+        [draft.size_bytes for draft in drafts],
+        [draft.content_hash for draft in drafts],
+        terms,
+        [_array(draft.channels) for draft in drafts],
+        [draft.scope for draft in drafts],
+        [draft.is_protected for draft in drafts],
+        sealed,
+    )
+    return {row["memory_id"] for row in rows}
 
 
 def _array(labels: Sequence[str]) -> str:

@@ -191,33 +191,9 @@ async def archive_all(
     Returns:
         Those that were archived.
     """
-    rows = await connection.fetch(
-        """
-        SELECT session_id, session_position
-          FROM memories
-         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3)
-           AND session_position IS NOT NULL
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        memory_ids,
-    )
-    places = [Place(row["session_id"], row["session_position"]) for row in rows]
+    places = await _places_of(connection, caller, memory_ids)
     around = await Surroundings.of(connection, caller, places, language)
-    locked = await connection.fetch(
-        """
-        SELECT id
-          FROM memories
-         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3)
-           AND archived_at IS NULL AND NOT protected AND NOT restored
-         ORDER BY id
-           FOR NO KEY UPDATE
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        memory_ids,
-    )
-    archived = [row["id"] for row in locked]
+    archived = await _lock_active(connection, caller, memory_ids)
     await around.without(*archived).refresh(connection, caller, places)
     await connection.execute(
         """
@@ -235,6 +211,44 @@ async def archive_all(
     )
     await _record(connection, caller, "memory.archive", archived)
     return archived
+
+
+async def _places_of(
+    connection: Connection, caller: Caller, memory_ids: Sequence[UUID]
+) -> list[Place]:
+    """Return where those of the memories stand that are turns of a conversation."""
+    rows = await connection.fetch(
+        """
+        SELECT session_id, session_position
+          FROM memories
+         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3)
+           AND session_position IS NOT NULL
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        memory_ids,
+    )
+    return [Place(row["session_id"], row["session_position"]) for row in rows]
+
+
+async def _lock_active(
+    connection: Connection, caller: Caller, memory_ids: Sequence[UUID]
+) -> list[UUID]:
+    """Lock those of the memories that the mesh may archive, and return their ids."""
+    rows = await connection.fetch(
+        """
+        SELECT id
+          FROM memories
+         WHERE tenant_id = $1 AND user_id = $2 AND id = ANY ($3)
+           AND archived_at IS NULL AND NOT protected AND NOT restored
+         ORDER BY id
+           FOR NO KEY UPDATE
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        memory_ids,
+    )
+    return [row["id"] for row in rows]
 
 
 async def _unseen(connection: Connection, now: datetime, limit: int) -> list[asyncpg.Record]:

@@ -22,9 +22,8 @@ comes back because Redis forgot the deletion, counts no more: reads look there, 
 Positions of a conversation go on after the highest one that PostgreSQL knows.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NoReturn, cast
 from uuid import UUID
@@ -40,13 +39,11 @@ from server.errors import (
     EtagMismatch,
     InvalidArgument,
     NotFound,
-    QuotaExceeded,
     StateConflict,
     StoreUnavailable,
 )
 from server.memory import ranking, short_term_scripts
 from server.memory.insertion import new_memory
-from server.memory.metrics import QUOTA_REFUSALS
 from server.memory.model import Change, Draft, Filter, Found, Memory, Tier
 from server.memory.short_term_bodies import (
     Kept,
@@ -69,6 +66,7 @@ from server.memory.short_term_exits import (
     left,
     left_by_now,
 )
+from server.memory.short_term_room import Room, note_usage, room_of
 from server.memory.store import fetch_memory
 from server.memory.writing import Writing, begin_writing
 from server.preferences import Language
@@ -76,21 +74,6 @@ from server.preferences import Language
 log = structlog.get_logger()
 
 _TRIES: Final = 20
-_SHARES: Final = (80, 100)
-"""Percentages of the quota that the audit log is told of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """How much a user may keep, and for how long."""
-
-    limit_bytes: int
-    lifetime: timedelta
-
-    @property
-    def milliseconds(self) -> int:
-        """The lifetime as Redis counts it."""
-        return int(self.lifetime.total_seconds() * 1000)
 
 
 class ShortTermStore:
@@ -341,7 +324,7 @@ class ShortTermStore:
         async with self._database.transaction(caller) as connection:
             writing = await begin_writing(connection)
             await begin_writing_short_term(connection, caller)
-            yield connection, writing, await self._room(connection, caller)
+            yield connection, writing, await room_of(connection, caller, self._lifetime)
 
     async def current(self, connection: Connection, caller: Caller, memory_id: UUID) -> Kept:
         """Return a memory as it stands while the transaction lets none leave.
@@ -413,16 +396,6 @@ class ShortTermStore:
             InvalidArgument: The conversation has no places left.
             StoreUnavailable: Redis does not answer, or is full.
         """
-        fields = [
-            field
-            for turn in turns
-            for field in (
-                turn.id.hex,
-                open_body_of(turn),
-                turn.content_hash.hex(),
-                turn.size_bytes,
-            )
-        ]
         outcome, used_bytes, *made = await self._run(
             self._append,
             caller,
@@ -432,11 +405,11 @@ class ShortTermStore:
             session_key(turns[0].session_id),
             least,
             request,
-            *fields,
+            *_fields_of(turns),
         )
         match outcome:
             case b"full":
-                raise over_quota(used_bytes, room)
+                raise room.refusal(used_bytes)
             case b"far":
                 raise InvalidArgument("session_id", "has no positions left")
             case b"repeated":
@@ -501,7 +474,7 @@ class ShortTermStore:
                 request,
             )
             if outcome == b"full":
-                raise over_quota(used_bytes, room)
+                raise room.refusal(used_bytes)
             kept = kept_from(*entry).memory
             is_new = outcome == b"created"
             if is_new:
@@ -541,26 +514,10 @@ class ShortTermStore:
             case b"taken":
                 raise AlreadyExists("another short-term memory has the same content")
             case b"full":
-                raise over_quota(used_bytes, room)
+                raise room.refusal(used_bytes)
         added = new.size_bytes - current.size_bytes
         await note_usage(connection, caller, used_bytes, added, room)
         return kept_from(*entry).memory
-
-    async def _room(self, connection: Connection, caller: Caller) -> Room:
-        row = await connection.fetchrow(
-            """
-            SELECT quota.short_term_bytes,
-                   (SELECT short_term_hours
-                      FROM settings
-                     WHERE tenant_id = $1 AND user_id = $2) AS hours
-              FROM quotas_of($1, $2) AS quota
-            """,
-            caller.tenant_id,
-            caller.user_id,
-        )
-        hours = row["hours"]
-        lifetime = self._lifetime if hours is None else timedelta(hours=hours)
-        return Room(row["short_term_bytes"], lifetime)
 
     async def _read(self, caller: Caller, memory_ids: Sequence[UUID]) -> list[Kept]:
         if not memory_ids:
@@ -609,37 +566,18 @@ def refuse_sensitive(is_sensitive: bool | None) -> None:  # noqa: FBT001 - what 
         )
 
 
+def _fields_of(turns: Sequence[Memory]) -> Iterator[str | int]:
+    """Yield what the script that appends is told of each turn, one after the other."""
+    for turn in turns:
+        yield from (turn.id.hex, open_body_of(turn), turn.content_hash.hex(), turn.size_bytes)
+
+
 def successors(first: UUID, count: int) -> list[UUID]:
     """Return the ids of turns that were made together, in their order.
 
     A retry that knows the first one knows all of them.
     """
     return [UUID(int=first.int + place) for place in range(count)]
-
-
-def over_quota(used_bytes: int, room: Room) -> QuotaExceeded:
-    """Return the refusal of what does not fit."""
-    QUOTA_REFUSALS.labels(Tier.SHORT_TERM.value).inc()
-    return QuotaExceeded(
-        Tier.SHORT_TERM.value,
-        used_bytes,
-        room.limit_bytes,
-        "delete short-term memories, move them to long-term, or end sessions",
-        room=max(room.limit_bytes - used_bytes, 0),
-    )
-
-
-async def note_usage(
-    connection: Connection, caller: Caller, used_bytes: int, added: int, room: Room
-) -> None:
-    """Tell the audit log when the memories come to a share of their quota."""
-    crossed = [
-        f"usage/{Tier.SHORT_TERM}/{share}"
-        for share in _SHARES
-        if (used_bytes - added) * 100 < room.limit_bytes * share <= used_bytes * 100
-    ]
-    if crossed:
-        await audit.record_all(connection, caller, "quota.threshold", crossed, actor=audit.SYSTEM)
 
 
 def _living(snapshot: Snapshot) -> list[Memory]:

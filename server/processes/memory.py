@@ -12,6 +12,7 @@ from kimberly.privacy.v1 import privacy_pb2_grpc
 from kimberly.scoring.v1 import scoring_pb2_grpc
 
 from server.blobs import Blobs
+from server.cache import Redis
 from server.clock import utc_now
 from server.data_keys import DataKeys
 from server.database import SystemDatabase
@@ -159,14 +160,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     )
     erased = ErasedUsers(system)
     privacy_work = PrivacyWorkService(
-        Eraser(
-            system,
-            ErasureStore(system, patience(settings)),
-            data_keys,
-            blobs,
-            redis,
-            object_kinds=(*Kind, withdrawals.KIND),
-        ),
+        _eraser(settings, system, data_keys, blobs, redis),
         UserExporter(
             ExportStore(database, timedelta(days=settings.export_days)),
             Dumper(database, system),
@@ -174,7 +168,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             blobs,
         ),
     )
-
     readings = MemoryReadings(system)
 
     def register(server: grpc.aio.Server) -> None:
@@ -191,12 +184,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         ended,
         erased,
         open_toll(settings, stack, system),
-        loops=[
-            blobs.keep_versions,
-            feed.run,
-            answers.run,
-            counts.run,
-        ],
+        loops=[blobs.keep_versions, feed.run, answers.run, counts.run],
         readings=[
             readings.usage,
             readings.meditations,
@@ -225,6 +213,19 @@ def _scoring(
             utc_now,
             most_a_day=settings.archived_a_day,
         ),
+    )
+
+
+def _eraser(
+    settings: Settings, system: SystemDatabase, data_keys: DataKeys, blobs: Blobs, redis: Redis
+) -> Eraser:
+    return Eraser(
+        system,
+        ErasureStore(system, patience(settings)),
+        data_keys,
+        blobs,
+        redis,
+        object_kinds=(*Kind, withdrawals.KIND),
     )
 
 

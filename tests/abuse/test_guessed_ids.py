@@ -73,6 +73,7 @@ async def test_ten_thousand_guesses_find_nothing(gil: User, door: Transport) -> 
     assert answers == {(await refusal(door, "GetMemory", ids.show(ids.MEMORY, his))).refusal}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("method", READ)
 async def test_the_time_does_not_tell_what_is_anothers_from_what_is_not(
     gil: User, door: Transport, capsys: pytest.CaptureFixture[str], method: str

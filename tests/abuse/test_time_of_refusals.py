@@ -116,6 +116,7 @@ def differences(times: Mapping[str, list[float]]) -> list[str]:
     return apart + ([f"medians {gap:.2f} ms apart"] if gap >= LARGEST_GAP_MILLISECONDS else [])
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(400)
 async def test_unknown_wrong_waiting_and_disabled_are_not_told_apart(
     database: asyncpg.Connection,

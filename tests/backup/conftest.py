@@ -41,7 +41,7 @@ from server.users.audit_store import AuditStore
 from server.users.checkpoint_archive import CheckpointArchive
 from server.users.checkpoint_store import CheckpointStore
 from server.users.checkpointer import Checkpointer
-from tests.conftest import DATABASE, data_keys_of
+from tests.conftest import DATABASE, data_keys_of, open_bucket
 from tests.database.rows import insert, table, three
 from tests.signing import sign_all
 
@@ -61,18 +61,6 @@ def new_bucket(stores: Stores, prefix: str) -> str:
     s3 = stores.s3
     Minio(s3.endpoint, s3.access_key, s3.secret_key, secure=False).make_bucket(name)
     return name
-
-
-def open_bucket(stores: Stores, name: str) -> Blobs:
-    s3 = stores.s3
-    return Blobs.open(
-        endpoint=s3.endpoint,
-        access_key=s3.access_key,
-        secret_key=s3.secret_key,
-        region="us-east-1",
-        secure=False,
-        bucket=name,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,8 @@ from server.privacy import words
 from server.processes.backups import create_backup
 from server.signed_words import WordForged
 from server.users import checkpoints
-from tests.backup.conftest import RESTORED, NewMesh, Rig, Story, open_bucket
-from tests.conftest import DATABASE
+from tests.backup.conftest import RESTORED, NewMesh, Rig, Story
+from tests.conftest import DATABASE, open_bucket
 
 Choose = Callable[[list[str]], str]
 

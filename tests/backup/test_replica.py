@@ -26,8 +26,8 @@ from server.backup.failures import BackupFailed
 from server.backup.snapshot import Named, Snapshot, digest_tables
 from server.database import Database, open_pool
 from server.migrate import migrate, read_migrations
-from tests.backup.conftest import Rig, Story, open_bucket
-from tests.conftest import DATABASE
+from tests.backup.conftest import Rig, Story
+from tests.conftest import DATABASE, open_bucket
 
 
 @asynccontextmanager

@@ -38,7 +38,8 @@ from local.servers import Stores, _valkey_binary, _weed_binary
 from server import access
 from tests.needs import needs_kustomize
 
-pytestmark = needs_kustomize
+# All pods at once on this machine, each with a probe that loses patience.
+pytestmark = [pytest.mark.alone, needs_kustomize]
 
 PATIENCE_SECONDS = 90.0
 # Two runs at once do not meet.

@@ -32,13 +32,11 @@ from kimberly.users.v1 import users_pb2 as users
 from local.fleet import MASTER_KEY
 from local.mesh import Mesh
 from local.postgres import APPLICATION, SUPERUSER, SYSTEM
-from local.servers import BUCKET
-from server.blobs import Blobs
 from server.cache import open_cache
 from server.clock import utc_now
 from server.database import Database, SystemDatabase, open_pool
 from server.kms.local import LocalKms
-from tests.conftest import Serve, as_worker
+from tests.conftest import Serve, as_worker, open_bucket
 from tests.e2e.canary import Haystack, fingerprints, word
 from tests.maintenance import maintenance_service
 from tests.mesh import PASSWORD, User, eventually
@@ -87,14 +85,7 @@ async def house(mesh: Mesh, serve: Serve) -> AsyncIterator[House]:
     application, system = [
         await open_pool(stores.dsn(role), size=2, name="test") for role in (APPLICATION, SYSTEM)
     ]
-    blobs = Blobs.open(
-        endpoint=stores.s3.endpoint,
-        access_key=stores.s3.access_key,
-        secret_key=stores.s3.secret_key,
-        region="us-east-1",
-        secure=False,
-        bucket=BUCKET,
-    )
+    blobs = open_bucket(stores)
     kms = LocalKms(stores.secrets.path(MASTER_KEY))
 
     def tomorrow() -> datetime:

@@ -36,6 +36,7 @@ from local.servers import Stores
 from server.access import EDGE, PROCESSES
 from server.backup.signing import Signer
 from server.blobs import Blobs
+from tests.conftest import open_bucket
 from tests.mesh import PASSWORD, User, address_of, bearer, eventually, sign_up
 from tests.transports import Grpc, Refused
 
@@ -73,15 +74,7 @@ class Vault:
 
     @property
     def blobs(self) -> Blobs:
-        s3 = self.stores.s3
-        return Blobs.open(
-            endpoint=s3.endpoint,
-            access_key=s3.access_key,
-            secret_key=s3.secret_key,
-            region="us-east-1",
-            secure=False,
-            bucket=BUCKET,
-        )
+        return open_bucket(self.stores, BUCKET)
 
     def told(self) -> dict[str, str]:
         s3 = self.stores.s3

@@ -4,14 +4,13 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from uuid import UUID
 
 import psutil
@@ -48,15 +47,14 @@ def mesh() -> Iterator[Mesh]:
 
 @contextmanager
 def busy_mesh(service: tuple[str, ...]) -> Iterator[Mesh]:
-    state = Path(mkdtemp(prefix="kimberly-faults-"))
-    state.chmod(0o755)
     commands = Commands(service=service, worker=(sys.executable, "-m", "tests.faults.busy_worker"))
-    with in_background(
-        # What is killed on purpose, and often, is to come back at once.
-        Mesh(Layout(state), workers=4, commands=commands, longest_pause_seconds=0.2)
-    ) as running:
-        yield running
-    shutil.rmtree(state)
+    with TemporaryDirectory(prefix="kimberly-faults-") as state:
+        Path(state).chmod(0o755)
+        with in_background(
+            # What is killed on purpose, and often, is to come back at once.
+            Mesh(Layout(Path(state)), workers=4, commands=commands, longest_pause_seconds=0.2)
+        ) as running:
+            yield running
 
 
 @pytest_asyncio.fixture(scope="module")

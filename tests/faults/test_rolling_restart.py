@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import shutil
 import signal
 import ssl
 import sys
@@ -16,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import grpc
 import httpx
@@ -50,22 +49,21 @@ BACK_SECONDS = 60.0
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     """A durable mesh with two replicas of every service, whose workers do one kind of job."""
-    state = Path(mkdtemp(prefix="kimberly-faults-"))
-    state.chmod(0o755)
     commands = Commands(
         service=COMMANDS.service, worker=(sys.executable, "-m", "tests.faults.busy_worker")
     )
-    described = Mesh(
-        Layout(state),
-        workers=len(WORKERS),
-        replicas=2,
-        commands=commands,
-        # What is stopped on purpose, and often, is to come back at once.
-        longest_pause_seconds=0.2,
-    )
-    with in_background(described) as running:
-        yield running
-    shutil.rmtree(state)
+    with TemporaryDirectory(prefix="kimberly-faults-") as state:
+        Path(state).chmod(0o755)
+        described = Mesh(
+            Layout(Path(state)),
+            workers=len(WORKERS),
+            replicas=2,
+            commands=commands,
+            # What is stopped on purpose, and often, is to come back at once.
+            longest_pause_seconds=0.2,
+        )
+        with in_background(described) as running:
+            yield running
 
 
 @pytest_asyncio.fixture(scope="module")

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 import httpx
+import psutil
 import pytest
 from minio import Minio
 from redis.asyncio import Redis
@@ -192,6 +193,16 @@ def family(layout: Layout) -> list[Identity]:
     return found
 
 
+def unix_sockets(processes: list[Identity]) -> set[str]:
+    """Return the paths on which some processes listen."""
+    found = [
+        connection.laddr
+        for process in processes
+        for connection in psutil.Process(process.pid).net_connections("unix")
+    ]
+    return {str(path) for path in found if str(path).startswith("/")}
+
+
 def survivors(processes: list[Identity]) -> list[Identity]:
     return [process for process in processes if process.is_alive()]
 
@@ -260,12 +271,17 @@ async def _read_everywhere(layout: Layout) -> None:
 
 def _ctrl_c_stops(layout: Layout, supervisor: subprocess.Popen[bytes]) -> None:
     processes = family(layout)
+    listening = unix_sockets(processes)
+    assert any("/seaweedfs-" in path for path in listening)
     began = time.monotonic()
     supervisor.send_signal(signal.SIGINT)
     assert supervisor.wait(timeout=15) == 0
     assert time.monotonic() - began < 10
     assert survivors(processes) == []
     assert not layout.endpoints.exists()
+    assert not layout.sockets.exists()
+    assert not layout.postgres_sockets.exists()
+    assert not [path for path in map(Path, listening) if path.exists()]
 
 
 def test_commands_of_a_stopped_mesh_say_so() -> None:

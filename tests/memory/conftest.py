@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
 
 import asyncpg
+import grpc
 import pytest
 import pytest_asyncio
+from kimberly.maintenance.v1 import maintenance_pb2_grpc as maintenance_rpc
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 from kimberly.scoring.v1 import scoring_pb2_grpc as scoring_rpc
 
 from server.blobs import Blobs
 from server.cache import Redis
 from server.database import Database, SystemDatabase
+from server.kms.local import LocalKms
 from server.memory.agent_reads import AgentReads
 from server.memory.answers import Answers
 from server.memory.attachment_store import AttachmentStore
@@ -52,7 +56,7 @@ from server.memory.undoing import Undoing
 from server.memory.usage_store import UsageStore
 from server.memory.watching import Feed, Watcher
 from tests.conftest import FakeClock, Serve, data_keys_of
-from tests.maintenance import tidying_of
+from tests.maintenance import maintenance_service, tidying_of
 from tests.memory.scoring_calls import SHARDS
 
 URL_LIFETIME = timedelta(minutes=15)
@@ -225,3 +229,22 @@ async def scoring(
         lambda server: scoring_rpc.add_ScoringServiceServicer_to_server(service, server)
     )
     return scoring_rpc.ScoringServiceStub(channel)
+
+
+@pytest_asyncio.fixture
+async def maintenance_channel(
+    serve: Serve,
+    database: Database,
+    system_database: SystemDatabase,
+    blobs: Blobs,
+    redis: Redis,
+    clock: FakeClock,
+    master_key: Path,
+) -> grpc.aio.Channel:
+    """Leads to the maintenance service."""
+    service = maintenance_service(
+        database, system_database, LocalKms(master_key), blobs, redis, clock
+    )
+    return await serve(
+        lambda server: maintenance_rpc.add_MaintenanceServiceServicer_to_server(service, server)
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -19,19 +18,16 @@ from kimberly.maintenance.v1 import maintenance_pb2 as maintenance
 from kimberly.maintenance.v1 import maintenance_pb2_grpc as maintenance_rpc
 from kimberly.memory.v1 import memory_pb2 as pb
 
-from server.blobs import Blobs
 from server.cache import KEY_PREFIX, Redis
 from server.caller import Caller
-from server.database import Database, SystemDatabase
-from server.kms.local import LocalKms
+from server.database import Database
 from server.memory.earning import fresh_score, has_earned
 from server.memory.model import Memory, Source, Tier
 from server.memory.promotion import Promotion
 from server.memory.short_term import ShortTermStore
 from server.memory.short_term_bodies import Kept
 from server.preferences import PRESETS, USUAL_WEIGHTS, ScoringPreset
-from tests.conftest import FakeClock, Serve, as_worker, bearer, new_caller
-from tests.maintenance import maintenance_service
+from tests.conftest import FakeClock, as_worker, bearer, new_caller
 from tests.memory.calls import Stub, archive, change, create
 from tests.refusals import refusal_of
 from workers import scoring
@@ -422,48 +418,33 @@ def of(clock: FakeClock, useful_count: int = 0, **known: Any) -> Kept:
 # --- every night
 
 
-@pytest_asyncio.fixture
-async def channel(
-    serve: Serve,
-    database: Database,
-    system_database: SystemDatabase,
-    blobs: Blobs,
-    redis: Redis,
-    clock: FakeClock,
-    master_key: Path,
-) -> grpc.aio.Channel:
-    service = maintenance_service(
-        database, system_database, LocalKms(master_key), blobs, redis, clock
-    )
-    return await serve(
-        lambda server: maintenance_rpc.add_MaintenanceServiceServicer_to_server(service, server)
-    )
-
-
 async def run(channel: grpc.aio.Channel) -> int:
     promoting = Promoting(channel, metadata=as_worker(), page_size=50)
     return int((await promoting.promote(TASK))["promoted"])
 
 
 async def test_nightly_run_promotes_what_has_earned_it_of_every_user(
-    memories: Stub, channel: grpc.aio.Channel, database: Database, owner: asyncpg.Connection
+    memories: Stub,
+    maintenance_channel: grpc.aio.Channel,
+    database: Database,
+    owner: asyncpg.Connection,
 ) -> None:
     callers = [await new_caller(database) for _ in range(7)]
     for caller in callers:
         good = await keep(memories, caller, "good")
         await keep(memories, caller, "dull")
         await rate(memories, caller, good, thumbs_up=True)
-    assert await run(channel) == 7
+    assert await run(maintenance_channel) == 7
     for caller in callers:
         assert await listed(memories, caller) == [("dull", SHORT), ("good", LONG)]
-    assert await run(channel) == 0
+    assert await run(maintenance_channel) == 0
     actors = await owner.fetch("SELECT actor FROM audit_events WHERE action = 'memory.promote'")
     assert [row["actor"] for row in actors] == ["system"] * 7
 
 
 async def test_user_who_withdrew_consent_is_passed_over(
     memories: Stub,
-    channel: grpc.aio.Channel,
+    maintenance_channel: grpc.aio.Channel,
     caller: Caller,
     database: Database,
     owner: asyncpg.Connection,
@@ -479,37 +460,37 @@ async def test_user_who_withdrew_consent_is_passed_over(
         caller.tenant_id,
         caller.user_id,
     )
-    assert await run(channel) == 1
+    assert await run(maintenance_channel) == 1
     assert await listed(memories, caller) == [("good", SHORT)]
     assert await listed(memories, other) == [("good", LONG)]
 
 
 async def test_the_best_are_promoted_as_long_as_there_is_room(
-    memories: Stub, channel: grpc.aio.Channel, caller: Caller, owner: asyncpg.Connection
+    memories: Stub, maintenance_channel: grpc.aio.Channel, caller: Caller, owner: asyncpg.Connection
 ) -> None:
     # Long-term memories may overrun by a fifth.
     await choose(owner, caller, long_term_bytes=100)
     for content, rating in (("a" * 50, 4), ("b" * 50, 5), ("c" * 60, 4), ("d" * 10, 4)):
         await rate(memories, caller, await keep(memories, caller, content), rating=rating)
-    assert await run(channel) == 3
+    assert await run(maintenance_channel) == 3
     kept = {content[0] for content, tier in await listed(memories, caller) if tier == LONG}
     assert kept in ({"a", "b", "d"}, {"b", "c", "d"})
 
 
 async def test_text_that_the_long_term_has_counts_there_as_seen(
-    memories: Stub, channel: grpc.aio.Channel, caller: Caller
+    memories: Stub, maintenance_channel: grpc.aio.Channel, caller: Caller
 ) -> None:
     durable = await create(memories, caller, "tea")
     short = await keep(memories, caller, "tea")
     await rate(memories, caller, short, rating=5)
-    assert await run(channel) == 1
+    assert await run(maintenance_channel) == 1
     assert await listed(memories, caller) == [("tea", LONG)]
     seen = await get(memories, caller, durable)
     assert (seen.use_count, seen.feedback) == (1, 1)
 
 
 async def test_exits_are_forgotten_when_no_copy_can_be_left(
-    memories: Stub, channel: grpc.aio.Channel, caller: Caller, owner: asyncpg.Connection
+    memories: Stub, maintenance_channel: grpc.aio.Channel, caller: Caller, owner: asyncpg.Connection
 ) -> None:
     for content in ("old", "new"):
         await delete(memories, caller, await keep(memories, caller, content))
@@ -519,14 +500,14 @@ async def test_exits_are_forgotten_when_no_copy_can_be_left(
          WHERE memory_id = (SELECT min(memory_id::text)::uuid FROM short_term_exits)
         """
     )
-    await run(channel)
+    await run(maintenance_channel)
     assert await owner.fetchval("SELECT count(*) FROM short_term_exits") == 1
 
 
 async def test_only_workers_may_promote_for_others(
-    channel: grpc.aio.Channel, caller: Caller
+    maintenance_channel: grpc.aio.Channel, caller: Caller
 ) -> None:
-    stub = maintenance_rpc.MaintenanceServiceStub(channel)
+    stub = maintenance_rpc.MaintenanceServiceStub(maintenance_channel)
     request = maintenance.PromoteShortTermRequest()
     for metadata in (bearer(caller), ()):
         refused = await refusal_of(stub.PromoteShortTerm(request, metadata=metadata))

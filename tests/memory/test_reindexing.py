@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from uuid import UUID
 
 import asyncpg
@@ -23,15 +22,11 @@ from kimberly.users.v1 import users_pb2
 from local.postgres import OWNER, SUPERUSER
 from local.servers import Stores
 from server import ids
-from server.blobs import Blobs
-from server.cache import Redis
 from server.caller import Caller
-from server.database import Database, SystemDatabase
-from server.kms.local import LocalKms
+from server.database import Database
 from server.migrate import migrate, read_migrations
 from server.preferences import Language
-from tests.conftest import FakeClock, Serve, as_worker, bearer, new_caller
-from tests.maintenance import maintenance_service
+from tests.conftest import FakeClock, as_worker, bearer, new_caller
 from tests.memory.test_conversation import assert_terms_are_right, turn
 from tests.memory.test_import import in_chunks
 from tests.refusals import refusal_of
@@ -127,30 +122,11 @@ class House:
 async def house(
     memories: rpc.MemoryServiceAsyncStub,
     users: Users,
-    channel: grpc.aio.Channel,
+    maintenance_channel: grpc.aio.Channel,
     owner: asyncpg.Connection,
     clock: FakeClock,
 ) -> House:
-    return House(memories, users, channel, owner, clock)
-
-
-@pytest_asyncio.fixture
-async def channel(
-    serve: Serve,
-    database: Database,
-    system_database: SystemDatabase,
-    blobs: Blobs,
-    redis: Redis,
-    clock: FakeClock,
-    master_key: Path,
-) -> grpc.aio.Channel:
-    """Leads to the maintenance service."""
-    service = maintenance_service(
-        database, system_database, LocalKms(master_key), blobs, redis, clock
-    )
-    return await serve(
-        lambda server: maintenance_rpc.add_MaintenanceServiceServicer_to_server(service, server)
-    )
+    return House(memories, users, maintenance_channel, owner, clock)
 
 
 # --- what is stored and asked from now on

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
-from pathlib import Path
 
 import asyncpg
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from kimberly.maintenance.v1 import maintenance_pb2_grpc as rpc
 from kimberly.memory.v1 import memory_pb2 as pb
 
-from server.blobs import Blobs
-from server.cache import Redis
 from server.caller import Caller
 from server.database import Database, SystemDatabase
-from server.kms.local import LocalKms
 from server.memory.retention_store import REQUESTS_KNOWN, RetentionStore
-from tests.conftest import FakeClock, Serve, as_worker, bearer, new_caller
-from tests.maintenance import maintenance_service
+from tests.conftest import FakeClock, as_worker, bearer, new_caller
 from tests.memory.calls import Stub, archive, create, restore
 from workers.housekeeping import SWEEP_MEMORIES, Housekeeping
 from workers.stream import Task
@@ -205,31 +199,20 @@ async def test_sweeping_job_archives_and_deletes_page_by_page(
     caller: Caller,
     owner: asyncpg.Connection,
     clock: FakeClock,
-    serve: Serve,
-    database: Database,
-    system_database: SystemDatabase,
-    blobs: Blobs,
-    redis: Redis,
-    master_key: Path,
+    maintenance_channel: grpc.aio.Channel,
 ) -> None:
-    service = maintenance_service(
-        database, system_database, LocalKms(master_key), blobs, redis, clock
-    )
-    channel = await serve(
-        lambda server: rpc.add_MaintenanceServiceServicer_to_server(service, server)
-    )
     await keep_for(owner, caller, 1)
     for number in range(5):
         await create(memories, caller, f"unseen {number}")
         memory = await create(memories, caller, f"due {number}", protected=True)
         await delete_later(memories, caller, memory, 1)
     clock.advance(days=2)
-    housekeeping = Housekeeping(channel, metadata=as_worker(), page_size=2)
+    housekeeping = Housekeeping(maintenance_channel, metadata=as_worker(), page_size=2)
     result = await housekeeping.sweep_memories(Task("job_1", 1, SWEEP_MEMORIES, {}, 1))
     assert result == {"archived": 5, "deleted": 5}
     assert list((await kept(owner)).values()) == [False] * 5
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await Housekeeping(channel, metadata=bearer(caller)).sweep_memories(
+        await Housekeeping(maintenance_channel, metadata=bearer(caller)).sweep_memories(
             Task("job_1", 1, SWEEP_MEMORIES, {}, 1)
         )
     assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED

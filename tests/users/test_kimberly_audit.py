@@ -128,7 +128,7 @@ def without_a_finding(answer: Any) -> Any:
     return answer
 
 
-@pytest.mark.parametrize("name", CARELESS.keys() - {"insert", "cut the tail"})
+@pytest.mark.parametrize("name", sorted(CARELESS.keys() - {"insert", "cut the tail"}))
 async def test_careless_tampering_is_found_though_the_server_says_intact(
     name: str, users: Users, urls: Urls, database: Database, ann: Caller, audit_log: AuditLog
 ) -> None:

@@ -57,6 +57,8 @@ async def until(condition: Callable[[], Awaitable[Any]]) -> None:
         while True:
             if await condition():
                 return
+            # What is waited for needs the processor too.
+            await asyncio.sleep(0.005)
 
 
 class Mesh:

@@ -345,6 +345,7 @@ async def test_kind_that_always_fails_holds_up_no_other(
     assert 40 <= amid.count("fail") <= 60
 
 
+@pytest.mark.alone
 async def test_poison_job_is_given_up_and_others_do_not_notice(
     mesh: Mesh, handled: Handled, owner: asyncpg.Connection
 ) -> None:
