@@ -147,7 +147,7 @@ def _tell_shown(layout: Layout) -> None:
     envoys = [
         name.removesuffix("-sidecar")
         for name in mesh["processes"]
-        if name == EDGE or name.endswith("-sidecar")
+        if name.partition("-")[0] == EDGE or name.endswith("-sidecar")
     ]
     try:
         asyncio.run(rotation.wait_shown(layout, envoys))

@@ -25,6 +25,10 @@ EDGE_PORT = 8443
 PUBLIC = "public"
 """The identity that clients of the edge see."""
 MASTER_KEY = "master.key"
+# As for plans: here everybody has one address, and may ask for all that there is.
+EDGE_LIMITS = envoy.EdgeLimits(
+    calls_per_second_per_address=20_000, calls_per_second_per_user=20_000
+)
 _ENDPOINT = "KIMBERLY_OTLP_ENDPOINT"
 _RATIO = "KIMBERLY_TRACE_RATIO"
 
@@ -55,7 +59,13 @@ class Fleet:
     domain: envoy.Domain = field(default_factory=envoy.Domain)
     sidecar_limits: envoy.SidecarLimits = field(default_factory=envoy.SidecarLimits)
     replicas: int = 1
-    """How many there are of each service, each behind a sidecar of its own."""
+    """How many there are of the edge and of each service, each behind a sidecar of its own."""
+    edge_limits: envoy.EdgeLimits = EDGE_LIMITS
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """The edges that run. What is outside reaches any of them, as a load balancer sees fit."""
+        return replicas_of(EDGE, self.replicas)
 
     @property
     def services(self) -> dict[str, str]:
@@ -64,7 +74,7 @@ class Fleet:
 
     @property
     def public_url(self) -> str:
-        """Where clients find the edge."""
+        """Where clients find the edge: the first of them."""
         return f"https://{LOOPBACK}:{self.ports[EDGE]}"
 
     @property
@@ -82,7 +92,8 @@ class Fleet:
         self.stores.secrets.get(MASTER_KEY, new_master_key)
         self.renew()
         methods = envoy.methods_of_contract(envoy.descriptor_set())
-        self._config(EDGE).write_text(envoy.render_edge(self._edge(), methods))
+        for name in self.edges:
+            self._config(name).write_text(envoy.render_edge(self._edge(name), methods))
         for name in self.sidecars:
             rendered = envoy.render_sidecar(self._sidecar(name), methods)
             self._config(name).write_text(rendered)
@@ -129,14 +140,14 @@ class Fleet:
         )
         return self._envoy(f"{process}-sidecar", process, inbound)
 
-    def edge(self) -> Program:
-        """Return the program of the edge."""
-        return self._envoy(EDGE, EDGE, self.public_url)
+    def edge(self, name: str = EDGE) -> Program:
+        """Return the program of an edge."""
+        return self._envoy(name, name, f"https://{LOOPBACK}:{self.ports[name]}")
 
     def metrics_urls(self) -> dict[str, list[str]]:
         """Return where Prometheus asks: for each process what it measures, then what Envoy does."""
-        bases = {name: f"http://{self._health(name)}" for name in (EDGE, *self.sidecars)}
-        own = {name: [f"{base}/metrics"] for name, base in bases.items() if name != EDGE}
+        bases = {name: f"http://{self._health(name)}" for name in (*self.edges, *self.sidecars)}
+        own = {name: [f"{bases[name]}/metrics"] for name in self.sidecars}
         return {
             name: [*own.get(name, []), f"{base}/stats/prometheus"] for name, base in bases.items()
         }
@@ -154,12 +165,13 @@ class Fleet:
         return f"http://{LOOPBACK}:{self.ports[PROMETHEUS]}" if self.watcher else None
 
     async def is_whole(self) -> bool:
-        """Tell whether the edge reaches every service and every Envoy has the keys of tokens."""
+        """Tell whether the edges reach every service and every Envoy has the keys of tokens."""
         trust = ssl.create_default_context(cafile=self.layout.certificates / "ca.pem")
-        edge = probes.Endpoint(port=self.ports[EDGE], tls=trust)
-        if (await probes.http(edge, "GET", "/healthz")).status != 200:
-            return False
-        keepers = (EDGE, *self.services)
+        for name in self.edges:
+            edge = probes.Endpoint(port=self.ports[name], tls=trust)
+            if (await probes.http(edge, "GET", "/healthz")).status != 200:
+                return False
+        keepers = (*self.edges, *self.services)
         return all([await self._stat(name, r"jwks_fetch_success") for name in keepers])
 
     def _python(
@@ -236,21 +248,18 @@ class Fleet:
 
     # --- Envoys --------------------------------------------------------------------------------
 
-    def _edge(self) -> envoy.Edge:
+    def _edge(self, name: str) -> envoy.Edge:
         return envoy.Edge(
-            listen=envoy.Address(LOOPBACK, self.ports[EDGE]),
+            listen=envoy.Address(LOOPBACK, self.ports[name]),
             peers=self._peers(),
-            admin_socket=self.layout.admin_socket(EDGE),
+            admin_socket=self.layout.admin_socket(name),
             sds=self.layout.certificates / EDGE,
             public_sds=self.layout.certificates / PUBLIC,
-            health=self._health(EDGE),
+            health=self._health(name),
             domain=self.domain,
             tokens=self.tokens,
             traces=_traces(),
-            # As for plans: here everybody has one address, and may ask for all that there is.
-            limits=envoy.EdgeLimits(
-                calls_per_second_per_address=20_000, calls_per_second_per_user=20_000
-            ),
+            limits=self.edge_limits,
         )
 
     def _sidecar(self, name: str) -> envoy.Sidecar:
@@ -309,24 +318,23 @@ def identities(domain: envoy.Domain) -> dict[str, Names]:
     }
 
 
+def replicas_of(process: str, replicas: int) -> tuple[str, ...]:
+    """Return the names of so many: the first is called as the process is, others jobs-2, jobs-3."""
+    return (process, *(f"{process}-{number}" for number in range(2, replicas + 1)))
+
+
 def services(replicas: int) -> dict[str, str]:
-    """Return what each of so many replicas of every service is one of, by its name.
-
-    The first is called as the service is, the others jobs-2, jobs-3.
-    """
-    names = {
-        process: [process, *(f"{process}-{number}" for number in range(2, replicas + 1))]
-        for process in PROCESSES
-    }
-    return {name: process for process, of_one in names.items() for name in of_one}
+    """Return what each of so many replicas of every service is one of, by its name."""
+    return {name: process for process in PROCESSES for name in replicas_of(process, replicas)}
 
 
-def claim_ports(ports: Ports, served: Collection[str], workers: Collection[str]) -> dict[str, int]:
-    """Claim the ports of the edge and of the sidecars of services and workers."""
-    healths = [health_port(name) for name in (EDGE, *served, *workers)]
+def claim_ports(ports: Ports, replicas: int, workers: Collection[str]) -> dict[str, int]:
+    """Claim the ports of edges, and of the sidecars of services and workers."""
+    edges, served = replicas_of(EDGE, replicas), services(replicas)
+    healths = [health_port(name) for name in (*edges, *served, *workers)]
     return {
         EDGE: ports.claim(EDGE, preferred=[EDGE_PORT]),
-        **{name: ports.claim(name) for name in (*served, *healths, PROMETHEUS)},
+        **{name: ports.claim(name) for name in (*edges[1:], *served, *healths, PROMETHEUS)},
     }
 
 

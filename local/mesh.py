@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from local import envoy
-from local.fleet import Commands, Fleet, claim_ports, services
+from local.fleet import EDGE_LIMITS, Commands, Fleet, claim_ports
 from local.layout import Layout
 from local.ports import LOOPBACK, Ports
 from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
@@ -49,6 +49,7 @@ class Mesh:
         commands: Commands = REAL,
         prometheus: str | None = None,
         sidecar_limits: envoy.SidecarLimits = SIDECAR_LIMITS,
+        edge_limits: envoy.EdgeLimits = EDGE_LIMITS,
         longest_pause_seconds: float = 10.0,
     ) -> None:
         """Describe a mesh; nothing runs yet.
@@ -56,11 +57,12 @@ class Mesh:
         Args:
             layout: Where its files are.
             workers: How many.
-            replicas: How many of each service, each behind a sidecar of its own.
+            replicas: How many edges, and how many of each service behind a sidecar of its own.
             durable: Whether its data outlives a crash of the machine.
             commands: What its processes run.
             prometheus: The program that remembers what is measured; None: nothing does.
             sidecar_limits: What sidecars refuse.
+            edge_limits: What edges refuse.
             longest_pause_seconds: How long what ends again and again may stay down.
         """
         self.layout = layout
@@ -70,6 +72,7 @@ class Mesh:
         self._commands = commands
         self._prometheus = prometheus
         self._sidecar_limits = sidecar_limits
+        self._edge_limits = edge_limits
         self._longest_pause_seconds = longest_pause_seconds
         self._started = asyncio.Event()
         self._failure: Exception | None = None
@@ -100,8 +103,13 @@ class Mesh:
 
     @property
     def edge(self) -> str:
-        """The base URL of the edge."""
+        """The base URL of the edge: of the first, if there are several."""
         return self._fleet.public_url
+
+    @property
+    def edges(self) -> Mapping[str, int]:
+        """The ports of all edges, by their names."""
+        return {name: self._fleet.ports[name] for name in self._fleet.edges}
 
     @property
     def ca(self) -> Path:
@@ -148,12 +156,13 @@ class Mesh:
         self._fleet = Fleet(
             self.layout,
             self.stores,
-            claim_ports(ports, services(self._replicas), self._workers),
+            claim_ports(ports, self._replicas, self._workers),
             self._workers,
             self._commands,
             self._prometheus,
             sidecar_limits=self._sidecar_limits,
             replicas=self._replicas,
+            edge_limits=self._edge_limits,
         )
         ports.save()
         await asyncio.to_thread(self._fleet.prepare)
@@ -182,7 +191,7 @@ class Mesh:
         rest = [name for name in self._fleet.sidecars if not self._keeps_keys(name)]
         await together(*(self._start_sidecar(name) for name in rest))
         fronts = [(self._fleet.worker(name), WORKERS) for name in self._workers]
-        fronts.append((self._fleet.edge(), FRONT))
+        fronts += [(self._fleet.edge(name), FRONT) for name in self._fleet.edges]
         if watching := self._fleet.prometheus():
             fronts.append((watching, FRONT))
         for program, stage in fronts:

@@ -91,7 +91,6 @@ async def _shows(layout: Layout, name: str) -> bool:
 
 
 def _identities_of(name: str) -> tuple[str, ...]:
-    if name == EDGE:
-        return (EDGE, PUBLIC)
     # Replicas share one: that of jobs-2 is jobs.
-    return (name.partition("-")[0],)
+    process = name.partition("-")[0]
+    return (EDGE, PUBLIC) if process == EDGE else (process,)

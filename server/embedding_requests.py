@@ -18,7 +18,10 @@ from server.caller import Caller
 from server.database import Connection
 from server.enqueue import enqueue
 
-KIND: Final = "memories.embed"
+KIND: Final = "embedding.batch"
+FORMER_KIND: Final = "memories.embed"
+"""What the kind was called before migration 0041. For one release jobs, workers and callers that
+still say so are served: they are of processes that are yet to be replaced."""
 
 
 async def ask_for_embedding(connection: Connection, caller: Caller) -> UUID | None:
@@ -46,5 +49,8 @@ async def wait_for_writes(connection: Connection, caller: Caller) -> None:
 
 
 def _key(caller: Caller) -> str:
-    """Return the unique key of the user's job; the lock has the same name."""
-    return f"{KIND}/{caller.user_id}"
+    """Return the unique key of the user's job; the lock has the same name.
+
+    Both outlive the name of the kind: processes of two releases must meet at them.
+    """
+    return f"memories.embed/{caller.user_id}"

@@ -7,6 +7,7 @@ and ids. They hold no text: not what is stored, not what is asked, and not what 
 While nothing is traced, this costs a look at the current span.
 """
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -57,10 +58,12 @@ def begin(service: str, endpoint: str, ratio: float) -> None:
         BatchSpanProcessor(exporter, schedule_delay_millis=_EXPORT_EVERY_MILLISECONDS)
     )
     trace.set_tracer_provider(provider)
+    has_begun.cache_clear()
 
 
+@functools.cache
 def has_begun() -> bool:
-    """Tell whether this process sends its spans anywhere."""
+    """Tell whether this process sends its spans anywhere. Every job asks: it is kept."""
     return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
 
 

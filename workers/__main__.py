@@ -18,7 +18,7 @@ from server.garbage import collect_rarely
 from server.telemetry import configure, exposed
 from workers.auditing import CHECKPOINT, Auditing
 from workers.carrying import carrying_trace
-from workers.embedding import EMBED, Embedding
+from workers.embedding import EMBED, FORMER_EMBED, Embedding
 from workers.embedding_models import Embedder, ModelUnusable, load_embedders
 from workers.erasure import ERASE, Erasing
 from workers.exporting import EXPIRE, EXPORT, Exporting
@@ -137,7 +137,11 @@ def _embedding(
     channel: grpc.aio.Channel, embedders: Mapping[str, Embedder]
 ) -> Mapping[str, Handler]:
     """Return the handler of embedding jobs; a worker without models takes none of them."""
-    return {EMBED: Embedding(channel, embedders).embed} if embedders else {}
+    return (
+        dict.fromkeys((EMBED, FORMER_EMBED), Embedding(channel, embedders).embed)
+        if embedders
+        else {}
+    )
 
 
 def open_channel(outbound_socket: Path) -> grpc.aio.Channel:

@@ -12,7 +12,9 @@ from kimberly.embedding.v1 import embedding_pb2_grpc as rpc
 from workers.embedding_models import Embedder
 from workers.stream import Task
 
-EMBED: Final = "memories.embed"
+EMBED: Final = "embedding.batch"
+FORMER_EMBED: Final = "memories.embed"
+"""What the kind was called; for one release, jobs of that name may still be made."""
 
 BATCH_SIZE = 256
 
@@ -44,7 +46,7 @@ class Embedding:
         self._batch_size = batch_size
 
     async def embed(self, task: Task) -> Mapping[str, Any]:
-        """Make the vectors that a user's memories lack: the job "memories.embed".
+        """Make the vectors that a user's memories lack: the job "embedding.batch".
 
         What a stream kept stays when it breaks: the next attempt goes on from there.
         """

@@ -212,8 +212,8 @@ class Worker:
             # Not begun: the server gives them to another when we close the stream.
             return
         expires_at = _now() + session.lease_seconds
+        self._forget(lease.job_id for lease in leases)
         for lease in leases:
-            self._forget([lease.job_id])
             held = self._held[lease.job_id] = _Held(lease.lease_token, expires_at)
             held.work = self._tasks.create_task(self._work(held, lease))
 
@@ -245,7 +245,7 @@ class Worker:
         except Exception as error:
             log.warning("job failed", job=lease.job_id, kind=lease.kind, exc_info=error)
             outcome.failed.error = _brief(error)
-        seconds = metrics.JOBS.labels(lease.kind, str(outcome.WhichOneof("result")))
+        seconds = metrics.seconds_of(lease.kind, str(outcome.WhichOneof("result")))
         seconds.observe(time.perf_counter() - started)
         held.outcome = outcome
         self._called.set()
@@ -268,7 +268,7 @@ class Worker:
         """Drop leases that are settled or no longer ours, and stop their work."""
         for job_id in job_ids:
             held = self._held.pop(job_id, None)
-            if held is not None and held.work is not None:
+            if held is not None and held.work is not None and held.outcome is None:
                 held.work.cancel()
 
     async def _stop_lapsed(self) -> None:

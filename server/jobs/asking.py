@@ -72,16 +72,18 @@ class Kinds:
         Args:
             connection: The transaction.
             caller: Whose job it is.
-            kind: A kind that `payload` let pass.
+            kind: A kind that `payload` let pass, perhaps that of another release.
             payload: What `payload` returned.
 
         Returns:
             Id of the job, or of the unfinished one of the same purpose.
 
         Raises:
-            StateConflict: The user's settings and consents rule it out.
+            StateConflict: The user's settings and consents rule it out, or it is not known here.
             Problem: Whatever else the kind refuses for.
         """
+        if kind not in self._kinds:
+            raise StateConflict(f"{kind} is nothing that this release does")
         job_id = await self._kinds[kind].ask(connection, caller, payload)
         if job_id is None:
             raise StateConflict(f"settings and consents rule {kind} out")

@@ -252,7 +252,7 @@ class Queue:
              WHERE jobs.id = outcome.id AND lease_token = outcome.token
                AND worker_id = $4
             RETURNING outcome.place, cancelled_at IS NULL AS stands, kind, state,
-                      greatest(extract(epoch FROM now() - run_at), 0)::float8 AS seconds
+                      greatest(date_part('epoch', now() - run_at), 0) AS seconds
             """,
             [outcome.held.job_id for outcome in outcomes],
             [outcome.held.token for outcome in outcomes],
@@ -414,6 +414,6 @@ LEASE: Final = """
      WHERE ctid = ANY (ARRAY(
                SELECT row FROM fitting WHERE place <= room ORDER BY round, step LIMIT $5))
     RETURNING id, lease_token, kind, payload, attempt, trace, lane,
-              greatest(extract(epoch FROM clock_timestamp() - run_at), 0)::float8 AS delay
+              greatest(date_part('epoch', clock_timestamp() - run_at), 0) AS delay
 """
 """Worker; kinds, how many jobs of each may run, the lane of its last turn; how many; seconds."""

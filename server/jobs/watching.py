@@ -58,7 +58,12 @@ class JobFeed:
     """Looks at jobs while anybody watches. `run` must be running."""
 
     def __init__(
-        self, store: JobStore, *, session_seconds: float, poll_seconds: float = 0.25
+        self,
+        store: JobStore,
+        *,
+        session_seconds: float,
+        poll_seconds: float = 0.25,
+        heartbeat_seconds: float = 20.0,
     ) -> None:
         """Watch the table.
 
@@ -67,10 +72,12 @@ class JobFeed:
             session_seconds: After how long a reader is asked to connect anew: before the deadline
                 of streams, and well before a token that is no longer good would matter.
             poll_seconds: Time between two looks.
+            heartbeat_seconds: Longest silence: a third of what the edge takes for an idle stream.
         """
         self._store = store
         self._session_seconds = session_seconds
         self._poll_seconds = poll_seconds
+        self._heartbeat_seconds = heartbeat_seconds
         self._watches: set[Watch] = set()
         self._opened = asyncio.Event()
         self._is_draining = False
@@ -91,7 +98,7 @@ class JobFeed:
             watch.end()
 
     async def stream(self, caller: Caller, job_id: UUID) -> AsyncIterator[pb.WatchJobResponse]:
-        """Send a job as it is and whenever it has changed, then why nothing more comes.
+        """Send a job as it is, whenever it has changed and after silence; then why that ends.
 
         Raises:
             NotFound: There is no such job, or none any more, or it is not the caller's.
@@ -103,12 +110,9 @@ class JobFeed:
             while not watch.is_over and not (shown and shown.state.is_final):
                 if watch.failure:
                     raise watch.failure
-                if shown != watch.job:
+                if shown != watch.job or not await self._is_called(watch):
                     shown = watch.job
                     yield pb.WatchJobResponse(job=job_to(shown))
-                else:
-                    await watch.called.wait()
-                    watch.called.clear()
         is_final = shown is not None and shown.state.is_final
         reason = _FINISHED if is_final else _RECONNECT
         yield pb.WatchJobResponse(end=pb.WatchJobEnd(reason=reason))
@@ -130,6 +134,16 @@ class JobFeed:
         finally:
             age.cancel()
             self._watches.discard(watch)
+
+    async def _is_called(self, watch: Watch) -> bool:
+        """Wait until there is something to do, and return False if it was silent for too long."""
+        try:
+            async with asyncio.timeout(self._heartbeat_seconds):
+                await watch.called.wait()
+        except TimeoutError:
+            return False
+        watch.called.clear()
+        return True
 
     async def _look(self) -> None:
         watches = list(self._watches)

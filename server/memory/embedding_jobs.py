@@ -7,7 +7,7 @@ from uuid import UUID
 
 from server.caller import Caller
 from server.database import Connection, Database, SystemDatabase
-from server.embedding_requests import KIND, wait_for_writes
+from server.embedding_requests import FORMER_KIND, KIND, wait_for_writes
 from server.errors import LeaseLost, NotFound
 
 START: Final = UUID(int=0)
@@ -78,10 +78,10 @@ class EmbeddingJobs:
                 """
                 SELECT tenant_id, user_id, state = 'running' AND lease_token = $3 AS is_leased
                   FROM jobs
-                 WHERE id = $1 AND kind = $2 AND user_id IS NOT NULL
+                 WHERE id = $1 AND kind = ANY ($2) AND user_id IS NOT NULL
                 """,
                 job_id,
-                KIND,
+                (KIND, FORMER_KIND),
                 lease_token,
             )
         if row is None:

@@ -5,6 +5,7 @@ from uuid import UUID
 
 from server.caller import Caller
 from server.database import Connection
+from server.embedding_requests import FORMER_KIND as FORMER_EMBED
 from server.embedding_requests import KIND as EMBED
 from server.embedding_requests import ask_for_embedding
 from server.jobs.asking import Kind, Kinds, Payload
@@ -29,6 +30,7 @@ async def _meditate(connection: Connection, caller: Caller, payload: Payload) ->
 KINDS: Final = Kinds(
     {
         EMBED: Kind(_embed),
+        FORMER_EMBED: Kind(_embed),
         EXPORT: Kind(_export),
         MEDITATE: Kind(_meditate, {"full_run": bool, "dry_run": bool}),
     }

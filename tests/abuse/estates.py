@@ -91,7 +91,7 @@ async def work(user: User) -> str:
 
 async def schedule(user: User) -> str:
     """Make a schedule and return its id."""
-    request = jobs.CreateScheduleRequest(kind="memories.embed", cron="0 0 1 1 *")
+    request = jobs.CreateScheduleRequest(kind="embedding.batch", cron="0 0 1 1 *")
     made: str = (await user.grpc(request)).schedule.id
     return made
 

@@ -189,7 +189,7 @@ async def test_somebody_elses_task_and_other_jobs_are_no_tasks(
         for method, request in requests.items():
             call = getattr(agents, method)(request, metadata=bearer(caller))
             assert (await refusal_of(call)).reason == "RESOURCE_NOT_FOUND", method
-    await owner.execute("UPDATE jobs SET kind = 'memories.embed'")
+    await owner.execute("UPDATE jobs SET kind = 'embedding.batch'")
     for method in ("GetAgentTask", "CancelAgentTask"):
         refusal = await refusal_of(desk.call(method, requests[method]))
         assert refusal.reason == "RESOURCE_NOT_FOUND"

@@ -65,9 +65,9 @@ SERIES = {
         "bad",
     ),
     "job-start": (
-        'jobs_start_delay_seconds_count{kind="memories.embed"}',
+        'jobs_start_delay_seconds_count{kind="embedding.batch"}',
         "all",
-        'jobs_start_delay_seconds_bucket{kind="memories.embed",le="5.0"}',
+        'jobs_start_delay_seconds_bucket{kind="embedding.batch",le="5.0"}',
         "good",
     ),
 }

@@ -1,6 +1,7 @@
 """`python -m tests.faults.busy_worker`: the worker, with one kind of job that takes a moment."""
 
 import asyncio
+import os
 import random
 import signal
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from workers.stream import Task, Worker
 async def dawdle(task: Task) -> Mapping[str, Any]:
     """Take up to a tenth of a second."""
     await asyncio.sleep(random.uniform(0, 0.1))
-    return {"token": task.lease_token}
+    return {"token": task.lease_token, "worker": os.getpid()}
 
 
 async def main() -> None:

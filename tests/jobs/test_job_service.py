@@ -274,12 +274,12 @@ async def test_nobody_retries_or_cancels_what_is_anothers(
 async def test_user_asks_for_a_job_of_a_kind_that_users_may_ask_for(
     jobs: rpc.JobServiceAsyncStub, database: Database, caller: Caller
 ) -> None:
-    request = pb.CreateJobRequest(kind="memories.embed")
+    request = pb.CreateJobRequest(kind="embedding.batch")
     refusal = await refusal_of(jobs.CreateJob(request, metadata=bearer(caller)))
     assert refusal.reason == "STATE_CONFLICT"
     await want_vectors(database, caller)
     made = (await jobs.CreateJob(request, metadata=bearer(caller))).job
-    assert (made.kind, made.state) == ("memories.embed", pb.JOB_STATE_WAITING)
+    assert (made.kind, made.state) == ("embedding.batch", pb.JOB_STATE_WAITING)
     assert (await jobs.CreateJob(request, metadata=bearer(caller))).job == made
     for kind in ("", "meditation.plan", "user.erase"):
         refusal = await refusal_of(
@@ -291,7 +291,8 @@ async def test_user_asks_for_a_job_of_a_kind_that_users_may_ask_for(
 @pytest.mark.parametrize(
     ("kind", "payload_json", "does"),
     [
-        ("memories.embed", "", "memories.embed"),
+        ("embedding.batch", "", "embedding.batch"),
+        ("memories.embed", "", "embedding.batch"),
         ("user.export", "{}", "user.export"),
         ("meditation.run", '{"dry_run": true, "full_run": false}', "meditation.shard"),
     ],
@@ -336,7 +337,7 @@ async def test_run_that_is_asked_for_is_as_the_payload_says(
         ("meditation.run", '{"dry_run": null}', "payload_json.dry_run"),
         ("meditation.run", '{"user_id": "usr_1"}', "payload_json.user_id"),
         ("user.export", '{"dry_run": true}', "payload_json.dry_run"),
-        ("memories.embed", '{"model": "small"}', "payload_json.model"),
+        ("embedding.batch", '{"model": "small"}', "payload_json.model"),
     ],
 )
 async def test_what_a_kind_cannot_be_told_is_refused_by_its_field(
@@ -385,6 +386,26 @@ async def test_watch_shows_what_changes_and_ends_with_the_job(
     assert (last.state, last.result_json) == (pb.JOB_STATE_SUCCEEDED, '{"n": 1}')
     assert (await stream.read()).end.reason == pb.WATCH_JOB_END_REASON_FINISHED
     assert not isinstance(await stream.read(), pb.WatchJobResponse)
+
+
+async def test_watch_of_a_job_that_stands_still_shows_it_again_and_again(
+    serve: Serve, database: Database, system_database: SystemDatabase, caller: Caller
+) -> None:
+    store = JobStore(database, system_database, KINDS)
+    # Nobody looks at the table: whatever comes after the first message was not called for.
+    feed = JobFeed(store, session_seconds=60, heartbeat_seconds=0.01)
+    schedules = ScheduleStore(database, system_database, KINDS)
+    service = JobService(store, feed, schedules, KINDS)
+    channel = await serve(lambda server: rpc.add_JobServiceServicer_to_server(service, server))
+    request = pb.WatchJobRequest(id=await enqueue_for(database, caller))
+    stream: Any = rpc.JobServiceStub(channel).WatchJob(request, metadata=bearer(caller), timeout=20)
+    first = await stream.read()
+    assert first.job.state == pb.JOB_STATE_WAITING
+    assert [await stream.read() for _ in range(3)] == [first] * 3
+    feed.drain()
+    while (last := await stream.read()) == first:
+        pass
+    assert last.end.reason == pb.WATCH_JOB_END_REASON_RECONNECT
 
 
 async def test_watch_of_a_job_that_has_ended_ends_at_once(
@@ -438,7 +459,7 @@ async def test_user_watches_by_a_bounded_number_of_streams(
 # --- schedules ----------------------------------------------------------------------------------
 
 WEEKLY = pb.CreateScheduleRequest(
-    kind="memories.embed", cron="30 2 * * 0", time_zone="Europe/Berlin", request_id="weekly"
+    kind="embedding.batch", cron="30 2 * * 0", time_zone="Europe/Berlin", request_id="weekly"
 )
 
 
@@ -501,7 +522,7 @@ async def test_schedules_are_listed_page_by_page_and_are_a_bounded_number(
     jobs: rpc.JobServiceAsyncStub, caller: Caller
 ) -> None:
     me = bearer(caller)
-    request = pb.CreateScheduleRequest(kind="memories.embed", cron="0 0 1 1 *")
+    request = pb.CreateScheduleRequest(kind="embedding.batch", cron="0 0 1 1 *")
     made = [(await jobs.CreateSchedule(request, metadata=me)).schedule.id for _ in range(MOST)]
     refusal = await refusal_of(jobs.CreateSchedule(request, metadata=me))
     assert refusal.reason == "QUOTA_EXCEEDED"

@@ -179,7 +179,7 @@ async def test_missed_tick_is_skipped_if_that_is_wanted(
 
 # --- schedules of users -----------------------------------------------------------------------
 
-KIND = "memories.embed"
+KIND = "embedding.batch"
 
 
 @pytest_asyncio.fixture
@@ -310,6 +310,27 @@ async def test_kind_that_is_refused_holds_up_no_other(
         None,
         True,
     )
+
+
+async def test_schedule_of_another_releases_kind_holds_up_no_other(
+    planner_of: Plan, schedules: ScheduleStore, embedded: Caller, owner: asyncpg.Connection
+) -> None:
+    foreign = await schedule(schedules, embedded, kind="meditation.run")
+    await owner.execute("UPDATE user_schedules SET kind = 'of.a.later.release'")
+    other = await schedule(schedules, embedded)
+    await make_users_due(owner)
+    await planner_of().tick_for_users()
+    assert (await schedules.get(embedded, foreign.id)).last_job_id is None
+    assert (await schedules.get(embedded, other.id)).last_job_id
+
+
+async def test_schedule_of_the_former_name_makes_a_job_of_the_new_one(
+    planner_of: Plan, schedules: ScheduleStore, embedded: Caller, owner: asyncpg.Connection
+) -> None:
+    await schedule(schedules, embedded, kind="memories.embed")
+    await make_users_due(owner)
+    await planner_of().tick_for_users()
+    assert await owner.fetchval("SELECT kind FROM jobs") == KIND
 
 
 async def test_schedule_of_a_user_who_is_erased_holds_up_no_other(

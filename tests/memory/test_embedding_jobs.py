@@ -17,6 +17,8 @@ import pytest_asyncio
 from kimberly.embedding.v1 import embedding_pb2 as pb
 from kimberly.embedding.v1 import embedding_pb2_grpc as rpc
 
+from local.postgres import OWNER, SUPERUSER
+from local.servers import Stores
 from server import ids
 from server.caller import Caller
 from server.database import Database, SystemDatabase
@@ -30,6 +32,7 @@ from server.memory.embedding_store import EmbeddingStore
 from server.memory.import_store import Chunk, ImportStore
 from server.memory.model import Change, Draft, Source, Tier, hash_of
 from server.memory.store import MemoryStore
+from server.migrate import migrate, read_migrations
 from server.users.store import SettingsChange, UserStore
 from tests.conftest import FakeClock, Serve, as_worker, bearer, data_keys_of, new_caller
 from tests.deciding import decide
@@ -74,8 +77,8 @@ def queue(system_database: SystemDatabase) -> Queue:
     return Queue(system_database, lease_seconds=30)
 
 
-async def lease(queue: Queue) -> Lease:
-    (leased,) = await queue.lease(WORKER, ["memories.embed"], 1)
+async def lease(queue: Queue, kind: str = "embedding.batch") -> Lease:
+    (leased,) = await queue.lease(WORKER, [kind], 1)
     return leased
 
 
@@ -84,7 +87,7 @@ async def settle(queue: Queue, held: Held) -> None:
 
 
 async def states(owner: asyncpg.Connection) -> list[str]:
-    rows = await owner.fetch("SELECT state FROM jobs WHERE kind = 'memories.embed' ORDER BY id")
+    rows = await owner.fetch("SELECT state FROM jobs WHERE kind = 'embedding.batch' ORDER BY id")
     return [row["state"] for row in rows]
 
 
@@ -264,6 +267,50 @@ async def test_a_stream_goes_through_what_lacks_a_vector_in_batches(
     async with streaming(stub) as stream:
         await stream.open((await lease(queue)).held)
         assert await stream.embed_all() == [["four"]]
+
+
+async def test_job_of_the_former_name_is_done_as_well(
+    stub: rpc.EmbeddingServiceAsyncStub,
+    queue: Queue,
+    chooser: Caller,
+    database: Database,
+    owner: asyncpg.Connection,
+) -> None:
+    await remember(database, chooser, "one")
+    await owner.execute("UPDATE jobs SET kind = 'memories.embed'")
+    async with streaming(stub) as stream:
+        await stream.open((await lease(queue, "memories.embed")).held)
+        assert await stream.embed_all() == [["one"]]
+
+
+async def test_jobs_of_the_former_name_that_do_not_run_are_renamed(stores: Stores) -> None:
+    await stores.postgres.provision("former")
+    migrations = read_migrations()
+    renaming = "_kinds_and_keys.sql"
+    before = next(n for n, one in enumerate(migrations) if one.name.endswith(renaming))
+    connection = await asyncpg.connect(stores.postgres.dsn(OWNER, "former"))
+    superuser = await asyncpg.connect(stores.postgres.dsn(SUPERUSER, "former"))
+    await migrate(connection, migrations[:before])
+    await superuser.execute(
+        """
+        INSERT INTO jobs (id, kind, max_attempts, payload, unique_key, state, worker_id,
+                          lease_expires_at, finished_at)
+        VALUES (uuidv7(), 'memories.embed', 5, '{}', 'a', 'waiting', NULL, NULL, NULL),
+               (uuidv7(), 'memories.embed', 5, '{}', 'b', 'running', 'w', now(), NULL),
+               (uuidv7(), 'memories.embed', 5, '{}', 'c', 'dead', NULL, NULL, now()),
+               (uuidv7(), 'memories.reindex', 5, '{}', 'd', 'waiting', NULL, NULL, NULL)
+        """
+    )
+    await migrate(connection, migrations)
+    await connection.close()
+    rows = await superuser.fetch("SELECT unique_key, kind FROM jobs ORDER BY unique_key")
+    await superuser.close()
+    assert dict(rows) == {
+        "a": "embedding.batch",
+        "b": "memories.embed",
+        "c": "embedding.batch",
+        "d": "memories.reindex",
+    }
 
 
 async def test_what_is_sensitive_or_archived_or_short_lived_leaves_no_store(

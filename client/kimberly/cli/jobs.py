@@ -76,7 +76,7 @@ def show(
 @app.command()
 def ask(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="memories.embed, meditation.run or user.export.")
+        str, typer.Argument(metavar="KIND", help="embedding.batch, meditation.run or user.export.")
     ],
     payload: Annotated[
         str, typer.Option(help="""What it is told: a JSON object, such as '{"dry_run": true}'.""")

@@ -47,7 +47,7 @@ class EmbeddingServiceServicer:
     """
 
     def Embed(self, request_iterator, context):
-        """Does one job of kind "memories.embed": gives every memory of its user that lacks one a vector
+        """Does one job of kind "embedding.batch": gives every memory of its user that lacks one a vector
         of the local model that the user chose. The worker opens with Open; the server sends a Batch
         of texts; the worker answers it with Vectors; the server keeps them in one transaction and
         sends the next Batch. When nothing is missing any more, or the user withdrew the choice or

@@ -34,7 +34,7 @@ class EmbeddingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EmbeddingServiceAsyncStub: ...
     Embed: _grpc.StreamStreamMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]
-    """Does one job of kind "memories.embed": gives every memory of its user that lacks one a vector
+    """Does one job of kind "embedding.batch": gives every memory of its user that lacks one a vector
     of the local model that the user chose. The worker opens with Open; the server sends a Batch
     of texts; the worker answers it with Vectors; the server keeps them in one transaction and
     sends the next Batch. When nothing is missing any more, or the user withdrew the choice or
@@ -49,7 +49,7 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Embed: _aio.StreamStreamMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]  # type: ignore[assignment]
-    """Does one job of kind "memories.embed": gives every memory of its user that lacks one a vector
+    """Does one job of kind "embedding.batch": gives every memory of its user that lacks one a vector
     of the local model that the user chose. The worker opens with Open; the server sends a Batch
     of texts; the worker answers it with Vectors; the server keeps them in one transaction and
     sends the next Batch. When nothing is missing any more, or the user withdrew the choice or
@@ -67,7 +67,7 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_embedding_pb2.EmbedRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_embedding_pb2.EmbedResponse], _abc.AsyncIterator[_embedding_pb2.EmbedResponse]]:
-        """Does one job of kind "memories.embed": gives every memory of its user that lacks one a vector
+        """Does one job of kind "embedding.batch": gives every memory of its user that lacks one a vector
         of the local model that the user chose. The worker opens with Open; the server sends a Batch
         of texts; the worker answers it with Vectors; the server keeps them in one transaction and
         sends the next Batch. When nothing is missing any more, or the user withdrew the choice or

@@ -189,7 +189,7 @@ class CreateJobRequest(_message.Message):
     PAYLOAD_JSON_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """What is to be done:
-    - "memories.embed" makes the vectors that memories lack. STATE_CONFLICT unless settings and
+    - "embedding.batch" makes the vectors that memories lack. STATE_CONFLICT unless settings and
       consents want vectors.
     - "meditation.run" scores memories and does what follows, as Meditate; told `full_run` and
       `dry_run`, each true or false. The job is that of the run's shard.

@@ -146,7 +146,8 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """Shows how a job goes on: first as it is, then whenever that has changed.
+        """Shows how a job goes on: first as it is, then whenever that has changed, and as it still is
+        when nothing was sent for 20 seconds, so that nobody on the way takes the stream for dead.
 
         The server ends the stream with `end`: when the job has ended, or when the stream has lasted
         as long as it may and the client is to open another.

@@ -56,7 +56,8 @@ class JobServiceStub:
     one is returned as it is. STATE_CONFLICT if it ended otherwise.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]
-    """Shows how a job goes on: first as it is, then whenever that has changed.
+    """Shows how a job goes on: first as it is, then whenever that has changed, and as it still is
+    when nothing was sent for 20 seconds, so that nobody on the way takes the stream for dead.
 
     The server ends the stream with `end`: when the job has ended, or when the stream has lasted
     as long as it may and the client is to open another.
@@ -104,7 +105,8 @@ class JobServiceAsyncStub(JobServiceStub):
     one is returned as it is. STATE_CONFLICT if it ended otherwise.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]  # type: ignore[assignment]
-    """Shows how a job goes on: first as it is, then whenever that has changed.
+    """Shows how a job goes on: first as it is, then whenever that has changed, and as it still is
+    when nothing was sent for 20 seconds, so that nobody on the way takes the stream for dead.
 
     The server ends the stream with `end`: when the job has ended, or when the stream has lasted
     as long as it may and the client is to open another.
@@ -185,7 +187,8 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.WatchJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_jobs_pb2.WatchJobResponse], _abc.AsyncIterator[_jobs_pb2.WatchJobResponse]]:
-        """Shows how a job goes on: first as it is, then whenever that has changed.
+        """Shows how a job goes on: first as it is, then whenever that has changed, and as it still is
+        when nothing was sent for 20 seconds, so that nobody on the way takes the stream for dead.
 
         The server ends the stream with `end`: when the job has ended, or when the stream has lasted
         as long as it may and the client is to open another.
