@@ -11,8 +11,8 @@ from server.memory.questions import Question
 from server.memory.words import telling_words, terms, words
 from server.preferences import Language, RetrievalWeights
 
-Parts = tuple[float, float, float, float, float]
-"""Score, lexical, semantic, score of the memory, freshness."""
+Parts = tuple[float, float, float, float, float, float]
+"""Score, lexical, semantic, score of the memory, freshness, speaker."""
 
 _BYTES_PER_TOKEN = 4
 _WORDS_IN_REASON = 5
@@ -58,6 +58,8 @@ class Match:
     """0 to 1."""
     freshness: float
     """1 for what occurs now, half as much with every half-life since."""
+    speaker: float
+    """1 for a turn of someone whom the question names, else 0."""
     reason: str
 
 
@@ -131,14 +133,15 @@ def rank(
     scored = []
     for one, (lexical, semantic) in zip(candidates.values(), shares, strict=True):
         worth, freshness = priors.worth(one), priors.freshness(one)
+        speaker = float(priors.is_named(one.speaker))
         score = (
             share * semantic
             + (1 - share) * lexical
-            + weights.named_speaker * priors.is_named(one.speaker)
+            + weights.named_speaker * speaker
             + weights.memory_score * worth
             + weights.freshness * freshness
         )
-        scored.append(((score, lexical, semantic, worth, freshness), one))
+        scored.append(((score, lexical, semantic, worth, freshness, speaker), one))
     # Below 0, cosines still tell apart what shares cannot.
     scored.sort(key=lambda place: (-place[0][0], -by_meaning.amount(place[1].id), place[1].id))
     return Ranking(list(_bounded(scored, question)), by_words, by_meaning)
@@ -158,7 +161,7 @@ def explain(
     telling = telling_words(question.text, language)
     asked = dict(zip(terms(question.text, language), telling, strict=True))
     return [
-        Match(memory, *parts, reason=_reason(memory, asked, language, ranking))
+        Match(memory, *parts, reason=_reason(memory, parts, asked, language, ranking))
         for parts, one in ranking.places
         if (memory := memories.get(one.id))
     ]
@@ -226,7 +229,9 @@ def _bounded(
         yield parts, one
 
 
-def _reason(memory: Memory, asked: Mapping[int, str], language: Language, ranking: Ranking) -> str:
+def _reason(
+    memory: Memory, parts: Parts, asked: Mapping[int, str], language: Language, ranking: Ranking
+) -> str:
     said = set(terms(memory.content, language))
     shared = [word for term, word in asked.items() if term in said][:_WORDS_IN_REASON]
     reasons = []
@@ -234,6 +239,8 @@ def _reason(memory: Memory, asked: Mapping[int, str], language: Language, rankin
         reasons.append(f"shares {', '.join(shared)}")
     elif memory.id in ranking.by_words.amounts:
         reasons.append("was said next to turns that share words with the query")
+    if parts[-1]:
+        reasons.append(f"was said by {memory.speaker}")
     if memory.id in ranking.by_meaning.amounts:
         reasons.append("is close in meaning")
-    return " and ".join(reasons)
+    return ", ".join((*reasons[:-2], " and ".join(reasons[-2:])))

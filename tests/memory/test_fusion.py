@@ -17,6 +17,7 @@ from server import ids
 from server.caller import Caller
 from server.database import Database
 from server.memory import ranking
+from server.memory.fusion import Weights
 from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
 from tests.memory.meanings import ask, decide, of, texts, upload
@@ -60,9 +61,18 @@ async def test_score_is_the_sum_of_its_components(
     assert [first.semantic, second.semantic] == pytest.approx([0.6, 1], abs=1e-3)
     assert [first.freshness, second.freshness] == pytest.approx([0.5, 1])
     assert (first.memory_score, second.memory_score) == (0.5, 0.5)
-    assert first.score == pytest.approx(0.5 * 0.6 + 0.5 + 0.2 + 0.025 + 0.025, abs=1e-3)
-    assert second.score == pytest.approx(0.5 + 0.025 + 0.05)
-    assert first.reason == "shares boat and is close in meaning"
+    assert (first.speaker, second.speaker) == (1, 0)
+    weights = Weights()
+    for match in answer.matches:
+        parts = (
+            weights.semantic * match.semantic,
+            (1 - weights.semantic) * match.lexical,
+            weights.named_speaker * match.speaker,
+            weights.memory_score * match.memory_score,
+            weights.freshness * match.freshness,
+        )
+        assert match.score == pytest.approx(sum(parts))
+    assert first.reason == "shares boat, was said by Ann and is close in meaning"
     assert second.reason == "is close in meaning"
 
 
