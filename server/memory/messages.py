@@ -339,6 +339,7 @@ def match_to(match: Match) -> pb.Match:
         memory_score=match.memory_score,
         freshness=match.freshness,
         speaker=match.speaker,
+        session=match.session,
     )
 
 
