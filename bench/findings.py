@@ -10,6 +10,7 @@ from bench.judging import DEPTH, Judgement
 from bench.load import TOP_K, Load
 from bench.measure import Latency
 from bench.spending import CLIENT
+from bench.table import markdown
 
 _RANKED = (
     "",
@@ -96,9 +97,9 @@ class Findings:
         """Return tables in Markdown."""
         return "\n\n".join(
             (
-                _markdown(_RANKED, (row.cells() for row in self.ranked)),
-                _markdown(_PRESSED, (row.cells() for row in self.pressed)),
-                _markdown(_SPENT, (row.spent() for row in self.pressed)),
+                markdown(_RANKED, (row.cells() for row in self.ranked)),
+                markdown(_PRESSED, (row.cells() for row in self.pressed)),
+                markdown(_SPENT, (row.spent() for row in self.pressed)),
             )
         )
 
@@ -111,8 +112,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    ruler = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))

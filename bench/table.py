@@ -1,6 +1,6 @@
 """One figure a row, for eyes and for the README."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -40,3 +40,9 @@ def _for_eyes(rows: Iterable[Row]) -> Table:
 def _for_readme(rows: Iterable[Row]) -> str:
     lines = [f"| {row.what} | {row.value} | {row.beside} |" for row in rows]
     return "\n".join(["| what | measured | beside it |", "|---|---|---|", *lines])
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of names and figures in Markdown."""
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))

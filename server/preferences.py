@@ -66,6 +66,8 @@ class RetrievalWeights:
     """Bonus for the memory's score."""
     freshness: float | None = None
     """Bonus for what is new."""
+    session: float | None = None
+    """Bonus for what was said in a conversation in which something else answers well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,9 @@ async def preferences(connection: Connection, caller: Caller) -> Preferences:
     row = await connection.fetchrow(
         """
         SELECT language, scoring_preset, relevance_to_goals, emotional_weight, predictive_value,
-               recency_frequency, semantic, speaker, memory_score, freshness, embedding_model,
-               version, short_term_bytes, long_term_bytes, permanent_bytes, short_term_hours,
-               long_term_days, archive_grace_days, index_sensitive
+               recency_frequency, semantic, speaker, memory_score, freshness, session,
+               embedding_model, version, short_term_bytes, long_term_bytes, permanent_bytes,
+               short_term_hours, long_term_days, archive_grace_days, index_sensitive
           FROM settings
          WHERE tenant_id = $1 AND user_id = $2
         """,

@@ -11,8 +11,8 @@ from server.memory.questions import Question
 from server.memory.words import telling_words, terms, words
 from server.preferences import Language, RetrievalWeights
 
-Parts = tuple[float, float, float, float, float]
-"""Score, lexical, semantic, score of the memory, freshness."""
+Parts = tuple[float, float, float, float, float, float, float]
+"""Score, lexical, semantic, score of the memory, freshness, speaker, session."""
 
 _BYTES_PER_TOKEN = 4
 _WORDS_IN_REASON = 5
@@ -24,8 +24,10 @@ class Weights:
 
     semantic: float = 0.5
     """Share of the meaning; the words have the rest. Without vectors they have all of it."""
-    named_speaker: float = 0.2
+    named_speaker: float = 0.3
     """For a turn of someone whom the question names."""
+    session: float = 0.1
+    """For the best match of the same session, by words and meaning."""
     memory_score: float = 0.05
     unscored: float = 0.5
     """Score of a memory before its first meditation."""
@@ -39,6 +41,7 @@ class Weights:
             self,
             semantic=self.semantic if chosen.semantic is None else chosen.semantic,
             named_speaker=self.named_speaker if chosen.speaker is None else chosen.speaker,
+            session=self.session if chosen.session is None else chosen.session,
             memory_score=self.memory_score if chosen.memory_score is None else chosen.memory_score,
             freshness=self.freshness if chosen.freshness is None else chosen.freshness,
         )
@@ -58,6 +61,10 @@ class Match:
     """0 to 1."""
     freshness: float
     """1 for what occurs now, half as much with every half-life since."""
+    speaker: float
+    """1 for a turn of someone whom the question names, else 0."""
+    session: float
+    """What the best match of its session has by words and meaning, 0 to 1; of none, its own."""
     reason: str
 
 
@@ -128,17 +135,24 @@ def rank(
     shares = zip(by_words.shares(candidates), by_meaning.shares(candidates), strict=True)
     priors = _Priors(question, weights)
     share = weights.semantic if near else 0.0
+    matched = [
+        (one, lexical, semantic, share * semantic + (1 - share) * lexical)
+        for one, (lexical, semantic) in zip(candidates.values(), shares, strict=True)
+    ]
+    best = _best_of_sessions(matched)
     scored = []
-    for one, (lexical, semantic) in zip(candidates.values(), shares, strict=True):
+    for one, lexical, semantic, match in matched:
         worth, freshness = priors.worth(one), priors.freshness(one)
+        speaker = float(priors.is_named(one.speaker))
+        session = best.get(one.session_id, match)
         score = (
-            share * semantic
-            + (1 - share) * lexical
-            + weights.named_speaker * priors.is_named(one.speaker)
+            match
+            + weights.named_speaker * speaker
+            + weights.session * session
             + weights.memory_score * worth
             + weights.freshness * freshness
         )
-        scored.append(((score, lexical, semantic, worth, freshness), one))
+        scored.append(((score, lexical, semantic, worth, freshness, speaker, session), one))
     # Below 0, cosines still tell apart what shares cannot.
     scored.sort(key=lambda place: (-place[0][0], -by_meaning.amount(place[1].id), place[1].id))
     return Ranking(list(_bounded(scored, question)), by_words, by_meaning)
@@ -158,7 +172,7 @@ def explain(
     telling = telling_words(question.text, language)
     asked = dict(zip(terms(question.text, language), telling, strict=True))
     return [
-        Match(memory, *parts, reason=_reason(memory, asked, language, ranking))
+        Match(memory, *parts, reason=_reason(memory, parts, asked, language, ranking))
         for parts, one in ranking.places
         if (memory := memories.get(one.id))
     ]
@@ -205,6 +219,15 @@ class _Priors:
         return named
 
 
+def _best_of_sessions(matched: Iterable[tuple[Candidate, float, float, float]]) -> dict[str, float]:
+    """Return how well the best of each session answers; what is of none stands for itself."""
+    best: dict[str, float] = {}
+    for one, _, _, match in matched:
+        if one.session_id and match > best.get(one.session_id, 0.0):
+            best[one.session_id] = match
+    return best
+
+
 def _bounded(
     scored: Iterable[tuple[Parts, Candidate]], question: Question
 ) -> Iterator[tuple[Parts, Candidate]]:
@@ -226,7 +249,10 @@ def _bounded(
         yield parts, one
 
 
-def _reason(memory: Memory, asked: Mapping[int, str], language: Language, ranking: Ranking) -> str:
+def _reason(
+    memory: Memory, parts: Parts, asked: Mapping[int, str], language: Language, ranking: Ranking
+) -> str:
+    *_, speaker, _ = parts
     said = set(terms(memory.content, language))
     shared = [word for term, word in asked.items() if term in said][:_WORDS_IN_REASON]
     reasons = []
@@ -234,6 +260,8 @@ def _reason(memory: Memory, asked: Mapping[int, str], language: Language, rankin
         reasons.append(f"shares {', '.join(shared)}")
     elif memory.id in ranking.by_words.amounts:
         reasons.append("was said next to turns that share words with the query")
+    if speaker:
+        reasons.append(f"was said by {memory.speaker}")
     if memory.id in ranking.by_meaning.amounts:
         reasons.append("is close in meaning")
-    return " and ".join(reasons)
+    return ", ".join((*reasons[:-2], " and ".join(reasons[-2:])))

@@ -338,6 +338,8 @@ def match_to(match: Match) -> pb.Match:
         semantic=match.semantic,
         memory_score=match.memory_score,
         freshness=match.freshness,
+        speaker=match.speaker,
+        session=match.session,
     )
 
 

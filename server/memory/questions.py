@@ -9,7 +9,8 @@ from server.errors import InvalidArgument
 from server.memory.embeddings import Embedding
 from server.memory.model import Filter
 
-TEXT_BYTES: Final = 64 * 1024
+TEXT_BYTES: Final = 256 * 1024
+"""10 000 words of any language, and some: German and Cyrillic ones have 13 bytes and more."""
 MOST_MATCHES: Final = 100
 USUAL_MATCHES: Final = 10
 MOST_TOKENS: Final = 1_000_000
@@ -37,7 +38,7 @@ def check_text(text: str) -> str:
     """Return a query; any text is legal that is not too long.
 
     Raises:
-        InvalidArgument: It has more than 64 KiB.
+        InvalidArgument: It has more than 256 KiB.
     """
     if len(text.encode()) > TEXT_BYTES:
         raise InvalidArgument("query", f"must have at most {TEXT_BYTES} bytes")

@@ -12,7 +12,7 @@ often has none of its words, but stands next to a turn that has them.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
 from operator import itemgetter
@@ -53,12 +53,14 @@ def weights(
     )
 
 
-def blend(said: Iterable[tuple[int, Iterable[int]]]) -> dict[int, float]:
+def blend(
+    said: Iterable[tuple[int, Iterable[int]]], neighbourhood: Sequence[float] = NEIGHBOURHOOD
+) -> dict[int, float]:
     """Return `weights` of texts whose terms are known: how many places away, and the terms."""
     counts: dict[int, float] = {}
     for distance, named in said:
-        if distance < len(NEIGHBOURHOOD):
-            each = NEIGHBOURHOOD[distance]
+        if distance < len(neighbourhood):
+            each = neighbourhood[distance]
             for term in named:
                 counts[term] = counts.get(term, 0.0) + each
     norm = K1 * (1 - B + B * sum(counts.values()) / USUAL_LENGTH)

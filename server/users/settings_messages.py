@@ -100,6 +100,7 @@ def settings_to(preferences: Preferences) -> pb.Settings:
             speaker=retrieval.speaker,
             memory_score=retrieval.memory_score,
             freshness=retrieval.freshness,
+            session=retrieval.session,
         ),
         embedding_model=preferences.embedding_model,
         quotas=pb.Quotas(

@@ -316,9 +316,9 @@ async def _keep_settings(connection: Connection, caller: Caller, changed: Prefer
                 emotional_weight, predictive_value, recency_frequency, semantic, speaker,
                 memory_score, freshness, embedding_model, version, short_term_bytes,
                 long_term_bytes, permanent_bytes, short_term_hours, long_term_days,
-                archive_grace_days, index_sensitive)
+                archive_grace_days, index_sensitive, session)
         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18,
-                $19, $20, $21)
+                $19, $20, $21, $22)
             ON CONFLICT (user_id, tenant_id) DO UPDATE
            SET language = excluded.language, scoring_preset = excluded.scoring_preset,
                relevance_to_goals = excluded.relevance_to_goals,
@@ -334,7 +334,7 @@ async def _keep_settings(connection: Connection, caller: Caller, changed: Prefer
                short_term_hours = excluded.short_term_hours,
                long_term_days = excluded.long_term_days,
                archive_grace_days = excluded.archive_grace_days,
-               index_sensitive = excluded.index_sensitive
+               index_sensitive = excluded.index_sensitive, session = excluded.session
         """,
         caller.tenant_id,
         caller.user_id,
@@ -354,4 +354,5 @@ async def _keep_settings(connection: Connection, caller: Caller, changed: Prefer
         changed.retention.long_term_days,
         changed.retention.archive_grace_days,
         changed.index_sensitive,
+        retrieval.session,
     )

@@ -173,7 +173,7 @@ async def test_changed_settings_count_at_the_next_question(
         caller.user_id,
     )
     (match,) = (await ask(memories, caller, "tea")).matches
-    assert match.score == pytest.approx(1 + 0.25)
+    assert match.score == pytest.approx(1 + 0.25 + 0.1)
 
 
 async def test_answer_is_kept_for_a_minute(

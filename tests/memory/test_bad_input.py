@@ -141,7 +141,7 @@ async def test_query_of_impossible_size_is_refused_by_field(
     for request, field in [
         (pb.QueryMemoriesRequest(query="x", top_k=101), "top_k"),
         (pb.QueryMemoriesRequest(query="x", top_k=-1), "top_k"),
-        (pb.QueryMemoriesRequest(query="x" * 65537), "query"),
+        (pb.QueryMemoriesRequest(query="x" * (256 * 1024 + 1)), "query"),
         (pb.QueryMemoriesRequest(query="x", tiers=[7]), "tiers"),  # type: ignore[list-item]
     ]:
         refusal = await refusal_of(memories.QueryMemories(request, metadata=bearer(caller)))

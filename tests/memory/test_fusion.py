@@ -17,6 +17,7 @@ from server import ids
 from server.caller import Caller
 from server.database import Database
 from server.memory import ranking
+from server.memory.fusion import Weights
 from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
 from tests.memory.meanings import ask, decide, of, texts, upload
@@ -60,10 +61,34 @@ async def test_score_is_the_sum_of_its_components(
     assert [first.semantic, second.semantic] == pytest.approx([0.6, 1], abs=1e-3)
     assert [first.freshness, second.freshness] == pytest.approx([0.5, 1])
     assert (first.memory_score, second.memory_score) == (0.5, 0.5)
-    assert first.score == pytest.approx(0.5 * 0.6 + 0.5 + 0.2 + 0.025 + 0.025, abs=1e-3)
-    assert second.score == pytest.approx(0.5 + 0.025 + 0.05)
-    assert first.reason == "shares boat and is close in meaning"
+    assert (first.speaker, second.speaker) == (1, 0)
+    weights = Weights()
+    for match in answer.matches:
+        parts = (
+            weights.semantic * match.semantic,
+            (1 - weights.semantic) * match.lexical,
+            weights.named_speaker * match.speaker,
+            weights.session * match.session,
+            weights.memory_score * match.memory_score,
+            weights.freshness * match.freshness,
+        )
+        assert match.score == pytest.approx(sum(parts))
+    assert first.reason == "shares boat, was said by Ann and is close in meaning"
     assert second.reason == "is close in meaning"
+
+
+async def test_turns_of_a_session_in_which_something_answers_well_come_before_others(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller
+) -> None:
+    said = [("garden", 0, "the plum tree blossoms in spring"), ("garden", 9, "plum and pear")]
+    for session, place, text in [("train", 0, "plum and figs"), *said]:
+        await keep(memories, caller, content=text, session_id=session, session_position=place)
+    request = pb.QueryMemoriesRequest(query="When does the plum tree blossom?")
+    answer = await memories.QueryMemories(request, metadata=bearer(caller))
+    best, same, other = answer.matches
+    assert (best.memory.content, same.memory.content) == (said[0][2], said[1][2])
+    assert (best.session, same.session) == (1, 1)
+    assert same.lexical == other.lexical == other.session
 
 
 async def test_turn_counts_together_with_what_was_said_around_it(
@@ -252,12 +277,13 @@ def expected_order(
     """Return the scores of all candidates, best first, as written down: term by term."""
     found = dict(sorted(lexical.items(), key=lambda item: -item[1])[:wanted])
     floors = [min(found.values()) if len(found) == wanted else 0, min(semantic.values(), default=0)]
-    scores = {
+    matches = {
         text: share * max(semantic.get(text, floors[1]), 0) / max(semantic.values(), default=1)
         + (1 - share) * found.get(text, floors[0]) / max(found.values())
-        + priors[text]
         for text in {**found, **semantic}
     }
+    # None is of a session: each stands for its own.
+    scores = {text: match + 0.1 * match + priors[text] for text, match in matches.items()}
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
 
@@ -297,7 +323,7 @@ async def test_answer_is_what_the_formula_says(
             vectors[text] = [math.cos(angle), math.sin(angle)]
             await upload(memories, caller, of(memory, vectors[text]))
         worth = 0.5 if worth is None else worth
-        priors[text] = 0.2 * (speaker == "Ann") + 0.05 * worth + 0.05 * 0.5 ** (age / 30)
+        priors[text] = 0.3 * (speaker == "Ann") + 0.05 * worth + 0.05 * 0.5 ** (age / 30)
     weights = {text: ranking.weights(text) for text in priors}
     asked = ranking.query_weights(
         "What of Ann's plum and sloe?",

@@ -102,6 +102,19 @@ async def test_any_text_is_a_legal_query(
     assert not answer.matches
 
 
+@pytest.mark.parametrize("word", ["Straßenbahnhaltestelle", "предпринимательница"])
+async def test_ten_thousand_long_words_are_a_legal_query(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, word: str
+) -> None:
+    # No two alike: nothing of it can be counted together.
+    query = " ".join(f"{word[: 8 + n % 5]}{n}" for n in range(10_000))
+    kept = await create(memories, caller, f"{word[:8]}0")
+    answer = await memories.QueryMemories(
+        pb.QueryMemoriesRequest(query=query), metadata=bearer(caller), timeout=5
+    )
+    assert [match.memory.id for match in answer.matches] == [kept.id]
+
+
 async def test_query_honours_filters_and_size(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller
 ) -> None:

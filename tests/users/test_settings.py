@@ -172,7 +172,9 @@ async def test_weights_may_miss_one_by_a_thousandth(
 async def test_one_retrieval_weight_changes_alone_and_goes_back_to_the_default(
     users: Users, caller: Caller
 ) -> None:
-    chosen = pb.RetrievalWeights(semantic=0.5, speaker=0.25, memory_score=1, freshness=0)
+    chosen = pb.RetrievalWeights(
+        semantic=0.5, speaker=0.25, memory_score=1, freshness=0, session=0.2
+    )
     await update(users, caller, "retrieval_weights", retrieval_weights=chosen)
     changed = await update(
         users,
@@ -181,7 +183,7 @@ async def test_one_retrieval_weight_changes_alone_and_goes_back_to_the_default(
         "retrieval_weights.freshness",
         retrieval_weights=pb.RetrievalWeights(speaker=0.75, semantic=0.125),
     )
-    expected = pb.RetrievalWeights(semantic=0.5, speaker=0.75, memory_score=1)
+    expected = pb.RetrievalWeights(semantic=0.5, speaker=0.75, memory_score=1, session=0.2)
     assert changed.retrieval_weights == expected
     assert (await get(users, caller)).retrieval_weights == expected
 
@@ -337,7 +339,7 @@ async def test_changes_at_once_of_different_fields_are_all_kept(
     )
     kept = await get(users, caller)
     assert kept.retrieval_weights == pb.RetrievalWeights(**dict.fromkeys(names, 0.5))
-    assert kept.etag == "v4"
+    assert kept.etag == f"v{len(names)}"
 
 
 async def test_a_change_is_audited_and_a_refused_one_is_not(users: Users, caller: Caller) -> None:

@@ -1324,7 +1324,7 @@ class QueryMemoriesRequest(_message.Message):
     MAX_PER_SESSION_FIELD_NUMBER: _builtins.int
     INCLUDE_SHARED_FIELD_NUMBER: _builtins.int
     query: _builtins.str
-    """The question, or any words; up to 64 KiB."""
+    """The question, or any words; up to 256 KiB."""
     top_k: _builtins.int
     """How many memories at most: 1 to 100; 0 means 10."""
     session_id: _builtins.str
@@ -1476,10 +1476,13 @@ class Match(_message.Message):
     SEMANTIC_FIELD_NUMBER: _builtins.int
     MEMORY_SCORE_FIELD_NUMBER: _builtins.int
     FRESHNESS_FIELD_NUMBER: _builtins.int
+    SPEAKER_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     score: _builtins.float
     """What the order is by; comparable within one answer. Half `semantic` and half `lexical`, or
-    `lexical` alone when no vectors were compared; 0.2 more for a turn of someone whom the query
-    names; 0.05 of `memory_score` and 0.05 of `freshness` more.
+    `lexical` alone when no vectors were compared; and of what follows: 0.3 of `speaker`, 0.1 of
+    `session`, 0.05 of `memory_score` and 0.05 of `freshness`. These are the defaults of the user's
+    retrieval weights.
     """
     lexical: _builtins.float
     """How well the words match, 0 to 1 relative to the best match of this answer."""
@@ -1493,6 +1496,10 @@ class Match(_message.Message):
     """The score of the last meditation, 0 to 1; 0.5 before the first."""
     freshness: _builtins.float
     """1 for what occurs now, and half as much with every 30 days that passed since."""
+    speaker: _builtins.float
+    """1 for a turn of someone whom the query names, otherwise 0."""
+    session: _builtins.float
+    """How well the best match of the same session does by words and meaning, 0 to 1."""
     @_builtins.property
     def memory(self) -> Global___Memory:
         """The memory."""
@@ -1507,10 +1514,12 @@ class Match(_message.Message):
         semantic: _builtins.float = ...,
         memory_score: _builtins.float = ...,
         freshness: _builtins.float = ...,
+        speaker: _builtins.float = ...,
+        session: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["freshness", b"freshness", "lexical", b"lexical", "memory", b"memory", "memory_score", b"memory_score", "reason", b"reason", "score", b"score", "semantic", b"semantic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freshness", b"freshness", "lexical", b"lexical", "memory", b"memory", "memory_score", b"memory_score", "reason", b"reason", "score", b"score", "semantic", b"semantic", "session", b"session", "speaker", b"speaker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

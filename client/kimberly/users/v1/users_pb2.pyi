@@ -257,6 +257,7 @@ class RetrievalWeights(_message.Message):
     SPEAKER_FIELD_NUMBER: _builtins.int
     MEMORY_SCORE_FIELD_NUMBER: _builtins.int
     FRESHNESS_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     semantic: _builtins.float
     """Part of the vectors' similarity in the match; the words have the rest."""
     speaker: _builtins.float
@@ -265,6 +266,8 @@ class RetrievalWeights(_message.Message):
     """Bonus for the memory's score."""
     freshness: _builtins.float
     """Bonus for what is new."""
+    session: _builtins.float
+    """Bonus for what was said in a conversation in which something else answers well."""
     def __init__(
         self,
         *,
@@ -272,10 +275,11 @@ class RetrievalWeights(_message.Message):
         speaker: _builtins.float | None = ...,
         memory_score: _builtins.float | None = ...,
         freshness: _builtins.float | None = ...,
+        session: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_freshness", b"_freshness", "_memory_score", b"_memory_score", "_semantic", b"_semantic", "_speaker", b"_speaker", "freshness", b"freshness", "memory_score", b"memory_score", "semantic", b"semantic", "speaker", b"speaker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_freshness", b"_freshness", "_memory_score", b"_memory_score", "_semantic", b"_semantic", "_session", b"_session", "_speaker", b"_speaker", "freshness", b"freshness", "memory_score", b"memory_score", "semantic", b"semantic", "session", b"session", "speaker", b"speaker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_freshness", b"_freshness", "_memory_score", b"_memory_score", "_semantic", b"_semantic", "_speaker", b"_speaker", "freshness", b"freshness", "memory_score", b"memory_score", "semantic", b"semantic", "speaker", b"speaker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_freshness", b"_freshness", "_memory_score", b"_memory_score", "_semantic", b"_semantic", "_session", b"_session", "_speaker", b"_speaker", "freshness", b"freshness", "memory_score", b"memory_score", "semantic", b"semantic", "session", b"session", "speaker", b"speaker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__freshness: _TypeAlias = _typing.Literal["freshness"]  # noqa: Y015
     _WhichOneofArgType__freshness: _TypeAlias = _typing.Literal["_freshness", b"_freshness"]  # noqa: Y015
@@ -283,6 +287,8 @@ class RetrievalWeights(_message.Message):
     _WhichOneofArgType__memory_score: _TypeAlias = _typing.Literal["_memory_score", b"_memory_score"]  # noqa: Y015
     _WhichOneofReturnType__semantic: _TypeAlias = _typing.Literal["semantic"]  # noqa: Y015
     _WhichOneofArgType__semantic: _TypeAlias = _typing.Literal["_semantic", b"_semantic"]  # noqa: Y015
+    _WhichOneofReturnType__session: _TypeAlias = _typing.Literal["session"]  # noqa: Y015
+    _WhichOneofArgType__session: _TypeAlias = _typing.Literal["_session", b"_session"]  # noqa: Y015
     _WhichOneofReturnType__speaker: _TypeAlias = _typing.Literal["speaker"]  # noqa: Y015
     _WhichOneofArgType__speaker: _TypeAlias = _typing.Literal["_speaker", b"_speaker"]  # noqa: Y015
     @_typing.overload
@@ -291,6 +297,8 @@ class RetrievalWeights(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_score) -> _WhichOneofReturnType__memory_score | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__semantic) -> _WhichOneofReturnType__semantic | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session) -> _WhichOneofReturnType__session | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__speaker) -> _WhichOneofReturnType__speaker | None: ...
 
