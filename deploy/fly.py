@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from deploy.images import FILE
+from deploy.secrets import NAMESPACE as SECRETS_NAMESPACE
 from deploy.secrets import Values
 from local.certificates import KeyPair, Names, make_leaf
 from server import access
@@ -77,7 +78,7 @@ SECRETS: Final[Mapping[str, Mapping[str, Key]]] = {
 """By app, which variable is which secret: what the containers of its pod are given."""
 FILES: Final = ("KIMBERLY_MASTER_KEY", "USERS_ACL")
 """What is a file, and goes as base64."""
-_STORE: Final = re.compile(rf"@({'|'.join(STORES)}):")
+_STORE: Final = re.compile(rf"@({'|'.join(STORES)})(?:\.{SECRETS_NAMESPACE}\.svc)?:")
 _PINNED: Final = re.compile(r"- name: (\S+)\n  newName: (\S+)\n  digest: (\S+)\n")
 
 

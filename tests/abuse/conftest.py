@@ -60,17 +60,23 @@ async def ann_at_bobs(
 
 
 @pytest_asyncio.fixture(scope="session")
-async def agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
-    """An agent of Ann's with every scope that agents can have. She lets agents act."""
-    await agree(ann, users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS)
-    return (await acting(http, channel, ann, sorted({*Scope} - {Scope.USER})))[0]
+async def principal(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
+    """Lets agents act. Has no others: a user has room for few."""
+    user = await sign_up(http, channel)
+    await agree(user, users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS)
+    return user
 
 
 @pytest_asyncio.fixture(scope="session")
-async def narrow_agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
-    """An agent of Ann's with a scope that opens nothing by itself."""
-    await agree(ann, users.CONSENT_PURPOSE_MEMORY_AGENT_ACCESS)
-    return (await acting(http, channel, ann, [Scope.MEMORY_SENSITIVE]))[0]
+async def agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, principal: User) -> User:
+    """An agent with every scope that agents can have."""
+    return (await acting(http, channel, principal, sorted({*Scope} - {Scope.USER})))[0]
+
+
+@pytest_asyncio.fixture(scope="session")
+async def narrow_agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, principal: User) -> User:
+    """An agent with a scope that opens nothing by itself."""
+    return (await acting(http, channel, principal, [Scope.MEMORY_SENSITIVE]))[0]
 
 
 @pytest.fixture(scope="session")

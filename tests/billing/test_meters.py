@@ -51,6 +51,10 @@ EXCEPTED: Final = {
     f"{TENANT}/LogOutMember": "as AssignRole",
     f"{TENANT}/CreateInvitation": "as AssignRole",
     f"{TENANT}/RevokeInvitation": "as AssignRole",
+    f"{TENANT}/RemoveMember": "as AssignRole",
+    f"{AUTH}/AcceptInvitation": "as AssignRole",
+    f"{AUTH}/SwitchTenant": "as LogOutEverywhere",
+    f"{AUTH}/LeaveTenant": "as CreateErasure: nobody pays for what they let go of",
 }
 """What users may call that changes something and is counted as nothing, and why."""
 

@@ -76,6 +76,7 @@ def test_without_a_certificate_of_their_own_the_machines_of_fly_get_one_of_ours(
         "s3/access-key",
         "s3/secret-key",
         *(f"backup/{key}" for key in BUCKET_KEYS),
+        "mails/smtp-password",
     ]
 
 
@@ -302,7 +303,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("VAULT", str(tmp_path))
-    values = secrets.new_values("staging")
+    values = secrets.new_values("prod")
     for keys in values.values():
         keys.update({key: value.replace(HOST, "db.example") for key, value in keys.items()})
     del values["database-owner"]["superuser-password"]

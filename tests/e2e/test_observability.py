@@ -172,6 +172,8 @@ async def call_too_often(user: User, owner: asyncpg.Connection) -> None:
     calls = (user.grpc(pb.GetUsageRequest()) for _ in range(500))
     with pytest.raises(CallRefused):
         await asyncio.gather(*calls)
+    await owner.execute("DELETE FROM subscriptions WHERE plan = 'few'")
+    await owner.execute("DELETE FROM plans WHERE name = 'few'")
 
 
 @pytest_asyncio.fixture(scope="module")

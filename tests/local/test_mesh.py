@@ -30,6 +30,9 @@ from local.servers import BUCKET
 from tests.local.stand_in_mesh import COMMANDS
 from tests.local.test_servers import listening_hosts
 
+# Linux gives a user 128 watchers of files, and each Envoy takes some: not beside another mesh.
+pytestmark = pytest.mark.alone
+
 T = TypeVar("T")
 STAND_IN_MESH = Path(__file__).with_name("stand_in_mesh.py")
 EVERYTHING = {

@@ -95,7 +95,7 @@ async def feed(system_database: SystemDatabase) -> AsyncIterator[Feed]:
 
 @pytest_asyncio.fixture
 async def plans(owner: asyncpg.Connection) -> AsyncIterator[None]:
-    """Gives the plans their sizes back: a test that shrinks them would shrink those of all."""
+    """Gives the plans their sizes back, and takes away new ones: all tests have the same."""
     sizes = "short_term_bytes, long_term_bytes, permanent_bytes, vectors"
     before = await owner.fetch(f"SELECT name, {sizes} FROM plans")
     yield
@@ -103,6 +103,9 @@ async def plans(owner: asyncpg.Connection) -> AsyncIterator[None]:
         f"UPDATE plans SET ({sizes}) = ROW ($2, $3, $4, $5) WHERE name = $1",
         [tuple(row) for row in before],
     )
+    names = [row["name"] for row in before]
+    await owner.execute("DELETE FROM subscriptions WHERE plan <> ALL ($1)", names)
+    await owner.execute("DELETE FROM plans WHERE name <> ALL ($1)", names)
 
 
 @pytest.fixture

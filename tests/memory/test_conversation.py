@@ -78,7 +78,7 @@ async def test_weights_that_the_user_chose_decide_the_order(
         pb.QueryMemoriesRequest(query="Does Ben go sailing?"), metadata=bearer(caller)
     )
     assert [match.memory.speaker for match in answer.matches] == ["Ann", "Ben"]
-    assert answer.matches[0].score == pytest.approx(1 + 0.05 * 0.5 + 0.05, abs=1e-3)
+    assert answer.matches[0].score == pytest.approx(1 + 0.1 + 0.05 * 0.5 + 0.05, abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))

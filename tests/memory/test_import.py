@@ -314,6 +314,7 @@ def sized(size: int, letter: str, tier: pb.Tier.ValueType = pb.TIER_PERMANENT) -
     return pb.Memory(content=letter * size, tier=tier)
 
 
+@pytest.mark.usefixtures("plans")
 async def test_what_fits_is_stored_and_the_rest_refused_one_by_one(
     memories: Stub, caller: Caller, owner: asyncpg.Connection
 ) -> None:
@@ -349,6 +350,7 @@ async def test_what_fits_is_stored_and_the_rest_refused_one_by_one(
     assert tuple(used) == (1200, 1000)
 
 
+@pytest.mark.usefixtures("plans")
 async def test_streams_at_once_fill_a_tier_to_the_brim_and_not_over(
     memories: Stub, caller: Caller, owner: asyncpg.Connection
 ) -> None:

@@ -42,6 +42,8 @@ socket = of_workers.socket
 # The user service, and what it is made of.
 users = of_users.users
 audit_log = of_users.audit_log
+consents = of_users.consents
+withdrawals = of_users.withdrawals
 archive = of_users.archive
 audit_keys = of_users.audit_keys
 checkpoint_store = of_users.checkpoint_store

@@ -15,6 +15,8 @@ from tests.users import conftest as of_users
 # The user service and both key managers, and what they are made of.
 users = of_users.users
 audit_log = of_users.audit_log
+consents = of_users.consents
+withdrawals = of_users.withdrawals
 archive_of_checkpoints = of_users.archive
 audit_keys = of_users.audit_keys
 checkpoint_store = of_users.checkpoint_store
