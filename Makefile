@@ -36,7 +36,7 @@ status: ready ## Show what runs, what it measures, and how to reach it
 	@$(BIN)/python -m local status
 
 test: ready build/deploy/installed build/prometheus/installed ## Run the tests against real servers, side by side: make test PROCESSES=2
-	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile -m "not alone"; beside=$$?; \
+	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup -m "not alone"; beside=$$?; \
 	  $(BIN)/python -m pytest -m alone && exit $$beside
 
 faults: ready ## Kill processes while they work and count what is lost (slow)

@@ -50,10 +50,22 @@ __all__ = [
     "pytest_testnodedown",
 ]
 
+HERE = Path(__file__).parent
+WITH_ENVOYS = ("abuse", "deploy", "e2e", "telemetry")
+"""Linux gives a user 128 watchers of files, and each Envoy takes four: one process has them all."""
 DATABASE = "test"
 MASTER_KEY = bytes(range(32))
 WORKER_ID = spiffe_id("kimberly.local", "test", WORKER)
 EDGE_ID = spiffe_id("kimberly.local", "test", EDGE)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests stay together where processes share them: those of a file at least."""
+    for item in items:
+        directory = item.path.relative_to(HERE).parts[0]
+        together = "envoys" if directory in WITH_ENVOYS else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(together))
 
 
 @pytest_asyncio.fixture(scope="session")
