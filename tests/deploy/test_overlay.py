@@ -36,6 +36,7 @@ from local.postgres import SUPERUSER
 from local.processes import installed
 from local.servers import Stores, _valkey_binary, _weed_binary
 from server import access
+from tests.deploy.test_pods import eventually
 from tests.needs import needs_kustomize
 
 # All pods at once on this machine, each with a probe that loses patience.
@@ -293,8 +294,12 @@ def test_the_worker_waits_for_work_through_its_own_envoy(
     cluster, _ = running
     admin = cluster.place("worker", "/run/mesh/sockets/admin")
     with httpx.Client(transport=httpx.HTTPTransport(uds=admin)) as client:
-        stats = client.get("http://envoy/stats?filter=cluster.jobs.upstream_rq_active$").text
-    assert stats == "cluster.jobs.upstream_rq_active: 1\n"
+
+        def waits() -> bool:
+            stats = client.get("http://envoy/stats?filter=cluster.jobs.upstream_rq_active$").text
+            return stats == "cluster.jobs.upstream_rq_active: 1\n"
+
+        eventually(waits)  # its stream may just be broken, and opened again
 
 
 def test_nobody_enters_the_stores_without_a_key(running: tuple[Cluster, ssl.SSLContext]) -> None:
