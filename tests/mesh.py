@@ -39,7 +39,7 @@ COMMANDS = Commands(
 )
 GRANT = users.RecordConsentRequest(purpose=users.CONSENT_PURPOSE_MEMORY_STORE, granted=True)
 
-_RUNNING = pytest.StashKey[Mesh]()
+_RUNNING = pytest.StashKey[tuple[Mesh, contextlib.ExitStack]]()
 _POLL_SECONDS = 0.02
 _TOKEN = re.compile(r"[\w-]{43}")
 
@@ -52,11 +52,26 @@ def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if _RUNNING not in stash:
         layout = Layout(tmp_path_factory.mktemp("mesh"))
         stack = contextlib.ExitStack()
-        mesh = Mesh(layout, workers=1, durable=False, commands=COMMANDS)
-        stash[_RUNNING] = stack.enter_context(in_background(mesh))
+        mesh = stack.enter_context(
+            in_background(Mesh(layout, workers=1, durable=False, commands=COMMANDS))
+        )
         stack.callback(WATCH.look_at_metrics, mesh)
-        request.session.addfinalizer(stack.close)
-    return stash[_RUNNING]
+        stash[_RUNNING] = (mesh, stack)
+    return stash[_RUNNING][0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Stop the mesh after the last test of its directory.
+
+    Linux gives a user 128 watchers of files, and each Envoy takes four: those who start further
+    meshes need them.
+    """
+    if (nextitem is None or nextitem.path.parent != item.path.parent) and (
+        running := item.config.stash.get(_RUNNING, None)
+    ):
+        del item.config.stash[_RUNNING]
+        running[1].close()
 
 
 @pytest.fixture(scope="session")

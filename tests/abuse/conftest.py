@@ -28,9 +28,20 @@ from tests.abuse.doors import Doors
 from tests.abuse.estates import agree
 from tests.abuse.forgery import Forger
 from tests.abuse.wire import Wire
-from tests.mesh import User, acting, channel, http, join, join_too, mesh, sign_up, trust
+from tests.mesh import (
+    User,
+    acting,
+    channel,
+    http,
+    join,
+    join_too,
+    mesh,
+    pytest_runtest_teardown,
+    sign_up,
+    trust,
+)
 
-__all__ = ["channel", "http", "mesh", "trust"]
+__all__ = ["channel", "http", "mesh", "pytest_runtest_teardown", "trust"]
 
 
 @pytest_asyncio.fixture(scope="session")

@@ -7,10 +7,10 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from tests.mesh import User, channel, http, mesh, sign_up, trust
+from tests.mesh import User, channel, http, mesh, pytest_runtest_teardown, sign_up, trust
 from tests.transports import Grpc, Rest, Transport
 
-__all__ = ["channel", "http", "mesh", "trust"]
+__all__ = ["channel", "http", "mesh", "pytest_runtest_teardown", "trust"]
 
 
 @pytest_asyncio.fixture

@@ -89,7 +89,7 @@ async def test_counts_wait_for_a_database_that_is_out_of_reach(
     try:
         await owner.execute(
             """
-            SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+            SELECT pg_terminate_backend(pid, timeout => 10000) FROM pg_stat_activity
              WHERE usename = 'kimberly_system'
             """
         )

@@ -235,7 +235,8 @@ async def test_worker_method_is_for_workers_only(channel: grpc.aio.Channel) -> N
         as_worker("spiffe://other.domain/ns/test/sa/worker"),
         as_worker(WORKER_ID + "x"),
     ]:
-        call = stub.Score(iter([scoring_pb2.ScoreRequest()]), metadata=metadata)
+        # Nothing is sent: to grpc.aio, what it cannot write any more is an error of its own.
+        call = stub.Score(metadata=metadata)
         refusal = await refusal_of(call.read())
         assert (refusal.code, refusal.reason) == (
             grpc.StatusCode.PERMISSION_DENIED,
