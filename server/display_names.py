@@ -1,4 +1,4 @@
-"""What users are called."""
+"""What users call themselves, their agents and their keys."""
 
 import unicodedata
 from typing import Final
@@ -9,7 +9,7 @@ _LONGEST: Final = 100
 
 
 def check_display_name(asked: str, field: str) -> str:
-    """Return what to call a user, without the spaces around it.
+    """Return what to call somebody or something, without the spaces around it.
 
     Raises:
         InvalidArgument: It has no characters, over 100, or control characters.

@@ -1,7 +1,6 @@
 """Agents and their tasks as values."""
 
 import enum
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +16,6 @@ MOST_TASKS: Final = 3
 MOST_SENTENCES: Final = 20
 USUAL_SENTENCES: Final = 5
 
-_LONGEST_NAME: Final = 100
 _LONGEST_SESSION_NAME: Final = 128
 _GRANTABLE: Final = frozenset(scope.value for scope in Scope) - {Scope.USER.value}
 """No agent is good for everything: it could make itself others."""
@@ -79,20 +77,6 @@ class Task:
     result: Mapping[str, object] | None
     created_at: datetime
     finished_at: datetime | None
-
-
-def check_name(name: str, field: str) -> str:
-    """Return what to call an agent.
-
-    Raises:
-        InvalidArgument: It has no characters, over 100, or control characters.
-    """
-    name = name.strip()
-    if not 1 <= len(name) <= _LONGEST_NAME:
-        raise InvalidArgument(field, f"must have 1 to {_LONGEST_NAME} characters")
-    if any(unicodedata.category(character) == "Cc" for character in name):
-        raise InvalidArgument(field, "must have no control characters")
-    return name
 
 
 def check_scopes(scopes: Iterable[str], field: str) -> list[str]:

@@ -18,11 +18,12 @@ from server.agents.messages import (
     overlap_from,
     task_to,
 )
-from server.agents.model import Agent, check_name, check_scopes
+from server.agents.model import Agent, check_scopes
 from server.agents.store import AgentStore
 from server.agents.task_store import TaskStore
 from server.caller import Caller, current_caller, current_credentials
 from server.clock import Clock, utc_now
+from server.display_names import check_display_name
 from server.errors import NotFound, StateConflict
 from server.requests import check_request_id
 
@@ -48,7 +49,7 @@ class AgentService(rpc.AgentServiceServicer):
         check_request_id(request.request_id)
         agent = Agent(
             id=ids.new_id(),
-            name=check_name(request.name, "name"),
+            name=check_display_name(request.name, "name"),
             kind=kind_from(request.kind),
             scopes=check_scopes(request.scopes, "scopes"),
             created_at=self._clock(),

@@ -1,8 +1,7 @@
 """What AuthService answers about API keys."""
 
-import unicodedata
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf import timestamp_pb2
@@ -16,12 +15,11 @@ from server.auth.messages import timestamp
 from server.auth.metrics import TOKENS
 from server.caller import current_caller, current_credentials
 from server.clock import Clock
+from server.display_names import check_display_name
 from server.errors import ApiKeyInvalid, InvalidArgument
 from server.requests import check_request_id
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-
-_LONGEST_NAME: Final = 100
 
 
 class ApiKeyHandlers:
@@ -40,7 +38,7 @@ class ApiKeyHandlers:
         key = ApiKey(
             id=ids.new_id(),
             caller=current_caller(),
-            name=_name(request.name),
+            name=check_display_name(request.name, "name"),
             prefix=secret.prefix,
             scopes=check_scopes(request.scopes, "scopes"),
             created_at=now,
@@ -87,15 +85,6 @@ class ApiKeyHandlers:
             access_token_lifetime=seconds(access.lifetime),
             scopes=sorted(credentials.scopes),
         )
-
-
-def _name(asked: str) -> str:
-    name = asked.strip()
-    if not 1 <= len(name) <= _LONGEST_NAME:
-        raise InvalidArgument("name", f"must have 1 to {_LONGEST_NAME} characters")
-    if any(unicodedata.category(character) == "Cc" for character in name):
-        raise InvalidArgument("name", "must have no control characters")
-    return name
 
 
 def _overlap(request: pb.RotateApiKeyRequest) -> timedelta:

@@ -81,9 +81,7 @@ class MemberStore:
             StateConflict: No owner would be left.
         """
         async with self._changing(caller) as (connection, actor):
-            member = await _get(connection, caller, user_id)
-            if not may_change(actor, member.role, role):
-                raise PermissionDenied
+            member = await _changeable(connection, caller, actor, user_id, role)
             changed = await _update(connection, caller, user_id, role, member.disabled_at)
             await check_owner_left(connection, caller)
             await _record(connection, caller, user_id, f"member.assign_{role.value}")
@@ -100,9 +98,7 @@ class MemberStore:
             StateConflict: It is the caller, or the last owner.
         """
         async with self._changing(caller) as (connection, actor):
-            member = await _get(connection, caller, user_id)
-            if not may_change(actor, member.role):
-                raise PermissionDenied
+            member = await _changeable(connection, caller, actor, user_id)
             if user_id == caller.user_id:
                 raise StateConflict("nobody disables themselves")
             disabled_at = member.disabled_at or now
@@ -123,9 +119,7 @@ class MemberStore:
             PermissionDenied: The caller may not.
         """
         async with self._changing(caller) as (connection, actor):
-            member = await _get(connection, caller, user_id)
-            if not may_change(actor, member.role):
-                raise PermissionDenied
+            member = await _changeable(connection, caller, actor, user_id)
             changed = await _update(connection, caller, user_id, member.role, None)
             await _record(connection, caller, user_id, "member.enable")
         return changed
@@ -139,9 +133,7 @@ class MemberStore:
             StateConflict: It is the caller, the last owner, or at home in the tenant.
         """
         async with self._changing(caller) as (connection, actor):
-            member = await _get(connection, caller, user_id)
-            if not may_change(actor, member.role):
-                raise PermissionDenied
+            member = await _changeable(connection, caller, actor, user_id)
             if user_id == caller.user_id:
                 raise StateConflict("nobody removes themselves; leave the tenant instead")
             if member.is_home:
@@ -165,9 +157,7 @@ class MemberStore:
             PermissionDenied: The caller may not.
         """
         async with self._changing(caller) as (connection, actor):
-            member = await _get(connection, caller, user_id)
-            if not may_change(actor, member.role):
-                raise PermissionDenied
+            await _changeable(connection, caller, actor, user_id)
             target = Caller(caller.tenant_id, user_id)
             await _record(connection, caller, user_id, "member.log_out")
             revoked = 0
@@ -293,7 +283,10 @@ async def _check_role(connection: Connection, caller: Caller, access: Access) ->
     return Role(role)
 
 
-async def _get(connection: Connection, caller: Caller, user_id: UUID) -> Member:
+async def _changeable(
+    connection: Connection, caller: Caller, actor: Role, user_id: UUID, *becomes: Role
+) -> Member:
+    """Return a member of the tenant whom somebody with the actor's role may change."""
     row = await connection.fetchrow(
         f"SELECT {_MEMBER} FROM users WHERE users.tenant_id = $1 AND users.id = $2",  # noqa: S608 - a constant of ours
         caller.tenant_id,
@@ -301,7 +294,10 @@ async def _get(connection: Connection, caller: Caller, user_id: UUID) -> Member:
     )
     if row is None:
         raise NotFound("member")
-    return _member(row)
+    member = _member(row)
+    if not may_change(actor, member.role, *becomes):
+        raise PermissionDenied
+    return member
 
 
 async def _update(
