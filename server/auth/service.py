@@ -115,7 +115,12 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthSer
         await self._renew_hash(account, request.password)
         new = self._issuer.begin(account.caller, account.role, clients.name_of(context))
         tokens = await self._issuer.tokens(new.session, new.refresh_token)
-        await self._sessions.start(new.session, new.token_hash, self._clock())
+        await self._sessions.start(
+            new.session,
+            new.token_hash,
+            self._clock(),
+            password_changes=account.password_changes,
+        )
         LOG_INS.labels("ok").inc()
         TOKENS.labels("password").inc()
         return pb.LogInResponse(tokens=tokens)

@@ -37,14 +37,24 @@ class SessionStore:
     def __init__(self, database: SystemDatabase) -> None:
         self._database = database
 
-    async def start(self, session: Session, token_hash: bytes, now: datetime) -> None:
+    async def start(
+        self, session: Session, token_hash: bytes, now: datetime, *, password_changes: int
+    ) -> None:
         """Start a session with its first refresh token, and forget the user's expired ones.
 
+        Args:
+            session: Of a user who proved their password.
+            token_hash: Of its first refresh token.
+            now: When it starts.
+            password_changes: How often another password had been set when it was proved.
+
         Raises:
-            CredentialsInvalid: The user was disabled meanwhile.
+            CredentialsInvalid: The user was disabled meanwhile, or another password was set.
         """
         async with self._database.transaction() as connection:
             if not await lock_enabled(connection, session.caller):
+                raise CredentialsInvalid
+            if await _lock_password(connection, session.caller) != password_changes:
                 raise CredentialsInvalid
             await begin(connection, session, token_hash, now)
 
@@ -204,6 +214,18 @@ async def lock_enabled(connection: Connection, caller: Caller) -> bool:
         caller.user_id,
     )
     return bool(rows) and not any(row["disabled_at"] for row in rows)
+
+
+async def _lock_password(connection: Connection, caller: Caller) -> int | None:
+    """Return how often another password was set. None is before this commits."""
+    changes: int | None = await connection.fetchval(
+        """
+        SELECT password_changes FROM accounts WHERE tenant_id = $1 AND user_id = $2 FOR SHARE
+        """,
+        caller.tenant_id,
+        caller.user_id,
+    )
+    return changes
 
 
 async def lock_living(

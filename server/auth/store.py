@@ -25,6 +25,8 @@ class Account:
     """The user that the account is at home."""
     email: str
     password_hash: str
+    password_changes: int
+    """How often another password was set."""
     role: str
     is_disabled: bool
 
@@ -132,7 +134,7 @@ class AccountStore:
             changed = await connection.fetchval(
                 """
                 UPDATE accounts
-                   SET password_hash = $4
+                   SET password_hash = $4, password_changes = password_changes + 1
                  WHERE tenant_id = $1 AND user_id = $2 AND password_hash = $3
                 RETURNING user_id
                 """,
@@ -169,7 +171,11 @@ class AccountStore:
                 raise MailedTokenInvalid
             caller, email = used
             await connection.execute(
-                "UPDATE accounts SET password_hash = $3 WHERE tenant_id = $1 AND user_id = $2",
+                """
+                UPDATE accounts
+                   SET password_hash = $3, password_changes = password_changes + 1
+                 WHERE tenant_id = $1 AND user_id = $2
+                """,
                 caller.tenant_id,
                 caller.user_id,
                 renewed,
@@ -223,7 +229,8 @@ class AccountStore:
 
 _ACCOUNT: Final = """
     SELECT users.tenant_id, users.id AS user_id, users.email, users.role,
-           users.disabled_at IS NOT NULL AS is_disabled, accounts.password_hash
+           users.disabled_at IS NOT NULL AS is_disabled, accounts.password_hash,
+           accounts.password_changes
       FROM users
       JOIN accounts ON accounts.user_id = users.id
 """
@@ -232,7 +239,12 @@ _ACCOUNT: Final = """
 def _account(row: asyncpg.Record) -> Account:
     caller = Caller(row["tenant_id"], row["user_id"])
     return Account(
-        caller, row["email"], row["password_hash"], row["role"], is_disabled=row["is_disabled"]
+        caller,
+        row["email"],
+        row["password_hash"],
+        row["password_changes"],
+        row["role"],
+        is_disabled=row["is_disabled"],
     )
 
 

@@ -91,6 +91,35 @@ async def test_of_two_changes_at_once_one_takes_place(auth: Auth, verifier: Toke
     assert sum(isinstance(answer, pb.ChangePasswordResponse) for answer in answers) == 1
 
 
+async def test_whoever_proved_the_former_password_is_not_let_in_once_it_is_changed(
+    auth: Auth, verifier: TokenVerifier, owner: asyncpg.Connection
+) -> None:
+    """A log-in that took its time, and changes that come before it ends."""
+    mine = await verifier.verify((await sign_up(auth)).access_token)
+    current = PASSWORD
+    for number in range(5):
+        following = f"{NEW} {number}"
+        change = pb.ChangePasswordRequest(current_password=current, new_password=following)
+        log_ins = [log_in(auth, current) for _ in range(4)]
+        await auth.ChangePassword(change, metadata=as_(mine))
+        await asyncio.gather(*log_ins, return_exceptions=True)
+        assert await owner.fetchval("SELECT count(*) FROM sessions WHERE ended_at IS NULL") == 1
+        current = following
+
+
+async def test_a_log_in_that_proved_the_former_password_waits_for_the_change(
+    auth: Auth, owner: asyncpg.Connection
+) -> None:
+    await sign_up(auth)
+    async with asyncio.timeout(10), owner.transaction():
+        await owner.execute("UPDATE accounts SET password_changes = password_changes + 1")
+        late = log_in(auth, PASSWORD)
+        while not await owner.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+            pass
+    assert await reason_of(late) == "CREDENTIALS_INVALID"
+    await log_in(auth, PASSWORD)
+
+
 # --- resetting ---------------------------------------------------------------------------------
 
 
