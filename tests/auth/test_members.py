@@ -297,6 +297,10 @@ async def owners(connection: asyncpg.Connection, count: int) -> list[Caller]:
         """,
         [(each.tenant_id, each.user_id, f"{each.user_id}@example.com") for each in callers],
     )
+    await connection.executemany(
+        "INSERT INTO accounts (tenant_id, user_id, password_hash) VALUES ($1, $2, '$argon2id$')",
+        [(each.tenant_id, each.user_id) for each in callers],
+    )
     return callers
 
 
@@ -311,9 +315,13 @@ async def test_of_log_ins_and_a_disabling_at_once_no_session_is_left(
     for _ in range(ROUNDS):
         boss, bob = await owners(owner, 2)
         news = [issuer.begin(bob, "member", "") for _ in range(8)]
-        starts = [sessions.start(new.session, new.token_hash, clock.now) for new in news]
+        starts = [
+            sessions.start(new.session, new.token_hash, clock.now, password_changes=0)
+            for new in news
+        ]
         disabling = members.disable(boss, bob.user_id, clock.now)
         await asyncio.gather(*starts[:4], disabling, *starts[4:], return_exceptions=True)
+    assert await owner.fetchval("SELECT count(*) FROM sessions") > 0
     assert not await owner.fetchval("SELECT count(*) FROM sessions WHERE ended_at IS NULL")
 
 

@@ -434,7 +434,7 @@ async def test_of_switches_and_the_end_of_a_session_at_once_nothing_is_left(
     there = guest.away.credentials.caller.tenant_id
     for _ in range(ROUNDS):
         new = issuer.begin(guest.home.credentials.caller, "owner", "")
-        await sessions.start(new.session, new.token_hash, clock.now)
+        await sessions.start(new.session, new.token_hash, clock.now, password_changes=0)
         asking = replace(guest.home.credentials, grant_id=new.session.id)
         switches = [
             memberships.switch(asking, there, hash_of(new_token()), "", clock.now) for _ in range(6)
@@ -458,7 +458,7 @@ async def test_of_switches_and_a_log_out_everywhere_at_once_nothing_is_left(
     there = guest.away.credentials.caller.tenant_id
     for _ in range(ROUNDS):
         new = issuer.begin(caller, "owner", "")
-        await sessions.start(new.session, new.token_hash, clock.now)
+        await sessions.start(new.session, new.token_hash, clock.now, password_changes=0)
         asking = replace(guest.home.credentials, grant_id=new.session.id)
         switches = [
             memberships.switch(asking, there, hash_of(new_token()), "", clock.now) for _ in range(6)
@@ -617,7 +617,7 @@ async def test_of_a_disabling_at_home_and_switches_at_once_no_session_is_left(
     sessions, there = SessionStore(system_database), guest.away.credentials.caller.tenant_id
     for _ in range(ROUNDS):
         new = issuer.begin(guest.home.credentials.caller, "owner", "")
-        await sessions.start(new.session, new.token_hash, clock.now)
+        await sessions.start(new.session, new.token_hash, clock.now, password_changes=0)
         asking = replace(guest.home.credentials, grant_id=new.session.id)
         switches = [
             memberships.switch(asking, there, hash_of(new_token()), "", clock.now) for _ in range(4)
