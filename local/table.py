@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kimberly.cli import figures
+from kimberly.cli.status import metrics_of
 from rich.table import Table
 
 STYLES = {"ready": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan"}
@@ -30,23 +32,12 @@ def process_table(mesh: Mapping[str, Any], *, now: float) -> Table:
             name,
             f"[{STYLES.get(state, 'default')}]{state}[/]",
             str(pid or ""),
-            uptime(process["started_at"], now),
+            figures.ago(process["started_at"], now),
             str(process["restarts"] or ""),
             megabytes(resident_bytes(pid)) if pid else "",
             process["address"],
         )
     return table
-
-
-def uptime(started_at: float | None, now: float) -> str:
-    """Return how long something has run, such as 4 s, 12 min or 3 h."""
-    if started_at is None:
-        return ""
-    seconds = int(now - started_at)
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length} {unit}"
-    return f"{seconds} s"
 
 
 def megabytes(count: int) -> str:
@@ -77,3 +68,14 @@ def _status_bytes(pid: int, field: str) -> int:
 def table_now(mesh: Mapping[str, Any]) -> Table:
     """Return the table as of now."""
     return process_table(mesh, now=time.time())
+
+
+def figure_table(mesh: Mapping[str, Any], *, now: float) -> Table:
+    """Return what the processes in `mesh` measure, summed up."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    told = figures.told_by_processes(metrics_of(mesh))
+    for title, text in figures.summed_up(told, mesh.get("prometheus"), now=now).items():
+        table.add_row(title, text)
+    return table

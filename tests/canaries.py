@@ -3,7 +3,8 @@
 Passwords, tokens and keys are known by their look; what users said, by having been overheard on its
 way to a service. `tests/conftest.py` has pytest call the hooks at the end: each test's captured
 output is looked through when the test ends, logs of a mesh before they are removed and when the run
-ends, its metrics before it stops. A run in which something is found has failed.
+ends, its metrics before it stops, and the spans of one that is traced after that. A run in which
+something is found has failed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from local.mesh import Mesh
+from tests.telemetry.receiver import Receiver
 
 _LOOKS: Final = {
     "a password": r"correct.horse.battery",
@@ -90,6 +92,11 @@ class Watch:
             for process, urls in mesh.describe()["metrics"].items():
                 for url in urls:
                     self.look(f"metrics of {process}", client.get(url).text)
+
+    def look_at_spans(self, receiver: Receiver) -> None:
+        """Look through every span that processes and Envoys sent."""
+        for span in receiver.spans:
+            self.look(f"span {span.name} of {span.service}", span.text)
 
     def _keep(self, secret: str) -> None:
         if len(secret) >= 16 and "\n" not in secret:

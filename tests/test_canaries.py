@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from kimberly.auth.v1 import auth_pb2 as auth
 from kimberly.memory.v1 import memory_pb2 as memory
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector
 
 from tests.canaries import Watch
+from tests.telemetry.receiver import Receiver
 
 TOKEN = "Zr3_" + "aB1" * 13
 REQUESTS = (
@@ -69,6 +71,23 @@ def test_what_is_in_a_log_is_found(leak: str, scratch: Path) -> None:
     quiet = Watch()
     quiet.look("a log", "usr_1 called GetMemory of correct tea: eyJ kim_ AGE-SECRET-KEY")
     assert quiet.found == {}
+
+
+@pytest.mark.parametrize("leak", LEAKS[:-1])
+def test_what_is_in_a_span_is_found(leak: str) -> None:
+    watch, receiver = Watch(), Receiver()
+    for request in REQUESTS:
+        watch.hear(request)
+    sent = collector.ExportTraceServiceRequest()
+    span = sent.resource_spans.add().scope_spans.add().spans.add(name="memory.v1/CreateMemory")
+    receiver.Export(sent, None)
+    watch.look_at_spans(receiver)
+    assert watch.found == {}
+    span.attributes.add(key="db.statement").value.string_value = leak
+    receiver.Export(sent, None)
+    watch.look_at_spans(receiver)
+    (place,) = watch.found
+    assert place.endswith(" in span memory.v1/CreateMemory of ")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from local.postgres import SUPERUSER
 from server import access, ids
 from tests.deploy import expressions
 from tests.deploy.expressions import Read
+from tests.e2e.test_kimberly_status import rows, status
 from tests.mesh import PASSWORD, User, eventually, sign_up
 from tests.needs import needs_prometheus
 from tests.transports import Refused as CallRefused
@@ -316,6 +317,21 @@ async def test_what_was_done_is_seen_through_the_panels(prometheus: Prometheus) 
 
     # Each process is called at least by who asks for its health.
     await eventually(look, lambda series: seen(series) >= set(access.PROCESSES))
+
+
+async def test_kimberly_status_asks_it_for_the_last_minutes(
+    mesh: Mesh, prometheus: Prometheus
+) -> None:
+    there = ("--address", urlsplit(mesh.edge).netloc, "--ca", str(mesh.ca))
+
+    async def said() -> dict[str, str]:
+        code, output, errors = await status(*there, "--prometheus", prometheus.url)
+        assert code == 0, errors
+        return rows(output, "of all")
+
+    told = await eventually(said, lambda told: "of the last 5 min" in told["queries"], seconds=30)
+    assert "of the last 5 min" in told["calls"]
+    assert "1 workers" in told["queue"]
 
 
 async def test_a_mesh_that_is_well_pages_nobody(prometheus: Prometheus) -> None:

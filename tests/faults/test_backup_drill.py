@@ -8,6 +8,7 @@ import datetime as dt
 import hashlib
 import json
 import os
+import random
 import secrets
 import shutil
 import ssl
@@ -17,7 +18,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import asyncpg
 import grpc
 import httpx
 import pytest
@@ -33,30 +36,80 @@ from local.layout import CHECKOUT, Layout
 from local.mesh import Mesh
 from local.postgres import BACKUP, OWNER, SUPERUSER, SYSTEM
 from local.servers import Stores
+from server import ids
 from server.access import EDGE, PROCESSES
+from server.backup.manifest import Table
+from server.backup.postgres import Programs, connect
+from server.backup.repository import Repository
+from server.backup.restoring import Restorer, adopt, load
+from server.backup.sealing import Unsealer
 from server.backup.signing import Signer
+from server.backup.snapshot import _digest_table, digest_tables
 from server.blobs import Blobs
+from server.processes.backups import _provision_scratch
+from server.users import checkpoints
 from tests.conftest import open_bucket
 from tests.mesh import PASSWORD, User, address_of, bearer, eventually, sign_up
 from tests.transports import Grpc, Refused
 
 BUCKET = "backups"
 WRITERS = 4
+TOUCHED = {"tables"}
 LOAD_SECONDS = float(os.environ.get("LOAD_SECONDS", "3"))
 """How long there is load before the backup begins, and after it ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A write that was acknowledged: when by the clock of this machine, and what is so since."""
+
+    at: float
+    state: str | None
+    """None: it is gone."""
+
+
 @dataclass(slots=True)
 class Written:
-    """What was acknowledged, and when by the clock of this machine."""
+    """What was acknowledged."""
 
-    memories: dict[str, str] = field(default_factory=dict)
-    at: dict[str, float] = field(default_factory=dict)
+    things: dict[str, list[Write]] = field(default_factory=dict)
+    """The writes of each memory, by its id, and of the settings of each user, by theirs. Whoever
+    writes a thing is alone with it, and waits for the answer."""
+    kinds: dict[str, list[float]] = field(default_factory=dict)
+    """When each kind of write was acknowledged."""
+    owners: dict[str, str] = field(default_factory=dict)
+    """The user of each thing."""
     files: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     """Of each user, one: its id, and what it holds."""
 
-    def before(self, mark: float) -> set[str]:
-        return {memory_id for memory_id, then in self.at.items() if then < mark}
+    def note(self, kind: str, owner: str, thing: str, state: str | None) -> None:
+        now = time.time()
+        self.things.setdefault(thing, []).append(Write(now, state))
+        self.kinds.setdefault(kind, []).append(now)
+        self.owners[thing] = owner
+
+    def allowed(self, mark: float) -> dict[str, list[str | None]]:
+        """Return, of what was written before a mark, the states in which it may be found.
+
+        The last that was acknowledged by then; or a later one, which the snapshot caught.
+        """
+        found = {}
+        for thing, writes in self.things.items():
+            settled = sum(write.at < mark for write in writes)
+            if settled:
+                found[thing] = [write.state for write in writes[settled - 1 :]]
+        return found
+
+    def count(self, mark: float) -> str:
+        """Say how many writes of which kind were acknowledged before a mark, and after it."""
+        return ", ".join(
+            f"{sum(at < mark for at in every)} {kind} (after it: {sum(at >= mark for at in every)})"
+            for kind, every in self.kinds.items()
+        )
+
+    @property
+    def last_word(self) -> float:
+        return max(at for every in self.kinds.values() for at in every)
 
 
 def new_signing_key() -> str:
@@ -136,16 +189,41 @@ async def reaching(mesh: Mesh) -> AsyncIterator[tuple[httpx.AsyncClient, grpc.ai
 
 
 async def write(user: User, written: Written, stopping: asyncio.Event) -> None:
-    """Write until told to stop; what was not answered was not acknowledged."""
+    """Create, change and delete until told to stop; what was not answered was not acknowledged."""
+    mine: list[str] = []
     while not stopping.is_set():
         text = f"{user.id} said {secrets.token_hex(8)}"
-        answer = await user.grpc(pb.CreateMemoryRequest(memory=pb.Memory(content=text)))
-        written.at[answer.memory.id] = time.time()
-        written.memories[answer.memory.id] = text
+        kind = random.choices(("created", "changed", "deleted"), (5, 3, 2))[0]
+        if kind == "created" or not mine:
+            answer = await user.grpc(pb.CreateMemoryRequest(memory=pb.Memory(content=text)))
+            mine.append(answer.memory.id)
+            written.note("created", user.id, answer.memory.id, text)
+        elif kind == "changed":
+            request = pb.UpdateMemoryRequest(memory=pb.Memory(id=mine[-1], content=text))
+            request.update_mask.paths.append("content")
+            await user.grpc(request)
+            written.note(kind, user.id, mine[-1], text)
+        else:
+            gone = mine.pop(random.randrange(len(mine)))
+            await user.grpc(pb.DeleteMemoryRequest(id=gone))
+            written.note(kind, user.id, gone, None)
 
 
-async def attach(user: User, memory_id: str, data: bytes, written: Written) -> None:
-    """Keep a file with a memory."""
+async def choose(user: User, written: Written, stopping: asyncio.Event) -> None:
+    """Change one's settings until told to stop."""
+    while not stopping.is_set():
+        quotas = users.Quotas(permanent_bytes=random.randint(2**20, 2**22))
+        request = users.UpdateSettingsRequest(settings=users.Settings(quotas=quotas))
+        request.update_mask.paths.append("quotas.permanent_bytes")
+        await user.grpc(request)
+        written.note("settings chosen", user.id, user.id, str(quotas.permanent_bytes))
+
+
+async def attach(user: User, written: Written) -> None:
+    """Keep a file with a memory that nobody changes."""
+    memory = pb.Memory(content=f"{user.id} has a file")
+    memory_id = (await user.grpc(pb.CreateMemoryRequest(memory=memory))).memory.id
+    data = secrets.token_bytes(200_000)
     announced = await user.grpc(
         pb.CreateAttachmentRequest(
             memory_id=memory_id,
@@ -161,9 +239,10 @@ async def attach(user: User, memory_id: str, data: bytes, written: Written) -> N
     written.files[user.id] = kept.attachment.id, data
 
 
-async def all_memories(user: Grpc) -> dict[str, str]:
-    """List everything a user has."""
-    found: dict[str, str] = {}
+async def all_of(user_id: str, user: Grpc) -> dict[str, str]:
+    """Return everything that a user has, and what they chose."""
+    settings = (await user(users.GetSettingsRequest())).settings
+    found = {user_id: str(settings.quotas.permanent_bytes)}
     token = ""
     while True:
         page = await user(pb.ListMemoriesRequest(page_size=100, page_token=token))
@@ -211,9 +290,9 @@ class Lived:
     everybody: Sequence[User]
     erased: User
     mark: float
-    last_word: float
+    verified: Mapping[str, Any]
+    """What the verification compared."""
     backup_seconds: float
-    verify_seconds: float
 
 
 async def live(state: Path, vault: Vault) -> Lived:
@@ -232,10 +311,10 @@ async def live(state: Path, vault: Vault) -> Lived:
                 for user in (*everybody, erased):
                     for _ in range(WRITERS):
                         group.create_task(write(user, written, stopping))
+                    group.create_task(choose(user, written, stopping))
                 await asyncio.sleep(LOAD_SECONDS)
                 for user in (*everybody, erased):
-                    mine = next(m for m, text in written.memories.items() if user.id in text)
-                    await attach(user, mine, secrets.token_bytes(200_000), written)
+                    await attach(user, written)
                 begun = time.monotonic()
                 status, said, complained = await server(told, "backup", "create")
                 backup_seconds = time.monotonic() - begun
@@ -243,14 +322,12 @@ async def live(state: Path, vault: Vault) -> Lived:
                 await asyncio.sleep(LOAD_SECONDS)
                 stopping.set()
             mark = dt.datetime.fromisoformat(json.loads(said)["mark"]).timestamp()
-            begun = time.monotonic()
             status, said, complained = await server(told, "backup", "verify")
-            verify_seconds = time.monotonic() - begun
             assert status == 0, complained
+            verified = json.loads(said)
             await assert_damage_is_named(vault, told)
             await erase(erased, vault)
-    last_word = max(written.at.values())
-    return Lived(written, everybody, erased, mark, last_word, backup_seconds, verify_seconds)
+    return Lived(written, everybody, erased, mark, verified, backup_seconds)
 
 
 async def restore(state: Path, vault: Vault, master_key: str) -> str:
@@ -262,15 +339,68 @@ async def restore(state: Path, vault: Vault, master_key: str) -> str:
         return said
 
 
+async def compare(state: Path, vault: Vault, erased: User) -> str:
+    """Compare what was restored, row for row, with the backup; say how many tables are equal.
+
+    Beside it the dump is restored by itself, whose digests are those of the manifest. It then
+    becomes that of a new mesh, as what was restored did, and of both that is left out which was of
+    who was erased since.
+    """
+    repository = Repository(vault.blobs)
+    (name,) = await repository.ids()
+    manifest, _ = await repository.manifest(name)
+    unsealer = Unsealer(vault.identity.read_text())
+    programs = Programs(vault.stores.postgres.home.install / "bin")
+    scratch = await _provision_scratch(vault.stores.dsn(SUPERUSER, "postgres"), "beside")
+    await load(repository, unsealer, manifest, programs, scratch.owner_url)
+    async with (
+        Stores(Layout(state), durable=True) as stores,
+        connect(scratch.superuser_url) as beside,
+        connect(stores.dsn(SUPERUSER)) as new,
+    ):
+        async with beside.transaction():
+            assert await digest_tables(beside) == manifest.tables
+        restorer = Restorer(repository, unsealer, vault.blobs, checkpoints.object_key)
+        await adopt(beside, restorer.gone(manifest))
+        digests = [await digests_without(erased, each) for each in (beside, new)]
+    differing = {name for name in digests[0] if digests[0][name] != digests[1].get(name)}
+    assert digests[0].keys() == digests[1].keys()
+    assert differing <= TOUCHED, differing - TOUCHED
+    return f"{len(digests[0]) - len(differing)} of {len(digests[0])} tables"
+
+
+async def digests_without(erased: User, connection: asyncpg.Connection) -> Mapping[str, Table]:
+    """Return the digest of each table, without the rows of somebody's tenant."""
+    tenant = ids.parse(ids.TENANT, erased.tenant_id, "tenant")
+    rows = await connection.fetch(
+        """
+        SELECT relname, bool_or(attname = 'tenant_id') AS of_tenants
+          FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid
+         WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+         GROUP BY relname
+        """
+    )
+    async with connection.transaction():
+        await connection.execute("SET LOCAL timezone = 'UTC'; SET LOCAL extra_float_digits = 3")
+        return {
+            name: await _digest_table(
+                connection,
+                f"(SELECT * FROM {name}"
+                + (f" WHERE tenant_id IS DISTINCT FROM '{tenant}')" if of_tenants else ")"),
+            )
+            for name, of_tenants in rows
+        }
+
+
 async def assert_all_is_there(mesh: Mesh, lived: Lived) -> None:
     """Compare what users find with what they were told."""
-    expected = lived.written.before(lived.mark)
+    written = lived.written
     async with reaching(mesh) as (_, channel):
         found: dict[str, str] = {}
         for user in lived.everybody:
             caller = await logged_in(channel, user)
-            found |= await all_memories(caller)
-            file_id, data = lived.written.files[user.id]
+            found |= await all_of(user.id, caller)
+            file_id, data = written.files[user.id]
             attachment = await caller(pb.GetAttachmentRequest(id=file_id))
             async with httpx.AsyncClient(trust_env=False) as http:
                 assert (await http.get(attachment.download_url)).content == data
@@ -278,9 +408,14 @@ async def assert_all_is_there(mesh: Mesh, lived: Lived) -> None:
             assert intact.intact, intact
             await caller(pb.CreateMemoryRequest(memory=pb.Memory(content="and life goes on")))
             assert (await caller(users.VerifyAuditLogRequest())).intact
-        kept = {m for m in expected if lived.erased.id not in lived.written.memories[m]}
-        assert kept
-        assert {m: found.get(m) for m in kept} == {m: lived.written.memories[m] for m in kept}
+        allowed = {
+            thing: states
+            for thing, states in written.allowed(lived.mark).items()
+            if written.owners[thing] != lived.erased.id
+        }
+        assert any(states[0] is None for states in allowed.values())
+        wrong = {t: (found.get(t), s) for t, s in allowed.items() if found.get(t) not in s}
+        assert wrong == {}
         with pytest.raises(Refused) as refused:
             await logged_in(channel, lived.erased)
         assert refused.value.refusal.code is grpc.StatusCode.UNAUTHENTICATED
@@ -308,16 +443,20 @@ async def test_a_mesh_that_is_gone_comes_back_from_its_backup(tmp_path: Path) ->
         shutil.rmtree(tmp_path / "old")
         begun = time.monotonic()
         said = await restore(tmp_path / "new", vault, master_key)
+        restore_seconds = time.monotonic() - begun
+        equal = await compare(tmp_path / "new", vault, lived.erased)
+        begun = time.monotonic()
         async with Mesh(Layout(tmp_path / "new"), workers=1, durable=True) as mesh:
             await mesh.wait_ready()
-            rto = time.monotonic() - begun
+            rto = restore_seconds + time.monotonic() - begun
             await assert_all_is_there(mesh, lived)
-    expected = lived.written.before(lived.mark)
+    written, verified = lived.written, lived.verified
     sys.stdout.write(
         f"\n{said.strip()}"
-        f"\nacknowledged before the mark: {len(expected)} memories, all there but those of the "
-        f"user who was erased since"
-        f"\nacknowledged after it, and lost: {len(lived.written.at) - len(expected)}"
-        f"\nRPO {lived.last_word - lived.mark:.1f} s (the age of the backup)   RTO {rto:.1f} s   "
-        f"backup {lived.backup_seconds:.1f} s   verification {lived.verify_seconds:.1f} s\n"
+        f"\nacknowledged before the mark, all of it there but what was of the user who was erased "
+        f"since: {written.count(lived.mark)}"
+        f"\ndigests equal: {verified['tables']} tables, {verified['rows']} rows of the manifest; "
+        f"{equal} of the restored mesh, row for row"
+        f"\nRPO {written.last_word - lived.mark:.1f} s (the age of the backup)   RTO {rto:.1f} s   "
+        f"backup {lived.backup_seconds:.1f} s   verification {verified['seconds']:.1f} s\n"
     )

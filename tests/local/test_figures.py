@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from kimberly.cli.figures import Figures, ago, quantile, told_by_processes
+from prometheus_client.samples import Sample
 from rich.console import Console
 
-from local.figures import figure_table, quantile, read_figures
 from local.prometheus import configuration
+from local.table import figure_table
 
 MEASURED = """
 jobs_waiting{kind="a"} 3
@@ -72,10 +74,38 @@ def test_status_sums_up_what_processes_measure(url: str) -> None:
 
 def test_status_does_without_what_does_not_answer(url: str) -> None:
     gone = "http://127.0.0.1:9/metrics"
-    assert read_figures({"metrics": {"jobs": [gone]}}).samples == []
+    assert told_by_processes([gone]).samples == []
+    assert "nothing that it measures" in shown({"metrics": {"jobs": [gone]}, "prometheus": None})
     text = shown({"metrics": {"jobs": [gone], "memory": [url]}, "prometheus": "http://127.0.0.1:9"})
     assert "7 waiting" in text
     assert "since the start" in text
+
+
+def test_what_two_replicas_read_from_one_database_is_counted_once() -> None:
+    def told(name: str, value: float, instance: str, kind: str = "a") -> Sample:
+        return Sample(name, {"job": "jobs", "instance": instance, "kind": kind}, value)
+
+    figures = Figures(
+        [
+            *(told("jobs_waiting", 3, instance) for instance in ("one", "two")),
+            told("jobs_waiting", 4, "two", kind="b"),
+            *(told("workers_connected", 2, instance) for instance in ("one", "two")),
+        ]
+    )
+    assert figures.known("jobs_waiting") == 7
+    assert figures.known("jobs_waiting", kind="b") == 4
+    assert figures.total("workers_connected") == 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (200_000, "2 d")],
+)
+def test_how_long_ago_is_said_in_the_unit_that_people_would_take(
+    seconds: float, expected: str
+) -> None:
+    assert ago(1000, 1000 + seconds) == expected
+    assert ago(None, 1000) == ""
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,7 @@ def receiver() -> Iterator[Receiver]:
     """Where the mesh sends its traces."""
     with receiving() as receiver:
         yield receiver
-    for span in receiver.spans:
-        WATCH.look(f"span {span.name} of {span.service}", span.text)
+    WATCH.look_at_spans(receiver)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ QUERY = "kimberly.memory.v1.MemoryService/QueryMemories"
 MEDITATE = "kimberly.memory.v1.MemoryService/Meditate"
 PLAN = "kimberly.scoring.v1.ScoringService/PlanMeditation"
 SCORE = "kimberly.scoring.v1.ScoringService/Score"
+WORK = "WorkerService/Work"
 
 SHARDS = Settings.model_fields["meditation_shards"].default
 
@@ -120,6 +121,11 @@ async def test_a_meditation_is_one_tree_from_the_edge_to_the_worker(
     assert job in ancestors(trace, stored), depicted(trace)
     (opening,) = [span for span in trace if span.name == SCORE]
     assert opening.seconds < 0.1
+    # Envoy's end with the stream, which is no longer than the job; those of leases have none.
+    streams = [span for span in trace if SCORE in span.name and span is not opening]
+    assert {span.service for span in streams} == {"worker-sidecar", "memory-sidecar"}
+    assert all(span.seconds <= job.seconds for span in streams)
+    assert not [span for span in receiver.spans if WORK in span.name]
 
 
 async def test_a_night_is_one_tree_from_the_planner_to_every_shard(

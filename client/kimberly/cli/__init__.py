@@ -2,7 +2,7 @@
 
 import typer
 
-from kimberly.cli import agents, audit, backups, jobs, meditations, profile, tenants
+from kimberly.cli import agents, audit, backups, jobs, meditations, profile, status, tenants
 
 app = typer.Typer(
     help=(
@@ -27,3 +27,4 @@ app.command()(meditations.meditate)
 app.add_typer(meditations.app, name="meditations")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(profile.app, name="profile")
+app.command()(status.status)

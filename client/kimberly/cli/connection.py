@@ -76,13 +76,22 @@ def give_up(message: str) -> NoReturn:
     raise typer.Exit(COULD_NOT_TELL)
 
 
+def knows_a_user(token_file: Path | None) -> bool:
+    """Tell whether there is an access token or an API key to act by."""
+    return bool(_given(token_file) or _api_key())
+
+
 def _token(token_file: Path | None) -> str:
-    token = token_file.read_text() if token_file else os.environ.get(_TOKEN_VARIABLE, "")
-    if not token.strip() and not _api_key():
+    if not knows_a_user(token_file):
         give_up(
             f"no access token: set {_TOKEN_VARIABLE} or {_KEY_VARIABLE}, or name a file with "
             "--token-file"
         )
+    return _given(token_file)
+
+
+def _given(token_file: Path | None) -> str:
+    token = token_file.read_text() if token_file else os.environ.get(_TOKEN_VARIABLE, "")
     return token.strip()
 
 

@@ -1,19 +1,20 @@
-"""What `status` tells of a running mesh: what its processes tell Prometheus, summed up."""
+"""What a mesh measures, summed up for people: the queue, meditation, quotas, latencies.
+
+It is had from the processes themselves where they can be reached, as on one machine, or from the
+Prometheus that asks them.
+"""
 
 import json
 import math
 import urllib.parse
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
-from rich.table import Table
-
-from local.table import uptime
 
 _ANSWER_SECONDS: Final = 2.0
 _TIMED: Final = {
@@ -22,6 +23,13 @@ _TIMED: Final = {
 }
 """What has a latency, as Prometheus selects it."""
 _NOT_CALLS: Final = ("Health/", "WorkerService/Work", "Watch")
+_SUMMED_UP: Final = (
+    "jobs_.*|workers_connected|memory_items|memory_quota_.*|memory_meditation_.*"
+    "|kimberly_rpc_seconds_bucket|retrieval_latency_seconds_bucket"
+)
+"""The metrics that are read here, as an expression."""
+_OF_THE_ASKED: Final = frozenset({"instance", "job", "path"})
+"""Labels that say who told, not what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +39,16 @@ class Figures:
     samples: Sequence[Sample]
 
     def total(self, name: str, **labels: str) -> float:
-        """Return the sum of a metric, where its labels are these."""
+        """Return the sum of what each process has of its own, where its labels are these."""
         return sum(sample.value for sample in self._of(name, labels))
+
+    def known(self, name: str, **labels: str) -> float:
+        """Return the sum of what every replica reads from the database: each tells all of it."""
+        greatest: defaultdict[frozenset[tuple[str, str]], float] = defaultdict(float)
+        for sample in self._of(name, labels):
+            what = frozenset(each for each in sample.labels.items() if each[0] not in _OF_THE_ASKED)
+            greatest[what] = max(greatest[what], sample.value)
+        return sum(greatest.values())
 
     def greatest(self, name: str, **labels: str) -> float:
         """Return the greatest value of a metric, where its labels are these; 0 if there is none."""
@@ -52,16 +68,28 @@ class Figures:
                 yield sample
 
 
-def read_figures(mesh: Mapping[str, Any]) -> Figures:
-    """Return what the processes of a mesh measure now; of one that does not answer, nothing."""
+def told_by_processes(urls: Iterable[str]) -> Figures:
+    """Return what processes measure now; of one that does not answer, nothing.
+
+    Args:
+        urls: Where they tell it, as Prometheus asks for it.
+    """
     samples: list[Sample] = []
-    for urls in mesh["metrics"].values():
-        for url in urls:
-            if url.endswith("/metrics"):
-                text = _get(url) or ""
-                for family in text_string_to_metric_families(text):
-                    samples += family.samples
+    for url in urls:
+        for family in text_string_to_metric_families(_get(url) or ""):
+            samples += family.samples
     return Figures(samples)
+
+
+def told_by_prometheus(url: str) -> Figures:
+    """Return what a Prometheus heard last; nothing if it does not answer."""
+    found = _asked(url, f'{{__name__=~"{_SUMMED_UP}"}}')
+    return Figures(
+        [
+            Sample(each["metric"].pop("__name__"), each["metric"], float(each["value"][1]))
+            for each in found
+        ]
+    )
 
 
 def quantile(part: float, buckets: Sequence[tuple[float, float]]) -> float | None:
@@ -82,29 +110,42 @@ def quantile(part: float, buckets: Sequence[tuple[float, float]]) -> float | Non
     return low
 
 
-def figure_table(mesh: Mapping[str, Any], *, now: float) -> Table:
-    """Return what is worth a look: the queue, meditation, quotas, latencies."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    figures = read_figures(mesh)
-    for title, text in (
-        ("queue", _queue(figures)),
-        ("meditation", _meditation(figures, now)),
-        ("memories", _memories(figures)),
-        ("quota", _quota(figures)),
-        *((title, _latency(mesh, figures, title)) for title in _TIMED),
-    ):
-        table.add_row(title, text)
-    return table
+def summed_up(figures: Figures, prometheus: str | None, *, now: float) -> dict[str, str]:
+    """Return what is worth a look, by what it is about.
+
+    Args:
+        figures: What the processes measure.
+        prometheus: The URL of the one that remembers the last minutes, if there is one.
+        now: Seconds since 1970.
+    """
+    if not figures.samples:
+        return {"mesh": "nothing that it measures could be read"}
+    return {
+        "queue": _queue(figures),
+        "meditation": _meditation(figures, now),
+        "memories": _memories(figures),
+        "quota": _quota(figures),
+        **{title: _latency(prometheus, figures, title) for title in _TIMED},
+    }
+
+
+def ago(then: float | None, now: float) -> str:
+    """Return how long ago something was, such as 4 s, 12 min or 3 h; "" if it never was."""
+    if then is None:
+        return ""
+    seconds = int(now - then)
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
 
 
 def _queue(figures: Figures) -> str:
     oldest = figures.greatest("jobs_oldest_waiting_seconds")
     return (
-        f"{figures.total('jobs_waiting'):.0f} waiting"
+        f"{figures.known('jobs_waiting'):.0f} waiting"
         + (f" for up to {oldest:.0f} s" if oldest else "")
-        + f", {figures.total('jobs_running'):.0f} running, {figures.total('jobs_dead'):.0f} dead;"
+        + f", {figures.known('jobs_running'):.0f} running, {figures.known('jobs_dead'):.0f} dead;"
         f" {figures.total('workers_connected'):.0f} workers"
     )
 
@@ -113,7 +154,7 @@ def _meditation(figures: Figures, now: float) -> str:
     running = figures.greatest("memory_meditation_running")
     ended = figures.greatest("memory_meditation_last_success_timestamp_seconds")
     seconds = figures.greatest("memory_meditation_last_duration_seconds")
-    last = f"last of all users {uptime(ended, now)} ago, took {seconds:.1f} s" if ended else ""
+    last = f"last of all users {ago(ended, now)} ago, took {seconds:.1f} s" if ended else ""
     return f"{last or 'none of all users yet'}; {running:.0f} running"
 
 
@@ -136,9 +177,9 @@ def _quota(figures: Figures) -> str:
     return f"{near:.0f} users at 80 %, {over:.0f} at 100 %; {refused:.0f} memories refused"
 
 
-def _latency(mesh: Mapping[str, Any], figures: Figures, title: str) -> str:
+def _latency(prometheus: str | None, figures: Figures, title: str) -> str:
     """Return the latency of the last minutes, or since the start if no Prometheus remembers."""
-    lately = [_lately(mesh, part, _TIMED[title]) for part in (0.5, 0.99)]
+    lately = [_lately(prometheus, part, _TIMED[title]) for part in (0.5, 0.99)]
     if all(lately):
         return f"{_shown(lately)}, of the last 5 min"
     buckets = (
@@ -154,19 +195,24 @@ def _shown(seconds: Sequence[float | None]) -> str:
     return "p50 / p99 " + " / ".join(f"{(each or 0) * 1000:.1f}" for each in seconds) + " ms"
 
 
-def _lately(mesh: Mapping[str, Any], part: float, selected: str) -> float | None:
-    if not mesh.get("prometheus"):
+def _lately(prometheus: str | None, part: float, selected: str) -> float | None:
+    if not prometheus:
         return None
-    query = f"histogram_quantile({part}, sum by (le) (rate({selected}[5m])))"
-    answer = _get(f"{mesh['prometheus']}/api/v1/query?{urllib.parse.urlencode({'query': query})}")
-    found = json.loads(answer)["data"]["result"] if answer else []
+    found = _asked(prometheus, f"histogram_quantile({part}, sum by (le) (rate({selected}[5m])))")
     value = float(found[0]["value"][1]) if found else math.nan
     return None if math.isnan(value) else value
 
 
+def _asked(prometheus: str, query: str) -> list[dict[str, Any]]:
+    answer = _get(
+        f"{prometheus.rstrip('/')}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+    )
+    return list(json.loads(answer)["data"]["result"]) if answer else []
+
+
 def _get(url: str) -> str | None:
     try:
-        with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as answer:  # noqa: S310 - our own
+        with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as answer:  # noqa: S310 - see callers
             text: str = answer.read().decode()
             return text
     except OSError:
