@@ -540,7 +540,7 @@ async def test_lease_statement_reads_only_what_it_leases(
     assert many < 2 * few
 
 
-RUNNING_UP = 10_000
+AT_A_TIME = 10_000
 
 
 async def indexes_of_jobs(owner: asyncpg.Connection) -> dict[str, tuple[int, int]]:
@@ -564,20 +564,22 @@ async def test_indexes_of_what_waits_and_runs_stay_small_however_many_jobs_have_
         database = SystemDatabase(pool)
         queue = Queue(database, 30)
         await owner.execute("CREATE INDEX whole ON jobs (kind, urgency, lane, run_at, id)")
-        for turn in range(10):
+        # As large as the tests before have left them, otherwise.
+        await owner.execute("REINDEX TABLE jobs")
+        for turn in range(1, 11):
             async with database.transaction() as connection:
-                await enqueue_all(connection, [NewJob("test")] * RUNNING_UP)
+                await enqueue_all(connection, [NewJob("test")] * AT_A_TIME)
             while leases := await queue.lease("a", ["test"], 1000):
                 await queue.settle("a", [Completed(lease.held, None) for lease in leases])
             await owner.execute("VACUUM jobs")
-            if not turn:
+            if turn == 3:
                 early = await indexes_of_jobs(owner)
     late = await indexes_of_jobs(owner)
     await owner.execute("DROP INDEX whole")
     for name in ("jobs_due", "jobs_delayed", "jobs_running", "jobs_unique"):
         assert late[name][0] == 0, late
-        # What was in use is used again.
-        assert late[name][1] <= early[name][1] + 2, (early, late)
-    # One that holds all jobs grows with them.
-    assert late["whole"][0] == 10 * RUNNING_UP
-    assert late["whole"][1] > 5 * early["whole"][1]
+        # Pages that were in use are used again.
+        assert late[name][1] <= 1.2 * early[name][1] + 2, (early, late)
+    # An index that holds all jobs grows with them.
+    assert late["whole"][0] == 10 * AT_A_TIME
+    assert late["whole"][1] > 2.5 * early["whole"][1], (early, late)

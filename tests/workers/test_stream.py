@@ -279,7 +279,7 @@ async def connected(mesh: Mesh, workers: int) -> bool:
 
 async def failed_often(said: list[Any]) -> bool:
     """Whether everybody waits as long as it gets."""
-    return sum(each.get("failures", 0) >= 5 for each in said) >= WORKERS
+    return bool(sum(each.get("failures", 0) >= 5 for each in said) >= WORKERS)
 
 
 def most_within(seconds: float, moments: list[float]) -> int:
