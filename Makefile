@@ -51,8 +51,9 @@ bench: ready ## Print the figures of the README's table
 bench-retrieval: ready build/peers/installed ## Compare what is found, and how fast: make bench-retrieval CROWD=500000
 	@$(BIN)/python -m bench.retrieval --crowd $(CROWD)
 
-faults-jobs: ready ## Kill what does jobs and wake zombies: make faults-jobs KILLS=200 (slow)
-	@KILLS=$(KILLS) $(BIN)/python -m pytest tests/faults/test_jobs_under_fire.py
+faults-jobs: ready ## Kill what does jobs, lose answers, wake zombies: make faults-jobs KILLS=200 (slow)
+	@KILLS=$(KILLS) $(BIN)/python -m pytest tests/faults/test_jobs_under_fire.py \
+	  tests/faults/test_lost_answers.py tests/faults/test_poison.py
 
 drill: ready ## Back up under load, wipe everything, restore, compare; print RPO and RTO (slow)
 	@$(BIN)/python -m pytest tests/faults/test_backup_drill.py -q -s

@@ -126,12 +126,15 @@ class Queue:
 
         The others are lost, and nothing is written about them. A failed job waits to be tried
         again, or is dead after its last attempt. One whose end was asked for is cancelled, and
-        no other outcome of it stands.
+        no other outcome of it stands. A worker that did not hear that a job was completed may
+        complete it again: that stands already.
         """
         completed = [outcome for outcome in outcomes if isinstance(outcome, Completed)]
         failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
         stopped = [outcome for outcome in outcomes if isinstance(outcome, Stopped)]
         standing = await self._complete(worker_id, completed) if completed else set()
+        if again := [outcome.held for outcome in completed if outcome.held not in standing]:
+            standing |= await self._completed_before(again)
         standing |= await self._fail(worker_id, failed) if failed else set()
         return standing | (await self._stop(worker_id, stopped) if stopped else set())
 
@@ -263,6 +266,19 @@ class Queue:
         standing = [row for row in rows if row["stands"]]
         metrics.observe(metrics.DURATION, ((row["kind"], row["seconds"]) for row in standing))
         return {outcomes[row["place"] - 1].held for row in standing}
+
+    async def _completed_before(self, leases: Sequence[Held]) -> set[Held]:
+        rows = await self._database.fetch_alone(
+            """
+            SELECT id, lease_token
+              FROM jobs
+              JOIN unnest($1::uuid[], $2::bigint[]) AS lease (id, token) USING (id)
+             WHERE lease_token = lease.token AND state = 'succeeded'
+            """,
+            [held.job_id for held in leases],
+            [held.token for held in leases],
+        )
+        return {Held(row["id"], row["lease_token"]) for row in rows}
 
     async def _fail(self, worker_id: str, outcomes: Sequence[Failed]) -> set[Held]:
         rows = await self._database.fetch_alone(

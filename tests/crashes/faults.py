@@ -11,6 +11,8 @@ import errno
 import os
 import signal
 from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
@@ -24,6 +26,9 @@ from urllib3.connection import HTTPConnection
 from server import cache
 
 COMMIT: Final = "commit"
+
+OF_QUEUE: Final = ("lease", "extend", "settle", "release")
+"""What answers a worker, and as crash points are named."""
 
 _READING: Final = {
     *("GET", "MGET", "EXISTS", "PTTL", "PEXPIRETIME", "HGET", "HMGET", "HGETALL", "ZCARD"),
@@ -108,10 +113,34 @@ def watch_stores() -> None:
     urllib3.HTTPConnectionPool.ConnectionCls = _Connection
 
 
+_answering: ContextVar[str] = ContextVar("answering", default="")
+"""What of the queue a worker waits for, in the task that does it."""
+
+
+def watch_queue(queue: type) -> None:
+    """Put crash points around what the queue commits before it answers a worker.
+
+    It does so as the system role, as its loops do: only who asks tells one from the other.
+    """
+    for name in OF_QUEUE:
+        setattr(queue, name, _named(name, getattr(queue, name)))
+
+
+def _named(name: str, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def answering(*args: Any, **options: Any) -> Any:
+        token = _answering.set(name)
+        try:
+            return await method(*args, **options)
+        finally:
+            _answering.reset(token)
+
+    return answering
+
+
 async def _create_pool(url: str, **options: Any) -> asyncpg.Pool:
     """Open a pool. What loops do as the system role is no answer to a call: it is not counted."""
-    if not options["server_settings"]["application_name"].endswith("-system"):
-        options["connection_class"] = _Session
+    is_system = options["server_settings"]["application_name"].endswith("-system")
+    options["connection_class"] = _SystemSession if is_system else _Session
     return await asyncpg.pool.create_pool(url, **options)
 
 
@@ -119,31 +148,45 @@ class _Session(asyncpg.Connection):  # type: ignore[misc] # it is untyped
     """A connection to PostgreSQL whose commits are crash points."""
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109 - its signature
-        if query != "COMMIT":
-            return str(await super().execute(query, *args, timeout=timeout))
-        if POINTS.is_refused(COMMIT):
-            raise self._cut_off()
-        answer = str(await super().execute(query))
-        if POINTS.is_unanswered(COMMIT):
-            raise self._cut_off()
-        return answer
+        point = self._point() if query == "COMMIT" else ""
+        return str(await self._pass(point, super().execute(query, *args, timeout=timeout)))
 
     async def fetch(self, query: str, *args: Any, **options: Any) -> list[asyncpg.Record]:
         """Run a query; one that writes outside of a transaction commits as it ends."""
-        if self.is_in_transaction() or "INSERT INTO" not in query:
-            rows: list[asyncpg.Record] = await super().fetch(query, *args, **options)
-            return rows
-        if POINTS.is_refused(COMMIT):
-            raise self._cut_off()
-        rows = await super().fetch(query, *args, **options)
-        if POINTS.is_unanswered(COMMIT):
-            raise self._cut_off()
+        commits = not self.is_in_transaction() and self._writes(query)
+        point = self._point() if commits else ""
+        rows: list[asyncpg.Record] = await self._pass(point, super().fetch(query, *args, **options))
         return rows
+
+    def _point(self) -> str:
+        return COMMIT
+
+    def _writes(self, query: str) -> bool:
+        return "INSERT INTO" in query
+
+    async def _pass(self, point: str, commit: Coroutine[Any, Any, Any]) -> Any:
+        if point and POINTS.is_refused(point):
+            commit.close()
+            raise self._cut_off()
+        answer = await commit
+        if point and POINTS.is_unanswered(point):
+            raise self._cut_off()
+        return answer
 
     def _cut_off(self) -> Exception:
         self.terminate()
         error: Exception = asyncpg.ConnectionDoesNotExistError("closed in the middle")
         return error
+
+
+class _SystemSession(_Session):
+    """A connection as the system role; crash points are only what answers a worker."""
+
+    def _point(self) -> str:
+        return _answering.get()
+
+    def _writes(self, query: str) -> bool:
+        return True
 
 
 class _Redis(redis.asyncio.Redis):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +21,7 @@ import uvloop
 
 from server import requests, telemetry
 from server.processes import memory
+from server.processes.parts import Application
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
 from server.settings import Settings
@@ -41,13 +42,32 @@ GUARDS: Final[dict[str, Callable[[], None]]] = {"request ids": _without_request_
 """What takes a guard away, by its name."""
 
 
-async def main(socket: Path) -> None:
+Compose = Callable[[Settings, AsyncExitStack], Awaitable[Application]]
+"""Returns what a process serves."""
+
+
+def begin(name: str, compose: Compose, guards: Mapping[str, Callable[[], None]]) -> None:
+    """Serve a process as the command line says, until nobody says anything any more.
+
+    Args:
+        name: The process, as its log names it.
+        compose: What it serves.
+        guards: What takes a guard away, by its name.
+    """
+    telemetry.configure(name, "debug")
+    watch_stores()
+    for guard in sys.argv[2:]:
+        guards[guard]()
+    uvloop.run(main(Path(sys.argv[1]), compose))
+
+
+async def main(socket: Path, compose: Compose) -> None:
     """Serve until nobody says anything any more."""
     lines = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     fault = await lines.readline()
-    async with _serving(socket):
+    async with _serving(socket, compose):
         while fault:
             _answer()
             POINTS.arm(_fault_of(fault))
@@ -55,10 +75,10 @@ async def main(socket: Path) -> None:
 
 
 @asynccontextmanager
-async def _serving(socket: Path) -> AsyncIterator[None]:
+async def _serving(socket: Path, compose: Compose) -> AsyncIterator[None]:
     settings = Settings()
     async with AsyncExitStack() as stack:
-        application = await memory.compose(settings, stack)
+        application = await compose(settings, stack)
         layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=10, stream_seconds=60)
         server = Server(socket, layers, services=())
         application.register(server.grpc)
@@ -83,8 +103,4 @@ def _answer() -> None:
 
 
 if __name__ == "__main__":
-    telemetry.configure("memory", "debug")
-    watch_stores()
-    for name in sys.argv[2:]:
-        GUARDS[name]()
-    uvloop.run(main(Path(sys.argv[1])))
+    begin("memory", memory.compose, GUARDS)

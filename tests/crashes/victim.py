@@ -1,4 +1,4 @@
-"""A memory service that can be killed, and is back at once: the next one waits already."""
+"""A service that can be killed, and is back at once: the next one waits already."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ class Victim:
     """One service after the other at the same socket."""
 
     def __init__(
-        self, directory: Path, settings: Mapping[str, str], guards: tuple[str, ...]
+        self, module: str, directory: Path, settings: Mapping[str, str], guards: tuple[str, ...]
     ) -> None:
+        self._module = module
         self.log = directory / "log"
         self.recovery_seconds: list[float] = []
         """How long it took after each death until calls were taken again."""
@@ -116,7 +117,7 @@ class Victim:
     async def _prepare(self) -> Process:
         with self.log.open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tests.crashes.served", str(self._socket), *self._without),
+                *(sys.executable, "-m", self._module, str(self._socket), *self._without),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=log,
@@ -134,15 +135,23 @@ def _end(process: Process) -> None:
 
 @asynccontextmanager
 async def served(
-    stores: Stores, urls: Urls, master_key: Path, *, without: tuple[str, ...] = ()
+    stores: Stores,
+    urls: Urls,
+    master_key: Path,
+    *,
+    without: tuple[str, ...] = (),
+    module: str = "tests.crashes.served",
+    **more: str,
 ) -> AsyncIterator[Victim]:
-    """Serve the memory service over the stores of a test.
+    """Serve the memory service, or another, over the stores of a test.
 
     Args:
         stores: PostgreSQL, Valkey and S3.
         urls: How to reach the database.
         master_key: The file of the master key.
         without: Guards that it lacks.
+        module: What begins it, as `tests.crashes.served` does.
+        more: Further settings, as the environment has them.
     """
     directory = Path(mkdtemp(prefix="kimberly-"))
     settings = {
@@ -160,9 +169,10 @@ async def served(
         "TOKEN_ISSUER": "https://kimberly.test",
         "TRUST_DOMAIN": "kimberly.local",
         "NAMESPACE": "test",
+        **more,
     }
     victim = Victim(
-        directory, {f"KIMBERLY_{name}": value for name, value in settings.items()}, without
+        module, directory, {f"KIMBERLY_{name}": value for name, value in settings.items()}, without
     )
     try:
         await victim.start()

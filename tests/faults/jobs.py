@@ -15,6 +15,8 @@ from server.errors import StoreUnavailable
 from tests.faults.reach import as_superuser, until
 
 KIND: Final = "test.work"
+POISON: Final = "test.poison"
+"""Kills the process that does it."""
 CONCURRENCY: Final = 32
 MANY_ATTEMPTS: Final = 100
 """A job may meet many deaths, and is none the worse for it."""
@@ -49,17 +51,7 @@ class Work:
     async def count(self) -> None:
         """Have the database count outcomes as they commit."""
         async with as_superuser(self._mesh) as superuser:
-            await superuser.execute(
-                f"""
-                CREATE TABLE outcomes (job_id uuid NOT NULL);
-                CREATE FUNCTION count_outcome() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
-                    SET search_path = public AS
-                    'BEGIN INSERT INTO outcomes VALUES (NEW.id); RETURN NULL; END';
-                CREATE TRIGGER count_outcome AFTER UPDATE ON jobs
-                    FOR EACH ROW WHEN (NEW.kind = '{KIND}' AND NEW.state = 'succeeded')
-                    EXECUTE FUNCTION count_outcome();
-                """
-            )
+            await count_outcomes(superuser)
 
     async def make(self, jobs: int) -> None:
         """Enqueue jobs, as a service does."""
@@ -114,19 +106,44 @@ class Work:
     async def tally(self) -> Tally:
         """Return what became of all jobs."""
         async with as_superuser(self._mesh) as superuser:
-            row = await superuser.fetchrow(
-                """
-                SELECT count(*) AS made,
-                       count(*) FILTER (WHERE state = 'succeeded') AS done,
-                       (SELECT count(*) FROM (SELECT FROM outcomes GROUP BY job_id
-                                              HAVING count(*) > 1) AS twice) AS settled_twice,
-                       count(*) FILTER (WHERE state = 'succeeded' AND token <> lease_token)
-                           AS by_old_lease
-                  FROM jobs
-                 CROSS JOIN LATERAL (
-                       SELECT coalesce((result ->> 'token')::bigint, 0) AS token) AS settled
-                 WHERE kind = $1
-                """,
-                KIND,
-            )
-        return Tally(**row)
+            return await tally_of(superuser)
+
+
+async def count_outcomes(superuser: asyncpg.Connection) -> None:
+    """Have a database count the outcomes of these jobs as they commit."""
+    await superuser.execute(
+        f"""
+        CREATE TABLE outcomes (job_id uuid NOT NULL);
+        CREATE FUNCTION count_outcome() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+            SET search_path = public AS
+            'BEGIN INSERT INTO outcomes VALUES (NEW.id); RETURN NULL; END';
+        CREATE TRIGGER count_outcome AFTER UPDATE ON jobs
+            FOR EACH ROW WHEN (NEW.kind = '{KIND}' AND NEW.state = 'succeeded')
+            EXECUTE FUNCTION count_outcome();
+        """
+    )
+
+
+async def count_no_more(superuser: asyncpg.Connection) -> None:
+    """Take back what counts."""
+    await superuser.execute("DROP FUNCTION count_outcome CASCADE; DROP TABLE outcomes")
+
+
+async def tally_of(superuser: asyncpg.Connection) -> Tally:
+    """Return what became of all these jobs in a database."""
+    row = await superuser.fetchrow(
+        """
+        SELECT count(*) AS made,
+               count(*) FILTER (WHERE state = 'succeeded') AS done,
+               (SELECT count(*) FROM (SELECT FROM outcomes GROUP BY job_id
+                                      HAVING count(*) > 1) AS twice) AS settled_twice,
+               count(*) FILTER (WHERE state = 'succeeded' AND token <> lease_token)
+                   AS by_old_lease
+          FROM jobs
+         CROSS JOIN LATERAL (
+               SELECT coalesce((result ->> 'token')::bigint, 0) AS token) AS settled
+         WHERE kind = $1
+        """,
+        KIND,
+    )
+    return Tally(**row)

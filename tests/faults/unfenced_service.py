@@ -9,7 +9,7 @@ from tests.faults.test_guards import TOKEN, WORKER
 _fetch_alone = database.SystemDatabase.fetch_alone
 
 
-async def unfenced(
+async def _unfenced(
     self: database.SystemDatabase, statement: str, *arguments: object
 ) -> list[asyncpg.Record]:
     """Run a statement of the queue without the comparison that fences outcomes."""
@@ -18,6 +18,11 @@ async def unfenced(
     return await _fetch_alone(self, statement, *arguments)
 
 
+def unfence() -> None:
+    """Have the queue take outcomes of any lease from now on."""
+    database.SystemDatabase.fetch_alone = _unfenced  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    database.SystemDatabase.fetch_alone = unfenced  # type: ignore[method-assign]
+    unfence()
     app()

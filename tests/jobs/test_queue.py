@@ -131,12 +131,16 @@ async def test_outcome_of_a_zombie_is_refused(
     assert (await row(owner, job_id))["result"] == '{"by": "b"}'
 
 
-async def test_outcome_counts_once(queue: Queue, system_database: SystemDatabase) -> None:
-    await enqueue_one(system_database)
+async def test_outcome_counts_once_and_stands_whenever_it_is_told_again(
+    queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    job_id = await enqueue_one(system_database)
     (lease,) = await queue.lease("a", ["test"], 1)
-    outcome = Completed(lease.held, None)
-    assert await queue.settle("a", [outcome]) == {lease.held}
-    assert await queue.settle("a", [outcome]) == set()
+    assert await queue.settle("a", [Completed(lease.held, '{"n": 1}')]) == {lease.held}
+    settled = await row(owner, job_id)
+    assert await queue.settle("a", [Completed(lease.held, '{"n": 2}')]) == {lease.held}
+    assert await queue.settle("a", [Failed(lease.held, "it broke")]) == set()
+    assert await row(owner, job_id) == settled
 
 
 async def test_lease_of_another_worker_is_out_of_reach(
@@ -294,10 +298,11 @@ async def enqueue_for(
         return await enqueue_all(connection, jobs, caller=caller)
 
 
-async def test_many_jobs_of_one_user_do_not_keep_another_waiting(
+async def test_a_hundred_thousand_jobs_of_one_user_do_not_keep_another_waiting(
     queue: Queue, database: Database, caller: Caller
 ) -> None:
-    await enqueue_for(database, caller, 2000)
+    for _ in range(10):
+        await enqueue_for(database, caller, 10_000)
     others = [await new_caller(database) for _ in range(3)]
     theirs = {(await enqueue_for(database, other))[0] for other in others}
     for limit in (4, 2, 1):
@@ -533,3 +538,48 @@ async def test_lease_statement_reads_only_what_it_leases(
     many = await pages_read_to_lease(urls, 100)
     # A tree that is deeper by a level or two; what waits is forty times as much.
     assert many < 2 * few
+
+
+AT_A_TIME = 10_000
+
+
+async def indexes_of_jobs(owner: asyncpg.Connection) -> dict[str, tuple[int, int]]:
+    """Return the entries of each index, as VACUUM counted them, and its pages."""
+    rows = await owner.fetch(
+        """
+        SELECT relname, reltuples::bigint, relpages
+          FROM pg_class
+          JOIN pg_index ON indexrelid = oid
+         WHERE indrelid = 'jobs'::regclass
+        """
+    )
+    return {name: (entries, pages) for name, entries, pages in rows}
+
+
+async def test_indexes_of_what_waits_and_runs_stay_small_however_many_jobs_have_ended(
+    urls: Urls, owner: asyncpg.Connection
+) -> None:
+    """VACUUM comes as autovacuum does: far more often than a hundred thousand jobs."""
+    async with await open_pool(urls.system, size=1, name="test", settings=PLANS_OF_QUEUE) as pool:
+        database = SystemDatabase(pool)
+        queue = Queue(database, 30)
+        await owner.execute("CREATE INDEX whole ON jobs (kind, urgency, lane, run_at, id)")
+        # As large as the tests before have left them, otherwise.
+        await owner.execute("REINDEX TABLE jobs")
+        for turn in range(1, 11):
+            async with database.transaction() as connection:
+                await enqueue_all(connection, [NewJob("test")] * AT_A_TIME)
+            while leases := await queue.lease("a", ["test"], 1000):
+                await queue.settle("a", [Completed(lease.held, None) for lease in leases])
+            await owner.execute("VACUUM jobs")
+            if turn == 3:
+                early = await indexes_of_jobs(owner)
+    late = await indexes_of_jobs(owner)
+    await owner.execute("DROP INDEX whole")
+    for name in ("jobs_due", "jobs_delayed", "jobs_running", "jobs_unique"):
+        assert late[name][0] == 0, late
+        # Pages that were in use are used again.
+        assert late[name][1] <= 1.2 * early[name][1] + 2, (early, late)
+    # An index that holds all jobs grows with them.
+    assert late["whole"][0] == 10 * AT_A_TIME
+    assert late["whole"][1] > 2.5 * early["whole"][1], (early, late)

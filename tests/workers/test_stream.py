@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
 from server.cache import Redis
 from server.enqueue import NewJob, enqueue_all
 from tests.conftest import Urls
 from tests.faults.figures import percentile
 from tests.workers.conftest import Mesh, until
+from workers import stream
 from workers.stream import Handler, Task
 
 
@@ -248,6 +251,60 @@ async def test_worker_returns_after_the_service_asked_it_to_connect_again(
         await asyncio.wait_for(handled.started.wait(), 10)
         worker.drain()
         await running
+
+
+WORKERS = 50
+
+
+async def arrivals(mesh: Mesh, handlers: Mapping[str, Handler]) -> list[float]:
+    """Return when each of many workers was back after the service was away from all at once."""
+    loop, came = asyncio.get_running_loop(), list[float]()
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(WORKERS):
+            await stack.enter_async_context(mesh.working(handlers))
+        await until(lambda: connected(mesh, WORKERS))
+        with capture_logs() as said:
+            await mesh.break_down()
+            await until(lambda: failed_often(said))
+        await mesh.start()
+        while len(came) < WORKERS:
+            came += [loop.time()] * (len(mesh.service._sessions) - len(came))
+            await asyncio.sleep(0.002)
+    return came
+
+
+async def connected(mesh: Mesh, workers: int) -> bool:
+    return len(mesh.service._sessions) == workers
+
+
+async def failed_often(said: list[Any]) -> bool:
+    """Whether everybody waits as long as it gets."""
+    return bool(sum(each.get("failures", 0) >= 5 for each in said) >= WORKERS)
+
+
+def most_within(seconds: float, moments: list[float]) -> int:
+    """Return how many of some moments, in order, lie as close together as that."""
+    return max(sum(first <= moment < first + seconds for moment in moments) for first in moments)
+
+
+async def test_workers_that_lost_their_service_do_not_all_come_back_at_one_instant(
+    mesh: Mesh, handled: Handled
+) -> None:
+    came = await arrivals(mesh, handled.all)
+    # Over two seconds: in a twentieth of them comes a twentieth of them, give or take.
+    assert came[-1] - came[0] > 1
+    assert most_within(0.1, came) < WORKERS // 3
+
+
+async def test_without_chance_they_would(
+    mesh: Mesh, handled: Handled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_pause_seconds", partial(_without_chance, stream._pause_seconds))
+    assert most_within(0.1, await arrivals(mesh, handled.all)) > WORKERS // 2
+
+
+def _without_chance(pause: Callable[[int, float], float], failures: int, _chance: float) -> float:
+    return pause(failures, 1)
 
 
 # --- cancelling, progress, poison ---------------------------------------------------------------
