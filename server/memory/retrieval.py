@@ -3,22 +3,19 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
 from uuid import UUID
-
-import structlog
 
 from server.caller import Caller
 from server.clock import Clock
 from server.errors import StoreUnavailable
 from server.memory import ranking
 from server.memory.embedding_search import EmbeddingSearch, Nearest
-from server.memory.embeddings import Embedding
 from server.memory.fusion import Match, Weights, candidate_of, explain, rank
-from server.memory.metrics import LATE, LATENCY
+from server.memory.legs import Legs, timed
+from server.memory.metrics import LATENCY
 from server.memory.model import Candidate, Filter, Found, Memory
 from server.memory.questions import Question
 from server.memory.search_store import SearchStore, Versions, Words
@@ -38,13 +35,6 @@ _GROUPED_CANDIDATES = 500
 _MOST_WHOLE = 20
 """So many of the best by their words come whole: of an answer of ten, all are among them in 96 of
 100 questions, which spares those a second look at the database."""
-_PATIENCE_SECONDS = 1.0
-_MARGIN_SECONDS = 0.1
-"""Of the time of a call: what is left to answer in when a leg is given up."""
-
-log = structlog.get_logger()
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +46,8 @@ class Answer:
     """Whether the vectors could not be compared in time."""
     short_term_late: bool
     """Whether the short-term memories could not be looked at in time."""
+    shared_late: bool
+    """Whether what others share could not be looked at in time."""
     versions: Versions
     """What it was made of, or older: of a later change it may hold a part."""
     expires_at: datetime | None
@@ -64,7 +56,7 @@ class Answer:
     @property
     def is_whole(self) -> bool:
         """Whether all was looked at that was asked for."""
-        return not self.semantic_late and not self.short_term_late
+        return not (self.semantic_late or self.short_term_late or self.shared_late)
 
     @property
     def is_sensitive(self) -> bool:
@@ -82,6 +74,7 @@ class _Found:
     near: Nearest | None
     """None: not asked for, or too late."""
     short_term_late: bool
+    shared_late: bool
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -95,6 +88,10 @@ class _Found:
         if self.near is None:
             return versions
         return versions._replace(data=min(versions.data, self.near.data_version))
+
+
+class _ProfileOutdated(Exception):
+    """The user changed the settings after their profile was read."""
 
 
 class Retrieval:
@@ -119,11 +116,10 @@ class Retrieval:
         self._shared = shared
         self._opener = opener
         self._profiles = _Profiles(clock)
+        self._legs = Legs()
         self._weights = weights or Weights()
 
-    async def query(
-        self, caller: Caller, question: Question, seconds_left: float | None = None
-    ) -> Answer:
+    async def query(self, caller: Caller, question: Question, until: float) -> Answer:
         """Return the memories that share words or meaning with the question, best first.
 
         One that is archived or deleted meanwhile is missing, without another in its place.
@@ -131,7 +127,8 @@ class Retrieval:
         Args:
             caller: Who asks.
             question: What is asked for.
-            seconds_left: Until the caller gives up; None: nobody waits for long anyway.
+            until: When the legs are given up that the answer can do without, by the clock of the
+                event loop: all of them at that instant, whenever they began.
 
         Raises:
             ConsentMissing: The user has not consented to memory.store, or brings a vector and has
@@ -141,12 +138,7 @@ class Retrieval:
             StoreUnavailable: A store does not answer.
         """
         started = time.perf_counter()
-        profile = await self._profile(caller)
-        found = await self._find(caller, question, profile, seconds_left)
-        if found.versions.settings != profile.settings_version:
-            self._profiles.drop(caller)
-            profile = await self._profile(caller)
-            found = await self._find(caller, question, profile, seconds_left)
+        profile, found = await self._profile_and_finds(caller, question, until)
         order = rank(
             found.candidates,
             found.near.candidates if found.near else (),
@@ -166,6 +158,7 @@ class Retrieval:
             explain(order, whole, question, profile.language),
             semantic_late=question.embedding is not None and found.near is None,
             short_term_late=found.short_term_late,
+            shared_late=found.shared_late,
             versions=found.versions,
             expires_at=min(expiries, default=None),
         )
@@ -183,6 +176,16 @@ class Retrieval:
         """Count the words of the caller's memories anew at the next query."""
         self._profiles.drop(caller)
 
+    async def _profile_and_finds(
+        self, caller: Caller, question: Question, until: float
+    ) -> tuple["_Profile", _Found]:
+        while True:
+            profile = await self._profile(caller)
+            try:
+                return profile, await self._find(caller, question, profile, until)
+            except _ProfileOutdated:
+                self._profiles.drop(caller)
+
     async def _profile(self, caller: Caller) -> "_Profile":
         profile = self._profiles.find(caller)
         if profile is None:
@@ -193,34 +196,37 @@ class Retrieval:
         return profile
 
     async def _find(
-        self, caller: Caller, question: Question, profile: "_Profile", seconds_left: float | None
+        self, caller: Caller, question: Question, profile: "_Profile", until: float
     ) -> _Found:
         terms = ranking.query_weights(question.text, profile.lexicon, profile.language)
         asked = caller, terms, question.which, _candidates(question)
         try:
             async with asyncio.TaskGroup() as group:
-                short = group.create_task(self._short(*asked, profile.language, seconds_left))
-                near = (
-                    group.create_task(
-                        self._nearest(caller, question.embedding, question, seconds_left)
-                    )
-                    if question.embedding
-                    else None
-                )
-                durable = await _timed("lexical", self._store.query(*asked, _whole(question)))
-                shared = await self._shared.query(*asked) if question.include_shared else ()
+                short = group.create_task(self._short(*asked, profile.language, until))
+                near = group.create_task(self._nearest(caller, question, until))
+                shared = group.create_task(self._shown(*asked, question, until))
+                durable = await timed("lexical", self._store.query(*asked, _whole(question)))
+                if durable.versions.settings != profile.settings_version:
+                    # The other legs are let go, so that there is time left for them to begin anew.
+                    raise _ProfileOutdated
         except ExceptionGroup as failures:
             # A group of problems is no problem that anyone knows: it would be told as INTERNAL.
             raise failures.exceptions[0] from None
-        whole = {one.memory.id: one for one in (*(short.result() or ()), *shared)}
+        others = (*(short.result() or ()), *(shared.result() or ()))
         # What was promoted between two legs is in both; the later place is the right one.
         durable_ids = {candidate.id for candidate in durable.candidates}
         lasting = {
-            memory_id: one
-            for memory_id, one in whole.items()
-            if memory_id not in durable_ids and _lasts(one.memory, question.as_of)
+            one.memory.id: one
+            for one in others
+            if one.memory.id not in durable_ids and _lasts(one.memory, question.as_of)
         }
-        return _Found(durable, lasting, near.result() if near else None, short.result() is None)
+        return _Found(
+            durable,
+            lasting,
+            near.result(),
+            short_term_late=short.result() is None,
+            shared_late=shared.result() is None,
+        )
 
     async def _short(
         self,
@@ -229,56 +235,42 @@ class Retrieval:
         which: Filter,
         limit: int,
         language: Language,
-        seconds_left: float | None,
+        until: float,
     ) -> list[Found] | None:
         """Return the short-term memories that match; None if their store is out of reach.
 
         Raises:
             StoreUnavailable: It is, and nothing else was asked for.
         """
-        try:
-            async with asyncio.timeout(_patience(seconds_left)):
-                return await _timed(
-                    "short_term", self._short_term.query(caller, terms, which, limit, language)
-                )
-        except (TimeoutError, StoreUnavailable) as failure:
-            if not which.durable_tiers:
-                raise StoreUnavailable("the short-term store") from failure
-            log.warning("short-term leg given up", error=repr(failure))
-            LATE.labels("short_term").inc()
+        work = self._short_term.query(caller, terms, which, limit, language)
+        found = await self._legs.wait("short_term", work, until)
+        if found is None and not which.durable_tiers:
+            raise StoreUnavailable("the short-term store")
+        return found
+
+    async def _shown(
+        self,
+        caller: Caller,
+        terms: Mapping[int, float],
+        which: Filter,
+        limit: int,
+        question: Question,
+        until: float,
+    ) -> list[Found] | None:
+        """Return what others show that matches; None if that takes too long."""
+        if not question.include_shared:
+            return []
+        work = self._shared.query(caller, terms, which, limit)
+        return await self._legs.wait("shared", work, until)
+
+    async def _nearest(self, caller: Caller, question: Question, until: float) -> Nearest | None:
+        """Return what is near in meaning; None if that is not asked for, or takes too long."""
+        if question.embedding is None:
             return None
-
-    async def _nearest(
-        self, caller: Caller, embedding: Embedding, question: Question, seconds_left: float | None
-    ) -> Nearest | None:
-        """Return what is near in meaning; None if that takes too long."""
-        try:
-            async with asyncio.timeout(_patience(seconds_left)):
-                return await _timed(
-                    "vector",
-                    self._embeddings.nearest(
-                        caller, embedding, question.which, _candidates(question)
-                    ),
-                )
-        except (TimeoutError, StoreUnavailable) as failure:
-            log.warning("semantic leg given up", error=repr(failure))
-            LATE.labels("vector").inc()
-            return None
-
-
-async def _timed(leg: str, work: Coroutine[Any, Any, T]) -> T:
-    """Do a leg's work, and tell how long that took if it came to an end."""
-    started = time.perf_counter()
-    result = await work
-    LATENCY.labels(leg).observe(time.perf_counter() - started)
-    return result
-
-
-def _patience(seconds_left: float | None) -> float:
-    """Return for how many seconds a leg is waited for that an answer can do without."""
-    if seconds_left is None:
-        return _PATIENCE_SECONDS
-    return min(_PATIENCE_SECONDS, seconds_left - _MARGIN_SECONDS)
+        work = self._embeddings.nearest(
+            caller, question.embedding, question.which, _candidates(question)
+        )
+        return await self._legs.wait("vector", work, until)
 
 
 def _lasts(memory: Memory, as_of: datetime) -> bool:
