@@ -350,6 +350,7 @@ def answer_to(answer: Answer) -> pb.QueryMemoriesResponse:
         semantic_late=answer.semantic_late,
         short_term_late=answer.short_term_late,
         shared_late=answer.shared_late,
+        semantic_model=answer.semantic_model,
     )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ from kimberly.memory.v1 import memory_pb2 as pb
 
 from server.caller import Caller, current_caller
 from server.clock import Clock
+from server.errors import ConsentMissing
 from server.memory import messages
 from server.memory.agent_reads import MEMORY, AgentReads
 from server.memory.answers import Answers, Look
@@ -81,11 +83,17 @@ class QueryHandlers:
     ) -> pb.QueryMemoriesResponse | None:
         """Return the answer that is kept, if it is still what would be found."""
         kept = look and look.standing(now)
-        if not kept or await self._queries.retrieval.versions(caller, question) != kept.versions:
-            CACHE.labels("miss").inc()
-            return None
-        CACHE.labels("hit").inc()
-        return pb.QueryMemoriesResponse.FromString(kept.body)
+        if kept:
+            response = pb.QueryMemoriesResponse.FromString(kept.body)
+            with_vectors = question.embedding is not None or bool(response.semantic_model)
+            # Whether what is missing is needed, whoever finds the answer anew says.
+            with suppress(ConsentMissing):
+                retrieval = self._queries.retrieval
+                if await retrieval.versions(caller, with_vectors=with_vectors) == kept.versions:
+                    CACHE.labels("hit").inc()
+                    return response
+        CACHE.labels("miss").inc()
+        return None
 
     async def _found(
         self,

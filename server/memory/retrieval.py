@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
+import structlog
+
 from server.caller import Caller
 from server.clock import Clock
-from server.errors import StoreUnavailable
+from server.errors import ConsentMissing, InvalidArgument, StoreUnavailable
 from server.memory import ranking
 from server.memory.embedding_search import EmbeddingSearch, Nearest
+from server.memory.embeddings import Embedding
 from server.memory.fusion import Match, Weights, candidate_of, explain, rank
 from server.memory.legs import Legs, timed
 from server.memory.metrics import LATENCY
 from server.memory.model import Candidate, Filter, Found, Memory
+from server.memory.question_vectors import QuestionVectors
 from server.memory.questions import Question
 from server.memory.search_store import SearchStore, Versions, Words
 from server.memory.sensitive import Opener
@@ -36,12 +40,16 @@ _MOST_WHOLE = 20
 """So many of the best by their words come whole: of an answer of ten, all are among them in 96 of
 100 questions, which spares those a second look at the database."""
 
+log = structlog.get_logger()
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What was found, and what that depends on."""
 
     matches: Sequence[Match]
+    semantic_model: str
+    """Whose vectors had a say in the order; empty: none."""
     semantic_late: bool
     """Whether the vectors could not be compared in time."""
     short_term_late: bool
@@ -72,7 +80,8 @@ class _Found:
     whole: Mapping[UUID, Found]
     """What came with its text: short-term memories, and what others share."""
     near: Nearest | None
-    """None: not asked for, or too late."""
+    """None: not asked for, not allowed, or too late."""
+    semantic_late: bool
     short_term_late: bool
     shared_late: bool
 
@@ -108,6 +117,8 @@ class Retrieval:
         shared: SharedStore,
         opener: Opener,
         clock: Clock,
+        *,
+        vectors: QuestionVectors | None = None,
         weights: Weights | None = None,
     ) -> None:
         self._store = store
@@ -116,6 +127,7 @@ class Retrieval:
         self._shared = shared
         self._opener = opener
         self._profiles = _Profiles(clock)
+        self._vectors = vectors or QuestionVectors()
         self._legs = Legs()
         self._weights = weights or Weights()
 
@@ -139,12 +151,14 @@ class Retrieval:
         """
         started = time.perf_counter()
         profile, found = await self._profile_and_finds(caller, question, until)
+        model = self._model(question, profile)
+        near = found.near.candidates if found.near else ()
         order = rank(
             found.candidates,
-            found.near.candidates if found.near else (),
+            near,
             question,
             profile.weights,
-            wanted=_candidates(question),
+            wanted=_candidates(question, with_vectors=bool(model)),
         )
         whole = {memory_id: one.memory for memory_id, one in found.whole.items()}
         ours = [one.id for _, one in order.places if one.id not in whole]
@@ -156,21 +170,26 @@ class Retrieval:
         expiries = [memory.expires_at for memory in whole.values() if memory.expires_at]
         return Answer(
             explain(order, whole, question, profile.language),
-            semantic_late=question.embedding is not None and found.near is None,
+            semantic_model=model if near else "",
+            semantic_late=found.semantic_late,
             short_term_late=found.short_term_late,
             shared_late=found.shared_late,
             versions=found.versions,
             expires_at=min(expiries, default=None),
         )
 
-    async def versions(self, caller: Caller, question: Question) -> Versions:
+    async def versions(self, caller: Caller, *, with_vectors: bool) -> Versions:
         """Return what an answer would be made of now.
+
+        Args:
+            caller: Who asks.
+            with_vectors: Whether by meaning too.
 
         Raises:
             ConsentMissing: As from `query`.
             StoreUnavailable: The database does not answer.
         """
-        return await self._store.versions(caller, with_vectors=question.embedding is not None)
+        return await self._store.versions(caller, with_vectors=with_vectors)
 
     def forget(self, caller: Caller) -> None:
         """Count the words of the caller's memories anew at the next query."""
@@ -191,7 +210,9 @@ class Retrieval:
         if profile is None:
             lexicon, chosen = await self._store.profile(caller)
             weights = self._weights.changed_by(chosen.retrieval_weights)
-            profile = _Profile(lexicon, weights, chosen.language, chosen.version)
+            profile = _Profile(
+                lexicon, weights, chosen.language, chosen.embedding_model, chosen.version
+            )
             self._profiles.keep(caller, profile)
         return profile
 
@@ -199,13 +220,17 @@ class Retrieval:
         self, caller: Caller, question: Question, profile: "_Profile", until: float
     ) -> _Found:
         terms = ranking.query_weights(question.text, profile.lexicon, profile.language)
-        asked = caller, terms, question.which, _candidates(question)
+        model = self._model(question, profile)
+        limit = _candidates(question, with_vectors=bool(model))
+        asked = caller, terms, question.which, limit
+        # Read before their order is known, only where the words alone decide it.
+        whole = 0 if model else _whole(question)
         try:
             async with asyncio.TaskGroup() as group:
                 short = group.create_task(self._short(*asked, profile.language, until))
-                near = group.create_task(self._nearest(caller, question, until))
+                meant = group.create_task(self._meant(caller, question, model, limit, until))
                 shared = group.create_task(self._shown(*asked, question, until))
-                durable = await timed("lexical", self._store.query(*asked, _whole(question)))
+                durable = await timed("lexical", self._store.query(*asked, whole))
                 if durable.versions.settings != profile.settings_version:
                     # The other legs are let go, so that there is time left for them to begin anew.
                     raise _ProfileOutdated
@@ -223,7 +248,8 @@ class Retrieval:
         return _Found(
             durable,
             lasting,
-            near.result(),
+            meant.result().near if meant.result() else None,
+            semantic_late=meant.result() is None,
             short_term_late=short.result() is None,
             shared_late=shared.result() is None,
         )
@@ -263,32 +289,70 @@ class Retrieval:
         work = self._shared.query(caller, terms, which, limit)
         return await self._legs.wait("shared", work, until)
 
-    async def _nearest(self, caller: Caller, question: Question, until: float) -> Nearest | None:
-        """Return what is near in meaning; None if that is not asked for, or takes too long."""
-        if question.embedding is None:
-            return None
-        work = self._embeddings.nearest(
-            caller, question.embedding, question.which, _candidates(question)
-        )
+    def _model(self, question: Question, profile: "_Profile") -> str:
+        """Return the model whose vectors are to be compared with a question; empty: none."""
+        if question.embedding is not None:
+            return question.embedding.model
+        is_told_apart = question.text and question.which.durable_tiers
+        chosen = profile.embedding_model
+        return chosen if is_told_apart and self._vectors.has(chosen) else ""
+
+    async def _meant(
+        self, caller: Caller, question: Question, model: str, limit: int, until: float
+    ) -> "_Meant | None":
+        """Return what is near in meaning; None if that takes too long."""
+        if not model:
+            return _Meant(None)
+        if question.embedding is not None:
+            work = self._near(caller, question.embedding, question, limit)
+        else:
+            work = self._near_to_text(caller, model, question, limit)
         return await self._legs.wait("vector", work, until)
+
+    async def _near(
+        self, caller: Caller, embedding: Embedding, question: Question, limit: int
+    ) -> "_Meant":
+        return _Meant(await self._embeddings.nearest(caller, embedding, question.which, limit))
+
+    async def _near_to_text(
+        self, caller: Caller, model: str, question: Question, limit: int
+    ) -> "_Meant":
+        """Return what is near to a question that brought no vector, where that can be told."""
+        embedding = await timed("embedding", self._vectors.of(model, question.text))
+        if embedding is None:
+            return _Meant(None)
+        try:
+            return await self._near(caller, embedding, question, limit)
+        except (ConsentMissing, InvalidArgument) as problem:
+            # Nobody asked for it: without consent, or with vectors that were made by another model
+            # of this name, the words decide.
+            log.info("question compared by words alone", reason=problem.reason)
+            return _Meant(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Meant:
+    """What the meaning of a question brought in time."""
+
+    near: Nearest | None
+    """None: it was not asked for, or cannot be compared."""
 
 
 def _lasts(memory: Memory, as_of: datetime) -> bool:
     return memory.expires_at is None or memory.expires_at > as_of
 
 
-def _candidates(question: Question) -> int:
+def _candidates(question: Question, *, with_vectors: bool) -> int:
     if question.max_per_session is not None:
         return _GROUPED_CANDIDATES
-    fewest = _FUSED_CANDIDATES if question.embedding else 0
+    fewest = _FUSED_CANDIDATES if with_vectors else 0
     return max(question.limit * _CANDIDATES, fewest)
 
 
 def _whole(question: Question) -> int:
     """Return how many of the best by their words are worth reading before the order is known."""
-    is_by_words_alone = question.embedding is None and question.max_per_session is None
     whole = 2 * question.limit
-    return whole if is_by_words_alone and whole <= _MOST_WHOLE else 0
+    return whole if question.max_per_session is None and whole <= _MOST_WHOLE else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +362,7 @@ class _Profile:
     lexicon: ranking.Lexicon
     weights: Weights
     language: Language
+    embedding_model: str
     settings_version: int
 
 
