@@ -31,6 +31,8 @@ EDGE_LIMITS = envoy.EdgeLimits(
 )
 _ENDPOINT = "KIMBERLY_OTLP_ENDPOINT"
 _RATIO = "KIMBERLY_TRACE_RATIO"
+_MODELS = "KIMBERLY_EMBEDDING_MODELS_DIRECTORY"
+_QUESTION_MODELS = "KIMBERLY_QUESTION_MODELS_DIRECTORY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class Fleet:
         async def is_ready() -> bool:
             return await probes.grpc_serving(socket)
 
-        told = self._store_settings() | self._mesh_settings(name)
+        told = self._store_settings() | self._mesh_settings(name) | _lent(_QUESTION_MODELS)
         command = (*self.commands.service, self.services[name])
         return self._python(name, command, told, is_ready, f"unix:{socket.name}")
 
@@ -130,7 +132,7 @@ class Fleet:
         async def is_ready() -> bool:
             return await self._is_listening_for_work(name)
 
-        told = self._mesh_settings(name) | _models()
+        told = self._mesh_settings(name) | _lent(_MODELS)
         return self._python(name, self.commands.worker, told, is_ready)
 
     def sidecar(self, process: str) -> Program:
@@ -368,9 +370,8 @@ def _traces() -> envoy.Traces | None:
     return envoy.Traces.to(os.environ.get(_ENDPOINT, ""), float(os.environ.get(_RATIO, "1")))
 
 
-def _models() -> dict[str, str]:
-    """Return where the models are that whoever starts the mesh lends its workers, if any."""
-    name = "KIMBERLY_EMBEDDING_MODELS_DIRECTORY"
+def _lent(name: str) -> dict[str, str]:
+    """Return where the models are that whoever starts the mesh lends it by this name, if any."""
     directory = os.environ.get(name)
     return {name: str(Path(directory).resolve())} if directory else {}
 

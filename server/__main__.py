@@ -25,6 +25,7 @@ from server.backup.restoring import NotEmpty
 from server.backup.sealing import KeyRefused
 from server.backup.signing import ManifestForged
 from server.backup.verifying import ScratchRefused
+from server.embedding_models import ModelUnusable
 from server.errors import Problem
 from server.kms import KmsUnusable, UnwrapFailed
 from server.migrate import MigrationChanged
@@ -63,6 +64,7 @@ _REFUSED = (
     KmsUnusable,
     ManifestUnreadable,
     MigrationChanged,
+    ModelUnusable,
     NotEmpty,
     Problem,
     ScratchRefused,

@@ -11,12 +11,13 @@ because one lock orders writes and whoever looks at what they leave behind:
   before is seen, and what is written later finds no job of the key and asks for another one.
 """
 
+from datetime import datetime
 from typing import Final
 from uuid import UUID
 
 from server.caller import Caller
 from server.database import Connection
-from server.enqueue import enqueue
+from server.enqueue import DOORBELL, enqueue
 
 KIND: Final = "embedding.batch"
 FORMER_KIND: Final = "memories.embed"
@@ -41,6 +42,39 @@ async def ask_for_embedding(connection: Connection, caller: Caller) -> UUID | No
     if not await connection.fetchval("SELECT wants_embedding()"):
         return None
     return await enqueue(connection, kind=KIND, payload={}, caller=caller, unique_key=_key(caller))
+
+
+async def ask_for_embedding_later(connection: Connection, caller: Caller, run_at: datetime) -> UUID:
+    """Enqueue the job for when there is a budget again. Until then, whoever asks gets this one."""
+    return await enqueue(
+        connection,
+        kind=KIND,
+        payload={},
+        caller=caller,
+        unique_key=_key(caller),
+        run_at=run_at,
+    )
+
+
+async def hasten_embedding(connection: Connection, caller: Caller) -> None:
+    """Have a job that waits for its time run now: there may be a budget after all.
+
+    Args:
+        connection: A transaction of the system role.
+        caller: Whose job it is.
+    """
+    await connection.execute(
+        """
+        WITH hastened AS (
+            UPDATE jobs SET run_at = now(), due = true
+             WHERE unique_key = $1 AND state = 'waiting' AND NOT due
+            RETURNING id
+        )
+        SELECT pg_notify($2, '') FROM hastened
+        """,
+        _key(caller),
+        DOORBELL,
+    )
 
 
 async def wait_for_writes(connection: Connection, caller: Caller) -> None:

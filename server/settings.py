@@ -121,6 +121,9 @@ class Settings(KmsSettings):
     """Longest time a unary call may take, whatever deadline its client set."""
     stream_seconds: Seconds = 900.0
     """The same for calls that stream."""
+    question_models_directory: Path | None = None
+    """Holds a folder for each model that makes vectors of questions which bring none, under its
+    name, as the workers that make those of memories have it. Unset: there are none."""
     short_term_seconds: int = Field(default=86_400, ge=1, le=7 * 86_400)
     """How long short-term memories live, unless their user chose otherwise."""
     upload_url_seconds: int = Field(default=900, ge=1, le=86_400)

@@ -32,6 +32,7 @@ from server.kms.local import LocalKms
 from server.migrate import migrate, read_migrations
 from server.rpc.interceptors import Gate, chain
 from server.rpc.serving import Server
+from tests import shipped_models as shipped
 from tests.canaries import (
     overheard,
     pytest_runtest_logreport,
@@ -218,6 +219,12 @@ def open_bucket(stores: Stores, name: str = BUCKET) -> Blobs:
         secure=False,
         bucket=name,
     )
+
+
+@pytest.fixture(scope="session")
+def shipped_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of embedding models, as workers and services are given one."""
+    return shipped.put(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

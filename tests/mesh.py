@@ -24,6 +24,7 @@ from kimberly.users.v1 import users_pb2 as users
 from local.fleet import Commands
 from local.layout import Layout
 from local.mesh import Mesh, in_background
+from tests import shipped_models
 from tests.canaries import WATCH, overheard
 from tests.transports import Grpc, Metadata, Rest, Transport
 
@@ -52,6 +53,10 @@ def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if _RUNNING not in stash:
         layout = Layout(tmp_path_factory.mktemp("mesh"))
         stack = contextlib.ExitStack()
+        models = str(shipped_models.put(tmp_path_factory.mktemp("models")))
+        lending = stack.enter_context(pytest.MonkeyPatch.context())
+        lending.setenv("KIMBERLY_EMBEDDING_MODELS_DIRECTORY", models)
+        lending.setenv("KIMBERLY_QUESTION_MODELS_DIRECTORY", models)
         mesh = stack.enter_context(
             in_background(Mesh(layout, workers=1, durable=False, commands=COMMANDS))
         )

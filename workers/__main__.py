@@ -14,12 +14,12 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server import tracing
+from server.embedding_models import Embedder, ModelUnusable, load_embedders
 from server.garbage import collect_rarely
 from server.telemetry import configure, exposed
 from workers.auditing import CHECKPOINT, Auditing
 from workers.carrying import carrying_trace
 from workers.embedding import EMBED, FORMER_EMBED, Embedding
-from workers.embedding_models import Embedder, ModelUnusable, load_embedders
 from workers.erasure import ERASE, Erasing
 from workers.exporting import EXPIRE, EXPORT, Exporting
 from workers.housekeeping import SWEEP_ATTACHMENTS, SWEEP_MEMORIES, Housekeeping

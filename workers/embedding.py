@@ -9,7 +9,7 @@ import grpc
 from kimberly.embedding.v1 import embedding_pb2 as pb
 from kimberly.embedding.v1 import embedding_pb2_grpc as rpc
 
-from workers.embedding_models import Embedder
+from server.embedding_models import Embedder
 from workers.stream import Task
 
 EMBED: Final = "embedding.batch"
@@ -58,7 +58,7 @@ class Embedding:
             await call.write(pb.EmbedRequest(open=self._open(task)))
             while isinstance(response := await call.read(), pb.EmbedResponse):
                 if response.WhichOneof("message") == "done":
-                    return {"kept": response.done.kept}
+                    return _result(response.done)
                 # In a thread: the loop has heartbeats to send.
                 vectors = await asyncio.to_thread(self._vectors, response.batch)
                 # If the call has ended meanwhile, the next read says how.
@@ -79,6 +79,11 @@ class Embedding:
     def _vectors(self, batch: pb.Batch) -> pb.Vectors:
         values = self._embedders[batch.model].embed(batch.texts)
         return pb.Vectors(sequence=batch.sequence, values=values.astype("<f4").tobytes())
+
+
+def _result(done: pb.Done) -> Mapping[str, Any]:
+    stopped = {"stopped": done.stopped} if done.stopped else {}
+    return {"kept": done.kept, **stopped}
 
 
 class EmbeddingUnfinished(Exception):

@@ -20,6 +20,8 @@ class Usage:
     queries: int = 0
     bytes: int = 0
     jobs: int = 0
+    embeddings: int = 0
+    """Vectors that a local model made: counted where they are kept."""
 
     def __add__(self, other: "Usage") -> "Usage":
         """Return both together."""

@@ -93,5 +93,9 @@ def _subscription(subscription: Subscription) -> pb.Subscription:
 
 def _usage(usage: Usage) -> pb.MonthlyUsage:
     return pb.MonthlyUsage(
-        writes=usage.writes, queries=usage.queries, bytes=usage.bytes, jobs=usage.jobs
+        writes=usage.writes,
+        queries=usage.queries,
+        bytes=usage.bytes,
+        jobs=usage.jobs,
+        embeddings=usage.embeddings,
     )

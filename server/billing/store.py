@@ -10,6 +10,7 @@ from server.billing.plans import Plan, Rates, Subscription, Usage, UsedInMonth, 
 from server.buckets import Rate
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
+from server.embedding_requests import hasten_embedding
 from server.errors import InvalidArgument, NotFound
 
 FREE: Final = "free"
@@ -20,7 +21,7 @@ _PLAN: Final = """
     plan.name, plan.short_term_bytes, plan.long_term_bytes, plan.permanent_bytes, plan.vectors,
     plan.price_cents, plan.calls_per_second, plan.burst, plan.tenant_calls_per_second,
     plan.tenant_burst, plan.writes_per_month, plan.queries_per_month, plan.bytes_per_month,
-    plan.jobs_per_month
+    plan.jobs_per_month, plan.embeddings_per_month
 """
 
 Used = Mapping[tuple[Caller, date], Usage]
@@ -153,6 +154,8 @@ class BillingStore:
             )
             user_id = ids.show(ids.USER, caller.user_id)
             await audit.record_all(connection, caller, action, [f"{user_id}/{plan}"], actor=actor)
+            if is_settled:
+                await hasten_embedding(connection, caller)
             return await _subscription(connection, caller)
 
     async def used(self, caller: Caller) -> Sequence[UsedInMonth]:
@@ -160,7 +163,7 @@ class BillingStore:
         async with self._database.transaction() as connection:
             rows = await connection.fetch(
                 """
-                SELECT month, writes, queries, bytes, jobs
+                SELECT month, writes, queries, bytes, jobs, embeddings
                   FROM usage_by_month
                  WHERE tenant_id = $1 AND user_id = $2
                  ORDER BY month DESC
@@ -170,12 +173,7 @@ class BillingStore:
                 caller.user_id,
                 _MONTHS_SHOWN,
             )
-        return [
-            UsedInMonth(
-                row["month"], Usage(row["writes"], row["queries"], row["bytes"], row["jobs"])
-            )
-            for row in rows
-        ]
+        return [UsedInMonth(month, Usage(*used)) for month, *used in rows]
 
     async def add(self, used: Used) -> None:
         """Add what was used, and tell the audit log of shares of the plan that are reached now.
@@ -264,5 +262,6 @@ def _plan(row: Mapping[str, Any]) -> Plan:
             row["queries_per_month"],
             row["bytes_per_month"],
             row["jobs_per_month"],
+            row["embeddings_per_month"],
         ),
     )

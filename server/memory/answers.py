@@ -126,16 +126,17 @@ class Answers:
             self._asked.popitem(last=False)
         return known
 
-    async def look(self, caller: Caller, question: bytes) -> Look | None:
+    async def look(self, caller: Caller, question: bytes, until: float) -> Look | None:
         """Look for the answer to a question; None: Redis is out of reach.
 
         Args:
             caller: Who asks.
             question: A digest of all that was asked.
+            until: When the legs of a query are given up, by the clock of the event loop.
         """
         key = _key(caller, "answers")
         try:
-            async with asyncio.timeout(_PATIENCE_SECONDS):
+            async with asyncio.timeout(_patience(until)):
                 value, forgotten, size, short_term = await self._look_script(
                     keys=[key, _key(caller, "shorts-version")], args=[question]
                 )
@@ -211,6 +212,11 @@ class Answers:
                 await pipeline.execute()
         except RedisError as error:
             log.warning("answers not forgotten", error=repr(error))
+
+
+def _patience(until: float) -> float:
+    """Return how long to wait for an answer: the legs that find one anew need time too."""
+    return min(_PATIENCE_SECONDS, (until - asyncio.get_running_loop().time()) / 2)
 
 
 def _key(caller: Caller, name: str) -> str:

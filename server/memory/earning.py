@@ -22,7 +22,8 @@ def fresh_score(kept: Kept, weights: ScoringWeights) -> float:
     """Return what the scorer would find of a memory that was seen just now, 0 to 1."""
     memory = kept.memory
     emotional_weight = _UNKNOWN if memory.feedback is None else memory.feedback
-    # Nothing counts how often queries return a short-term memory.
+    # The contract promises that what helped once earns it. How often queries returned it counts
+    # from its first meditation on.
     predictive_value = min((kept.useful_count + 1) / 2, 1)
     recency_frequency = (1 + min(memory.use_count / _OFTEN, 1)) / 2
     total = (

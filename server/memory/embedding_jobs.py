@@ -2,12 +2,19 @@
 
 from collections.abc import Set
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final, NamedTuple
 from uuid import UUID
 
+from server import audit
 from server.caller import Caller
 from server.database import Connection, Database, SystemDatabase
-from server.embedding_requests import FORMER_KIND, KIND, wait_for_writes
+from server.embedding_requests import (
+    FORMER_KIND,
+    KIND,
+    ask_for_embedding_later,
+    wait_for_writes,
+)
 from server.errors import LeaseLost, NotFound
 
 START: Final = UUID(int=0)
@@ -53,6 +60,16 @@ class Gap(NamedTuple):
     content_hash: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """What came of looking for the last time."""
+
+    is_done: bool = True
+    """Whether the job is; otherwise texts were written or changed meanwhile."""
+    resumes_at: datetime | None = None
+    """When another job goes on with what the month's budget did not suffice for."""
+
+
 class EmbeddingJobs:
     """Sees one user's memories at a time, as that user: only those of leased jobs."""
 
@@ -96,9 +113,11 @@ class EmbeddingJobs:
         Args:
             job: Whose user's memories are read.
             after: Memory to go on after.
-            limit: How many texts at most; long ones are fewer. All are for one model.
+            limit: How many texts at most; long ones are fewer, and those beyond what is left of
+                the user's budget are left out. All are for one model.
         """
         async with self._database.transaction(job.caller) as connection:
+            left = await _left(connection, job.caller)
             rows = await connection.fetch(
                 f"""
                 SELECT model, id, content_hash, content
@@ -118,22 +137,20 @@ class EmbeddingJobs:
                 job.caller.tenant_id,
                 job.caller.user_id,
                 after,
-                limit,
+                min(limit, left),
                 _TEXT_BYTES,
             )
         return [(Gap(row["model"], row["id"], row["content_hash"]), row["content"]) for row in rows]
 
-    async def finish(self, job: EmbeddingJob, hopeless: Set[Gap]) -> bool:
-        """Look for the last time, and hand back the key of the job if nothing is missing.
+    async def finish(self, job: EmbeddingJob, hopeless: Set[Gap]) -> Finish:
+        """Look for the last time, and hand back the key of the job if there is no more to do now.
 
-        Whatever is written later asks for a job of its own; see `server.embedding_requests`.
+        Whatever is written later asks for a job of its own; see `server.embedding_requests`. What
+        the budget of the month did not suffice for gets one that runs when the next month begins.
 
         Args:
             job: The job.
             hopeless: What its model knows nothing of.
-
-        Returns:
-            Whether the job is done; False: texts were written or changed meanwhile.
 
         Raises:
             LeaseLost: The lease passed to another worker.
@@ -150,20 +167,11 @@ class EmbeddingJobs:
                 job.caller.user_id,
                 len(hopeless) + 1,
             )
-            if any(Gap(*row) not in hopeless for row in rows):
-                return False
-            released = await connection.fetchval(
-                """
-                UPDATE jobs SET unique_key = NULL
-                 WHERE id = $1 AND lease_token = $2 AND state = 'running'
-                RETURNING true
-                """,
-                job.id,
-                job.lease_token,
-            )
-            if not released:
-                raise LeaseLost
-        return True
+            is_missing = any(Gap(*row) not in hopeless for row in rows)
+            if is_missing and await _left(connection, job.caller):
+                return Finish(is_done=False)
+            await _release(connection, job)
+            return Finish(resumes_at=await _postpone(connection, job) if is_missing else None)
 
 
 async def hold(connection: Connection, job: EmbeddingJob, model: str) -> bool:
@@ -198,3 +206,53 @@ async def hold(connection: Connection, job: EmbeddingJob, model: str) -> bool:
         job.caller.user_id,
     )
     return chosen == model
+
+
+async def spend(connection: Connection, caller: Caller, vectors: int) -> None:
+    """Count vectors that a local model made, to be committed with them."""
+    await connection.execute(
+        """
+        INSERT INTO usage_by_month AS usage (tenant_id, user_id, month, embeddings)
+        VALUES ($1, $2, this_month(), $3)
+            ON CONFLICT (user_id, tenant_id, month) DO UPDATE
+           SET embeddings = usage.embeddings + excluded.embeddings
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        vectors,
+    )
+
+
+async def _left(connection: Connection, caller: Caller) -> int:
+    """Return how many vectors may be made for a user until the month ends."""
+    left: int = await connection.fetchval(
+        "SELECT embeddings_left($1, $2)", caller.tenant_id, caller.user_id
+    )
+    return left
+
+
+async def _release(connection: Connection, job: EmbeddingJob) -> None:
+    released = await connection.fetchval(
+        """
+        UPDATE jobs SET unique_key = NULL
+         WHERE id = $1 AND lease_token = $2 AND state = 'running'
+        RETURNING true
+        """,
+        job.id,
+        job.lease_token,
+    )
+    if not released:
+        raise LeaseLost
+
+
+async def _postpone(connection: Connection, job: EmbeddingJob) -> datetime:
+    """Ask for a job as the next month begins, and tell the audit log why."""
+    resumes_at: datetime = await connection.fetchval(
+        "SELECT (this_month() + interval '1 month') AT TIME ZONE 'UTC'"
+    )
+    await ask_for_embedding_later(connection, job.caller, resumes_at)
+    resource = "usage/embeddings/100"
+    await audit.record_all(
+        connection, job.caller, "quota.threshold", [resource], actor=audit.SYSTEM
+    )
+    return resumes_at

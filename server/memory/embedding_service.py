@@ -1,6 +1,7 @@
 """Serves kimberly.embedding.v1.EmbeddingService: feeds embedding workers, keeps their vectors."""
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
@@ -10,13 +11,33 @@ from kimberly.embedding.v1 import embedding_pb2_grpc as rpc
 
 from server import ids
 from server.errors import ConsentMissing, InvalidArgument, StateConflict
-from server.memory.embedding_jobs import START, EmbeddingJob, EmbeddingJobs, Gap
+from server.memory.embedding_jobs import START, EmbeddingJob, EmbeddingJobs, Finish, Gap
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.embeddings import Floats, Upload, read_embedding
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _LARGEST_BATCH = 256
+
+
+@dataclass(slots=True)
+class _Work:
+    """What a stream is about."""
+
+    job: EmbeddingJob
+    hopeless: set[Gap] = field(default_factory=set)
+    """What its model knows nothing of."""
+    finish: Finish = field(default_factory=Finish)
+
+    @property
+    def stopped(self) -> str:
+        """Why it left something undone, in words; empty: it did not."""
+        if self.finish.resumes_at is None:
+            return ""
+        return (
+            "what the plan gives of embeddings in a month is used up: it goes on "
+            f"{self.finish.resumes_at:%Y-%m-%d}, or as soon as there is a larger plan"
+        )
 
 
 class EmbeddingService(rpc.EmbeddingServiceServicer):
@@ -33,39 +54,41 @@ class EmbeddingService(rpc.EmbeddingServiceServicer):
         job = await self._jobs.open(
             ids.parse(ids.JOB, opening.job_id, "open.job_id"), opening.lease_token
         )
-        hopeless: set[Gap] = set()
+        work = _Work(job)
         kept = sequence = 0
-        async for batch in self._missing(job, opening.batch_size, hopeless):
+        async for batch in self._missing(work, opening.batch_size):
             sequence += 1
             yield pb.EmbedResponse(batch=_batch_to(batch, sequence, opening.models))
             answer = await _next(request_iterator, "vectors")
             gaps = [gap for gap, _ in batch]
             vectors = _vectors(answer.vectors, sequence, len(gaps))
             known = [bool(vector.any()) for vector in vectors]
-            hopeless.update(gap for gap, is_known in zip(gaps, known, strict=True) if not is_known)
+            work.hopeless.update(
+                gap for gap, is_known in zip(gaps, known, strict=True) if not is_known
+            )
             uploads = [
                 _upload(gap, vector)
                 for gap, vector, is_known in zip(gaps, vectors, known, strict=True)
                 if is_known
             ]
             kept += await self._keep(job, uploads)
-        yield pb.EmbedResponse(done=pb.Done(kept=kept))
+        yield pb.EmbedResponse(done=pb.Done(kept=kept, stopped=work.stopped))
 
-    async def _missing(
-        self, job: EmbeddingJob, limit: int, hopeless: set[Gap]
-    ) -> AsyncIterator[list[tuple[Gap, str]]]:
-        """Go through what lacks a vector, again and again until nothing does."""
+    async def _missing(self, work: "_Work", limit: int) -> AsyncIterator[list[tuple[Gap, str]]]:
+        """Go through what lacks a vector, again and again until there is no more to do now."""
         cursor = START
         while True:
-            found = await self._jobs.read(job, cursor, limit)
-            if batch := [item for item in found if item[0] not in hopeless]:
+            found = await self._jobs.read(work.job, cursor, limit)
+            if batch := [item for item in found if item[0] not in work.hopeless]:
                 yield batch
             if found:
                 cursor = found[-1][0].memory_id
-            elif await self._jobs.finish(job, hopeless):
+                continue
+            finish = await self._jobs.finish(work.job, work.hopeless)
+            if finish.is_done:
+                work.finish = finish
                 return
-            else:
-                cursor = START
+            cursor = START
 
     async def _keep(self, job: EmbeddingJob, uploads: Sequence[Upload]) -> int:
         """Keep vectors and return how many; those of texts that changed meanwhile are dropped."""

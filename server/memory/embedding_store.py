@@ -12,7 +12,7 @@ from server.caller import Caller
 from server.database import Connection, Database
 from server.embedding_requests import ask_for_embedding
 from server.errors import QuotaExceeded
-from server.memory.embedding_jobs import EmbeddingJob, hold
+from server.memory.embedding_jobs import EmbeddingJob, hold, spend
 from server.memory.embeddings import Upload, check_dimension
 from server.memory.metrics import EMBEDDING_ITEMS
 from server.memory.writing import touch
@@ -71,6 +71,8 @@ class EmbeddingStore:
             refused = await _explain(connection, caller, uploads, kept)
             if kept:
                 await touch(connection, caller)
+            if job:
+                await spend(connection, caller, len(kept))
         EMBEDDING_ITEMS.labels("stored").inc(len(kept))
         return refused
 

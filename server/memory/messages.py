@@ -349,6 +349,8 @@ def answer_to(answer: Answer) -> pb.QueryMemoriesResponse:
         matches=map(match_to, answer.matches),
         semantic_late=answer.semantic_late,
         short_term_late=answer.short_term_late,
+        shared_late=answer.shared_late,
+        semantic_model=answer.semantic_model,
     )
 
 

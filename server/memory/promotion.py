@@ -275,10 +275,10 @@ async def _insert_scores(connection: Connection, caller: Caller, kept: Sequence[
     await connection.execute(
         """
         INSERT INTO memory_scores (tenant_id, user_id, memory_id, last_seen_at, use_count,
-                                   feedback, useful_count)
+                                   feedback, useful_count, retrieved_count)
         SELECT $1, $2, moved.*
-          FROM unnest($3::uuid[], $4::timestamptz[], $5::integer[], $6::real[], $7::integer[])
-            AS moved
+          FROM unnest($3::uuid[], $4::timestamptz[], $5::integer[], $6::real[], $7::integer[],
+                      $8::integer[]) AS moved
         """,
         caller.tenant_id,
         caller.user_id,
@@ -287,6 +287,7 @@ async def _insert_scores(connection: Connection, caller: Caller, kept: Sequence[
         [one.memory.use_count for one in kept],
         [one.memory.feedback for one in kept],
         [one.useful_count for one in kept],
+        [one.retrieved_count for one in kept],
     )
 
 

@@ -1,6 +1,8 @@
 """What MemoryService answers to questions."""
 
+import asyncio
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -10,9 +12,11 @@ from kimberly.memory.v1 import memory_pb2 as pb
 
 from server.caller import Caller, current_caller
 from server.clock import Clock
+from server.errors import ConsentMissing
 from server.memory import messages
 from server.memory.agent_reads import MEMORY, AgentReads
 from server.memory.answers import Answers, Look
+from server.memory.legs import patience_ends
 from server.memory.metrics import CACHE
 from server.memory.questions import Question
 from server.memory.retrieval import Retrieval
@@ -41,19 +45,29 @@ class QueryHandlers:
         self, request: pb.QueryMemoriesRequest, context: Context
     ) -> pb.QueryMemoriesResponse:
         caller, now = current_caller(), self._clock()
+        until = patience_ends(asyncio.get_running_loop().time(), context.time_remaining())
         question = messages.question_from(request, now)
-        look = await self._look(caller, request)
+        look = await self._look(caller, request, until)
         response = await self._known(caller, question, look, now)
         if response is None:
-            response = await self._found(caller, question, look, now, context.time_remaining())
+            response = await self._found(caller, question, look, now, until)
         names = (match.memory.id for match in response.matches)
         await self._reads.note_names(caller, MEMORY, names)
-        # What others share is theirs to count.
-        found = (match.memory for match in response.matches)
-        self._queries.counts.note(caller.user_id, [one.id for one in found if not one.user_id])
+        self._count(caller, response)
         return response
 
-    async def _look(self, caller: Caller, request: pb.QueryMemoriesRequest) -> Look | None:
+    def _count(self, caller: Caller, response: pb.QueryMemoriesResponse) -> None:
+        durable, short_term = list[str](), list[str]()
+        for match in response.matches:
+            memory = match.memory
+            if not memory.user_id:  # what others share is theirs to count
+                is_short_term = memory.tier == pb.TIER_SHORT_TERM
+                (short_term if is_short_term else durable).append(memory.id)
+        self._queries.counts.note(caller, durable, short_term)
+
+    async def _look(
+        self, caller: Caller, request: pb.QueryMemoriesRequest, until: float
+    ) -> Look | None:
         if request.include_shared:  # what others write leaves no trace in the caller's versions
             return None
         if caller.agent:  # it may see less than its user, who would be given its answer
@@ -62,18 +76,24 @@ class QueryHandlers:
         question = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
         if not answers.comes_again(caller, question):
             return None
-        return await answers.look(caller, question)
+        return await answers.look(caller, question, until)
 
     async def _known(
         self, caller: Caller, question: Question, look: Look | None, now: datetime
     ) -> pb.QueryMemoriesResponse | None:
         """Return the answer that is kept, if it is still what would be found."""
         kept = look and look.standing(now)
-        if not kept or await self._queries.retrieval.versions(caller, question) != kept.versions:
-            CACHE.labels("miss").inc()
-            return None
-        CACHE.labels("hit").inc()
-        return pb.QueryMemoriesResponse.FromString(kept.body)
+        if kept:
+            response = pb.QueryMemoriesResponse.FromString(kept.body)
+            with_vectors = question.embedding is not None or bool(response.semantic_model)
+            # Whether what is missing is needed, whoever finds the answer anew says.
+            with suppress(ConsentMissing):
+                retrieval = self._queries.retrieval
+                if await retrieval.versions(caller, with_vectors=with_vectors) == kept.versions:
+                    CACHE.labels("hit").inc()
+                    return response
+        CACHE.labels("miss").inc()
+        return None
 
     async def _found(
         self,
@@ -81,9 +101,9 @@ class QueryHandlers:
         question: Question,
         look: Look | None,
         now: datetime,
-        seconds_left: float | None,
+        until: float,
     ) -> pb.QueryMemoriesResponse:
-        answer = await self._queries.retrieval.query(caller, question, seconds_left)
+        answer = await self._queries.retrieval.query(caller, question, until)
         response = messages.answer_to(answer)
         # Sensitive text is in no store but the one that keeps it encrypted.
         if look and answer.is_whole and not answer.is_sensitive:

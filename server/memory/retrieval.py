@@ -3,23 +3,24 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
 from uuid import UUID
 
 import structlog
 
 from server.caller import Caller
 from server.clock import Clock
-from server.errors import StoreUnavailable
+from server.errors import ConsentMissing, InvalidArgument, StoreUnavailable
 from server.memory import ranking
 from server.memory.embedding_search import EmbeddingSearch, Nearest
 from server.memory.embeddings import Embedding
 from server.memory.fusion import Match, Weights, candidate_of, explain, rank
-from server.memory.metrics import LATE, LATENCY
+from server.memory.legs import Legs, timed
+from server.memory.metrics import LATENCY
 from server.memory.model import Candidate, Filter, Found, Memory
+from server.memory.question_vectors import QuestionVectors
 from server.memory.questions import Question
 from server.memory.search_store import SearchStore, Versions, Words
 from server.memory.sensitive import Opener
@@ -38,13 +39,8 @@ _GROUPED_CANDIDATES = 500
 _MOST_WHOLE = 20
 """So many of the best by their words come whole: of an answer of ten, all are among them in 96 of
 100 questions, which spares those a second look at the database."""
-_PATIENCE_SECONDS = 1.0
-_MARGIN_SECONDS = 0.1
-"""Of the time of a call: what is left to answer in when a leg is given up."""
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +48,14 @@ class Answer:
     """What was found, and what that depends on."""
 
     matches: Sequence[Match]
+    semantic_model: str
+    """Whose vectors had a say in the order; empty: none."""
     semantic_late: bool
     """Whether the vectors could not be compared in time."""
     short_term_late: bool
     """Whether the short-term memories could not be looked at in time."""
+    shared_late: bool
+    """Whether what others share could not be looked at in time."""
     versions: Versions
     """What it was made of, or older: of a later change it may hold a part."""
     expires_at: datetime | None
@@ -64,7 +64,7 @@ class Answer:
     @property
     def is_whole(self) -> bool:
         """Whether all was looked at that was asked for."""
-        return not self.semantic_late and not self.short_term_late
+        return not (self.semantic_late or self.short_term_late or self.shared_late)
 
     @property
     def is_sensitive(self) -> bool:
@@ -80,8 +80,10 @@ class _Found:
     whole: Mapping[UUID, Found]
     """What came with its text: short-term memories, and what others share."""
     near: Nearest | None
-    """None: not asked for, or too late."""
+    """None: not asked for, not allowed, or too late."""
+    semantic_late: bool
     short_term_late: bool
+    shared_late: bool
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -95,6 +97,10 @@ class _Found:
         if self.near is None:
             return versions
         return versions._replace(data=min(versions.data, self.near.data_version))
+
+
+class _ProfileOutdated(Exception):
+    """The user changed the settings after their profile was read."""
 
 
 class Retrieval:
@@ -111,6 +117,8 @@ class Retrieval:
         shared: SharedStore,
         opener: Opener,
         clock: Clock,
+        *,
+        vectors: QuestionVectors | None = None,
         weights: Weights | None = None,
     ) -> None:
         self._store = store
@@ -119,11 +127,11 @@ class Retrieval:
         self._shared = shared
         self._opener = opener
         self._profiles = _Profiles(clock)
+        self._vectors = vectors or QuestionVectors()
+        self._legs = Legs()
         self._weights = weights or Weights()
 
-    async def query(
-        self, caller: Caller, question: Question, seconds_left: float | None = None
-    ) -> Answer:
+    async def query(self, caller: Caller, question: Question, until: float) -> Answer:
         """Return the memories that share words or meaning with the question, best first.
 
         One that is archived or deleted meanwhile is missing, without another in its place.
@@ -131,7 +139,8 @@ class Retrieval:
         Args:
             caller: Who asks.
             question: What is asked for.
-            seconds_left: Until the caller gives up; None: nobody waits for long anyway.
+            until: When the legs are given up that the answer can do without, by the clock of the
+                event loop: all of them at that instant, whenever they began.
 
         Raises:
             ConsentMissing: The user has not consented to memory.store, or brings a vector and has
@@ -141,18 +150,15 @@ class Retrieval:
             StoreUnavailable: A store does not answer.
         """
         started = time.perf_counter()
-        profile = await self._profile(caller)
-        found = await self._find(caller, question, profile, seconds_left)
-        if found.versions.settings != profile.settings_version:
-            self._profiles.drop(caller)
-            profile = await self._profile(caller)
-            found = await self._find(caller, question, profile, seconds_left)
+        profile, found = await self._profile_and_finds(caller, question, until)
+        model = self._model(question, profile)
+        near = found.near.candidates if found.near else ()
         order = rank(
             found.candidates,
-            found.near.candidates if found.near else (),
+            near,
             question,
             profile.weights,
-            wanted=_candidates(question),
+            wanted=_candidates(question, with_vectors=bool(model)),
         )
         whole = {memory_id: one.memory for memory_id, one in found.whole.items()}
         ours = [one.id for _, one in order.places if one.id not in whole]
@@ -164,63 +170,89 @@ class Retrieval:
         expiries = [memory.expires_at for memory in whole.values() if memory.expires_at]
         return Answer(
             explain(order, whole, question, profile.language),
-            semantic_late=question.embedding is not None and found.near is None,
+            semantic_model=model if near else "",
+            semantic_late=found.semantic_late,
             short_term_late=found.short_term_late,
+            shared_late=found.shared_late,
             versions=found.versions,
             expires_at=min(expiries, default=None),
         )
 
-    async def versions(self, caller: Caller, question: Question) -> Versions:
+    async def versions(self, caller: Caller, *, with_vectors: bool) -> Versions:
         """Return what an answer would be made of now.
+
+        Args:
+            caller: Who asks.
+            with_vectors: Whether by meaning too.
 
         Raises:
             ConsentMissing: As from `query`.
             StoreUnavailable: The database does not answer.
         """
-        return await self._store.versions(caller, with_vectors=question.embedding is not None)
+        return await self._store.versions(caller, with_vectors=with_vectors)
 
     def forget(self, caller: Caller) -> None:
         """Count the words of the caller's memories anew at the next query."""
         self._profiles.drop(caller)
+
+    async def _profile_and_finds(
+        self, caller: Caller, question: Question, until: float
+    ) -> tuple["_Profile", _Found]:
+        while True:
+            profile = await self._profile(caller)
+            try:
+                return profile, await self._find(caller, question, profile, until)
+            except _ProfileOutdated:
+                self._profiles.drop(caller)
 
     async def _profile(self, caller: Caller) -> "_Profile":
         profile = self._profiles.find(caller)
         if profile is None:
             lexicon, chosen = await self._store.profile(caller)
             weights = self._weights.changed_by(chosen.retrieval_weights)
-            profile = _Profile(lexicon, weights, chosen.language, chosen.version)
+            profile = _Profile(
+                lexicon, weights, chosen.language, chosen.embedding_model, chosen.version
+            )
             self._profiles.keep(caller, profile)
         return profile
 
     async def _find(
-        self, caller: Caller, question: Question, profile: "_Profile", seconds_left: float | None
+        self, caller: Caller, question: Question, profile: "_Profile", until: float
     ) -> _Found:
         terms = ranking.query_weights(question.text, profile.lexicon, profile.language)
-        asked = caller, terms, question.which, _candidates(question)
+        model = self._model(question, profile)
+        limit = _candidates(question, with_vectors=bool(model))
+        asked = caller, terms, question.which, limit
+        # Read before their order is known, only where the words alone decide it.
+        whole = 0 if model else _whole(question)
         try:
             async with asyncio.TaskGroup() as group:
-                short = group.create_task(self._short(*asked, profile.language, seconds_left))
-                near = (
-                    group.create_task(
-                        self._nearest(caller, question.embedding, question, seconds_left)
-                    )
-                    if question.embedding
-                    else None
-                )
-                durable = await _timed("lexical", self._store.query(*asked, _whole(question)))
-                shared = await self._shared.query(*asked) if question.include_shared else ()
+                short = group.create_task(self._short(*asked, profile.language, until))
+                meant = group.create_task(self._meant(caller, question, model, limit, until))
+                shared = group.create_task(self._shown(*asked, question, until))
+                durable = await timed("lexical", self._store.query(*asked, whole))
+                if durable.versions.settings != profile.settings_version:
+                    # The other legs are let go, so that there is time left for them to begin anew.
+                    raise _ProfileOutdated
         except ExceptionGroup as failures:
             # A group of problems is no problem that anyone knows: it would be told as INTERNAL.
             raise failures.exceptions[0] from None
-        whole = {one.memory.id: one for one in (*(short.result() or ()), *shared)}
+        others = (*(short.result() or ()), *(shared.result() or ()))
         # What was promoted between two legs is in both; the later place is the right one.
         durable_ids = {candidate.id for candidate in durable.candidates}
         lasting = {
-            memory_id: one
-            for memory_id, one in whole.items()
-            if memory_id not in durable_ids and _lasts(one.memory, question.as_of)
+            one.memory.id: one
+            for one in others
+            if one.memory.id not in durable_ids and _lasts(one.memory, question.as_of)
         }
-        return _Found(durable, lasting, near.result() if near else None, short.result() is None)
+        return _Found(
+            durable,
+            lasting,
+            meant.result().near if meant.result() else None,
+            semantic_late=meant.result() is None,
+            short_term_late=short.result() is None,
+            shared_late=shared.result() is None,
+        )
 
     async def _short(
         self,
@@ -229,74 +261,98 @@ class Retrieval:
         which: Filter,
         limit: int,
         language: Language,
-        seconds_left: float | None,
+        until: float,
     ) -> list[Found] | None:
         """Return the short-term memories that match; None if their store is out of reach.
 
         Raises:
             StoreUnavailable: It is, and nothing else was asked for.
         """
-        try:
-            async with asyncio.timeout(_patience(seconds_left)):
-                return await _timed(
-                    "short_term", self._short_term.query(caller, terms, which, limit, language)
-                )
-        except (TimeoutError, StoreUnavailable) as failure:
-            if not which.durable_tiers:
-                raise StoreUnavailable("the short-term store") from failure
-            log.warning("short-term leg given up", error=repr(failure))
-            LATE.labels("short_term").inc()
-            return None
+        work = self._short_term.query(caller, terms, which, limit, language)
+        found = await self._legs.wait("short_term", work, until)
+        if found is None and not which.durable_tiers:
+            raise StoreUnavailable("the short-term store")
+        return found
 
-    async def _nearest(
-        self, caller: Caller, embedding: Embedding, question: Question, seconds_left: float | None
-    ) -> Nearest | None:
+    async def _shown(
+        self,
+        caller: Caller,
+        terms: Mapping[int, float],
+        which: Filter,
+        limit: int,
+        question: Question,
+        until: float,
+    ) -> list[Found] | None:
+        """Return what others show that matches; None if that takes too long."""
+        if not question.include_shared:
+            return []
+        work = self._shared.query(caller, terms, which, limit)
+        return await self._legs.wait("shared", work, until)
+
+    def _model(self, question: Question, profile: "_Profile") -> str:
+        """Return the model whose vectors are to be compared with a question; empty: none."""
+        if question.embedding is not None:
+            return question.embedding.model
+        is_told_apart = question.text and question.which.durable_tiers
+        chosen = profile.embedding_model
+        return chosen if is_told_apart and self._vectors.has(chosen) else ""
+
+    async def _meant(
+        self, caller: Caller, question: Question, model: str, limit: int, until: float
+    ) -> "_Meant | None":
         """Return what is near in meaning; None if that takes too long."""
+        if not model:
+            return _Meant(None)
+        if question.embedding is not None:
+            work = self._near(caller, question.embedding, question, limit)
+        else:
+            work = self._near_to_text(caller, model, question, limit)
+        return await self._legs.wait("vector", work, until)
+
+    async def _near(
+        self, caller: Caller, embedding: Embedding, question: Question, limit: int
+    ) -> "_Meant":
+        return _Meant(await self._embeddings.nearest(caller, embedding, question.which, limit))
+
+    async def _near_to_text(
+        self, caller: Caller, model: str, question: Question, limit: int
+    ) -> "_Meant":
+        """Return what is near to a question that brought no vector, where that can be told."""
+        embedding = await timed("embedding", self._vectors.of(model, question.text))
+        if embedding is None:
+            return _Meant(None)
         try:
-            async with asyncio.timeout(_patience(seconds_left)):
-                return await _timed(
-                    "vector",
-                    self._embeddings.nearest(
-                        caller, embedding, question.which, _candidates(question)
-                    ),
-                )
-        except (TimeoutError, StoreUnavailable) as failure:
-            log.warning("semantic leg given up", error=repr(failure))
-            LATE.labels("vector").inc()
-            return None
+            return await self._near(caller, embedding, question, limit)
+        except (ConsentMissing, InvalidArgument) as problem:
+            # Nobody asked for it: without consent, or with vectors that were made by another model
+            # of this name, the words decide.
+            log.info("question compared by words alone", reason=problem.reason)
+            return _Meant(None)
 
 
-async def _timed(leg: str, work: Coroutine[Any, Any, T]) -> T:
-    """Do a leg's work, and tell how long that took if it came to an end."""
-    started = time.perf_counter()
-    result = await work
-    LATENCY.labels(leg).observe(time.perf_counter() - started)
-    return result
+@dataclass(frozen=True, slots=True)
+class _Meant:
+    """What the meaning of a question brought in time."""
 
-
-def _patience(seconds_left: float | None) -> float:
-    """Return for how many seconds a leg is waited for that an answer can do without."""
-    if seconds_left is None:
-        return _PATIENCE_SECONDS
-    return min(_PATIENCE_SECONDS, seconds_left - _MARGIN_SECONDS)
+    near: Nearest | None
+    """None: it was not asked for, or cannot be compared."""
 
 
 def _lasts(memory: Memory, as_of: datetime) -> bool:
     return memory.expires_at is None or memory.expires_at > as_of
 
 
-def _candidates(question: Question) -> int:
+def _candidates(question: Question, *, with_vectors: bool) -> int:
     if question.max_per_session is not None:
         return _GROUPED_CANDIDATES
-    fewest = _FUSED_CANDIDATES if question.embedding else 0
+    fewest = _FUSED_CANDIDATES if with_vectors else 0
     return max(question.limit * _CANDIDATES, fewest)
 
 
 def _whole(question: Question) -> int:
     """Return how many of the best by their words are worth reading before the order is known."""
-    is_by_words_alone = question.embedding is None and question.max_per_session is None
     whole = 2 * question.limit
-    return whole if is_by_words_alone and whole <= _MOST_WHOLE else 0
+    return whole if question.max_per_session is None and whole <= _MOST_WHOLE else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +362,7 @@ class _Profile:
     lexicon: ranking.Lexicon
     weights: Weights
     language: Language
+    embedding_model: str
     settings_version: int
 
 

@@ -3,7 +3,8 @@
 Keys, all under mesh:{tenant}:{user}: and all with a time to live:
 
 * short:<id>       a hash: `body` (JSON of what never changes by itself), `version`, `used`, `seen`,
-                   `feedback`, `useful`, and the `place` that identical content would have
+                   `feedback`, `useful`, `retrieved`, and the `place` that identical content would
+                   have
 * past:<id>        a list of the bodies before the present one, each after its size
 * text:<place>     the id of the memory with that text at that place, which is kept once
 * shorts           a sorted set of ids by expiry, to list by
@@ -93,6 +94,7 @@ class ShortTermStore:
         self._append = redis.register_script(short_term_scripts.APPEND)
         self._update = redis.register_script(short_term_scripts.UPDATE)
         self._rate = redis.register_script(short_term_scripts.RATE)
+        self._count = redis.register_script(short_term_scripts.COUNT)
         self._remove = redis.register_script(short_term_scripts.REMOVE)
         self._some = redis.register_script(short_term_scripts.SOME)
         self._all = redis.register_script(short_term_scripts.ALL)
@@ -223,6 +225,26 @@ class ShortTermStore:
                 connection, caller, "memory.feedback", ids.show(ids.MEMORY, memory_id)
             )
         return kept_from(entry).memory
+
+    async def count(self, retrieved: Sequence[tuple[Caller, UUID, int]]) -> list[bool]:
+        """Add to how often queries returned memories, in one round trip.
+
+        Args:
+            retrieved: Whose memory, its id, and how many times more.
+
+        Returns:
+            Which of them are here.
+
+        Raises:
+            StoreUnavailable: Redis does not answer, or is full.
+        """
+        with out_of_reach():
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for caller, memory_id, times in retrieved:
+                    await self._count(
+                        keys=[prefix_of(caller)], args=[memory_id.hex, times], client=pipeline
+                    )
+                return list(map(bool, await pipeline.execute()))
 
     async def versions(
         self, caller: Caller, memory_id: UUID, *, before: int | None, limit: int

@@ -27,6 +27,8 @@ class Kept:
     memory: Memory
     useful_count: int
     """How often retrieving it helped."""
+    retrieved_count: int = 0
+    """How often queries returned it."""
 
 
 def body_of(memory: Memory) -> str:
@@ -80,7 +82,7 @@ def session_key(session_id: str) -> str:
 
 def kept_from(entry: Sequence[Any]) -> Kept:
     """Read what the scripts return of a memory."""
-    memory_id, body, version, used, seen, feedback, useful, expiry = entry
+    memory_id, body, version, used, seen, feedback, useful, retrieved, expiry = entry
     memory = _memory(UUID(memory_id.decode()), json.loads(body), int(version))
     memory = replace(
         memory,
@@ -89,7 +91,7 @@ def kept_from(entry: Sequence[Any]) -> Kept:
         feedback=None if feedback is None else float(feedback),
         expires_at=_instant(int(expiry)),
     )
-    return Kept(memory, int(useful or 0))
+    return Kept(memory, int(useful or 0), int(retrieved or 0))
 
 
 def past_from(memory: Memory, past: bytes) -> Memory:

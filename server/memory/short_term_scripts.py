@@ -61,7 +61,8 @@ end
 
 local function entry(id)
     local key = user .. 'short:' .. id
-    local values = redis.call('HMGET', key, 'body', 'version', 'used', 'seen', 'feedback', 'useful')
+    local values = redis.call('HMGET', key, 'body', 'version', 'used', 'seen', 'feedback', 'useful',
+                              'retrieved')
     if not values[1] then return false end
     table.insert(values, redis.call('PEXPIRETIME', key))
     table.insert(values, 1, id)
@@ -228,6 +229,17 @@ return entry(ARGV[1])
 """
 )
 """Note what a memory is worth."""
+
+COUNT: Final = """
+local key = KEYS[1] .. 'short:' .. ARGV[1]
+if redis.call('EXISTS', key) == 0 then return 0 end
+redis.call('HINCRBY', key, 'retrieved', ARGV[2])
+return 1
+"""
+"""Add to how often queries returned a memory; 0 if it is not there.
+
+No version changes: no answer tells of it.
+"""
 
 REMOVE: Final = (
     _COMMON

@@ -16,6 +16,7 @@ from server.cache import Redis
 from server.clock import utc_now
 from server.data_keys import DataKeys
 from server.database import SystemDatabase
+from server.embedding_models import load_embedders
 from server.erased import ErasedUsers
 from server.memory.agent_jobs import AgentJobs
 from server.memory.agent_reads import AgentReads
@@ -45,6 +46,7 @@ from server.memory.objects import DoomedObjects, Kind
 from server.memory.promotion import Promotion
 from server.memory.promotion_rounds import PromotionRounds
 from server.memory.query_handlers import Queries
+from server.memory.question_vectors import QuestionVectors
 from server.memory.reindex_store import ReindexStore
 from server.memory.retention_store import RetentionStore
 from server.memory.retrieval import Retrieval
@@ -102,8 +104,8 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     search = SearchStore(database)
     shared = SharedStore(database)
     answers = Answers(redis)
-    counts = RetrievalCounts(system)
     short_term = ShortTermStore(redis, database, timedelta(seconds=settings.short_term_seconds))
+    counts = RetrievalCounts(system, short_term)
     embeddings = EmbeddingStore(database)
     changes = ChangeStore(system)
     feed = Feed(changes)
@@ -125,7 +127,15 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         promotion,
         Sessions(database, short_term, promotion, collection, search, transcripts),
         Queries(
-            Retrieval(search, EmbeddingSearch(database), short_term, shared, opener, utc_now),
+            Retrieval(
+                search,
+                EmbeddingSearch(database),
+                short_term,
+                shared,
+                opener,
+                utc_now,
+                vectors=_question_vectors(settings),
+            ),
             answers,
             counts,
         ),
@@ -194,6 +204,11 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         ],
         announce_drain=feed.drain,
     )
+
+
+def _question_vectors(settings: Settings) -> QuestionVectors:
+    directory = settings.question_models_directory
+    return QuestionVectors(load_embedders(directory) if directory else None)
 
 
 def _scoring(

@@ -127,9 +127,9 @@ def retrieval(database: Database, short_term: ShortTermStore, clock: FakeClock) 
 
 
 @pytest.fixture
-def counts(system_database: SystemDatabase) -> RetrievalCounts:
+def counts(system_database: SystemDatabase, short_term: ShortTermStore) -> RetrievalCounts:
     """Writes only when a test says so."""
-    return RetrievalCounts(system_database)
+    return RetrievalCounts(system_database, short_term)
 
 
 @pytest.fixture

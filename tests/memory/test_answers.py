@@ -269,8 +269,10 @@ async def test_sensitive_memories_and_those_of_others_are_not_kept(
 async def test_no_more_answers_are_kept_than_there_is_room_for(
     caller: Caller, redis: Redis, answers: Answers, clock: FakeClock
 ) -> None:
+    until = asyncio.get_running_loop().time() + 60
+
     async def keep(question: int, body: bytes) -> None:
-        look = await answers.look(caller, question.to_bytes(32))
+        look = await answers.look(caller, question.to_bytes(32), until)
         assert look is not None
         answers.keep(look, body, Versions(1, 1), clock.now, None)
         await answers.flush()
@@ -280,7 +282,7 @@ async def test_no_more_answers_are_kept_than_there_is_room_for(
     assert await redis.hlen(answers_module._key(caller, "answers")) == MOST_ANSWERS
     await answers.forget(caller)
     await keep(0, b"x" * (LARGEST_ANSWER + 1))
-    assert (await answers.look(caller, bytes(32))).kept is None  # type: ignore[union-attr]
+    assert (await answers.look(caller, bytes(32), until)).kept is None  # type: ignore[union-attr]
 
 
 async def test_answers_are_kept_as_they_come(

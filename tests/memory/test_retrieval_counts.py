@@ -8,13 +8,15 @@ import asyncpg
 import pytest
 from kimberly.memory.v1 import memory_pb2 as pb
 
+from server.cache import Redis, prefix_of
 from server.caller import Caller
 from server.database import SystemDatabase
 from server.memory.answers import Answers
 from server.memory.retrieval_counts import RetrievalCounts
+from server.memory.short_term import ShortTermStore
 from tests.conftest import bearer
 from tests.faults.reach import until
-from tests.memory.calls import Stub, create
+from tests.memory.calls import Stub, change, create
 from tests.memory.meanings import ask
 
 
@@ -62,18 +64,22 @@ async def test_deleted_memories_hold_up_no_count(
 
 
 async def test_counts_are_written_every_few_seconds_and_at_the_end(
-    memories: Stub, caller: Caller, owner: asyncpg.Connection, system_database: SystemDatabase
+    memories: Stub,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    system_database: SystemDatabase,
+    short_term: ShortTermStore,
 ) -> None:
     memory = await create(memories, caller, "tea at four")
-    counts = RetrievalCounts(system_database, every_seconds=0.01)
+    counts = RetrievalCounts(system_database, short_term, every_seconds=0.01)
     running = asyncio.create_task(counts.run())
-    counts.note(caller.user_id, [memory.id])
+    counts.note(caller, [memory.id], [])
 
     async def is_written() -> bool:
         return await counted(owner) == {"tea at four": 1}
 
     await until(is_written, 5)
-    counts.note(caller.user_id, [memory.id])
+    counts.note(caller, [memory.id], [])
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
@@ -114,9 +120,66 @@ async def test_row_that_is_locked_is_waited_for(
         flushing = asyncio.create_task(counts.flush())
         await asyncio.sleep(0.05)
         # What is counted meanwhile is for the next time.
-        counts.note(caller.user_id, [memory.id])
+        counts.note(caller, [memory.id], [])
         assert not flushing.done()
     await flushing
     assert await counted(owner) == {"tea at four": 1}
     await counts.flush()
     assert await counted(owner) == {"tea at four": 2}
+
+
+async def keep(memories: Stub, caller: Caller, content: str) -> pb.Memory:
+    return await create(memories, caller, content, tier=pb.TIER_SHORT_TERM)
+
+
+async def test_counts_of_short_term_memories_go_along_with_their_promotion(
+    memories: Stub, caller: Caller, owner: asyncpg.Connection, counts: RetrievalCounts
+) -> None:
+    memory = await keep(memories, caller, "tea at four")
+    await keep(memories, caller, "tea at five")
+    for _ in range(2):
+        await ask(memories, caller, "tea")
+        await counts.flush()
+    await ask(memories, caller, "four")
+    await counts.flush()
+    await change(memories, caller, memory, tier=pb.TIER_LONG_TERM)
+    assert await counted(owner) == {"tea at four": 3}
+    await ask(memories, caller, "tea")
+    await counts.flush()
+    assert await counted(owner) == {"tea at four": 4}
+
+
+async def test_count_of_what_is_promoted_before_it_is_written_finds_it(
+    memories: Stub, caller: Caller, owner: asyncpg.Connection, counts: RetrievalCounts
+) -> None:
+    memory = await keep(memories, caller, "tea at four")
+    await ask(memories, caller, "tea")
+    await change(memories, caller, memory, tier=pb.TIER_LONG_TERM)
+    await counts.flush()
+    assert await counted(owner) == {"tea at four": 1}
+
+
+async def test_counting_short_term_memories_makes_no_answer_stale(
+    memories: Stub, caller: Caller, redis: Redis, counts: RetrievalCounts
+) -> None:
+    await keep(memories, caller, "tea at four")
+    version = f"{prefix_of(caller)}shorts-version"
+    before = await redis.get(version)
+    await ask(memories, caller, "tea")
+    await counts.flush()
+    assert await redis.get(version) == before is not None
+
+
+async def test_count_of_a_short_term_memory_that_is_gone_is_dropped(
+    memories: Stub,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    redis: Redis,
+    counts: RetrievalCounts,
+) -> None:
+    memory = await keep(memories, caller, "tea at four")
+    await ask(memories, caller, "tea")
+    await memories.DeleteMemory(pb.DeleteMemoryRequest(id=memory.id), metadata=bearer(caller))
+    await counts.flush()
+    assert await counted(owner) == {}
+    assert not [key async for key in redis.scan_iter(f"{prefix_of(caller)}short:*")]

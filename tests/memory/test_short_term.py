@@ -609,7 +609,7 @@ def test_snapshots_take_a_bounded_part_of_the_process(clock: FakeClock) -> None:
     body = body_of(
         new_memory(Caller(UUID(int=0), UUID(int=0)), UUID(int=0), draft, 1, clock())
     ).encode()
-    large = [(f"{n:032x}".encode(), body, b"1", b"0", b"0", None, None, b"1") for n in range(4)]
+    large = [(f"{n:032x}".encode(), body, b"1", b"0", b"0", *(None,) * 3, b"1") for n in range(4)]
     snapshots = Snapshots()
     callers = [Caller(UUID(int=number), UUID(int=number)) for number in range(40)]
     for caller in callers:

@@ -32,6 +32,7 @@ from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer
 from tests.memory.calls import Stub, change, create
+from tests.memory.meanings import decide, of, upload
 from tests.refusals import Refusal, refusal_of
 
 SHORT, LONG = pb.TIER_SHORT_TERM, pb.TIER_LONG_TERM
@@ -313,3 +314,24 @@ async def test_without_redis_durable_memories_are_written_read_found_and_listed(
     answer = await memories.QueryMemories(everything, metadata=bearer(caller))
     assert not answer.short_term_late
     assert "kiwi again" in {match.memory.content for match in answer.matches}
+
+
+async def test_redis_that_hangs_leaves_the_other_legs_their_time(
+    memories: Stub, caller: Caller, doomed: Doomed, database: Database
+) -> None:
+    await decide(database, caller, "memory.embed", granted=True)
+    await upload(memories, caller, of(await create(memories, caller, "kiwi jam"), (1, 0)))
+    await keep(memories, caller, "kiwi")
+    pid = doomed.process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # An answer that is kept is looked for first, and that takes as long as it may.
+        request = pb.QueryMemoriesRequest(
+            query="kiwi", embedding=pb.QueryEmbedding(model="tiny", values=[1, 0])
+        )
+        answer = await memories.QueryMemories(request, metadata=bearer(caller), timeout=0.5)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert (answer.short_term_late, answer.semantic_late) == (True, False)
+    assert [(match.memory.content, match.semantic) for match in answer.matches] == [("kiwi jam", 1)]

@@ -46,7 +46,6 @@ from server.rpc.interceptors import chain
 from server.rpc.serving import Server
 from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker, data_keys_of
 from tests.maintenance import tidying_of
-from tests.workers import shipped_models as shipped
 from workers.meditation import Meditation
 from workers.stream import Handler, Worker
 
@@ -160,12 +159,6 @@ def meditating(batch_size: int = 100) -> Callable[[grpc.aio.Channel], Mapping[st
         return {"meditation.plan": meditation.plan, "meditation.shard": meditation.score_shard}
 
     return handlers
-
-
-@pytest.fixture(scope="session")
-def shipped_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of models, as a worker is given one."""
-    return shipped.put(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

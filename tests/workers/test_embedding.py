@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import pytest_asyncio
 
 from server.caller import Caller
 from server.database import Database, SystemDatabase
+from server.embedding_models import Embedder, Floats, load_embedders
 from server.memory.embedding_search import EmbeddingSearch
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.embeddings import read_embedding
@@ -24,10 +26,9 @@ from server.memory.store import MemoryStore
 from server.users.store import SettingsChange, UserStore
 from tests.conftest import FakeClock, as_worker, data_keys_of, new_caller
 from tests.deciding import decide
+from tests.shipped_models import NARROW, WIDE
 from tests.workers.conftest import Mesh, until
-from tests.workers.shipped_models import NARROW, WIDE
 from workers.embedding import EMBED, Embedding
-from workers.embedding_models import Embedder, Floats, load_embedders
 from workers.stream import Handler
 
 TALK = (
@@ -154,6 +155,32 @@ async def test_memories_are_found_by_meaning_once_a_user_chose_a_model(
         assert sorted(answer) == sorted(TALK)
     assert await owner.fetchval("SELECT result FROM jobs") == '{"kept": 3}'
     assert await counts(owner) == {WIDE: 3}
+
+
+async def test_result_says_that_the_month_is_used_up(
+    mesh: Mesh,
+    database: Database,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    embedders: Mapping[str, Embedder],
+) -> None:
+    budget = "UPDATE plans SET embeddings_per_month = $1 WHERE name = 'free'"
+    before = await owner.fetchval("SELECT embeddings_per_month FROM plans WHERE name = 'free'")
+    await owner.execute(budget, 2)
+    try:
+        async with mesh.working(embedding(embedders)):
+            await choose(database, caller, WIDE)
+
+            async def is_done() -> bool:
+                return bool(await owner.fetchval("SELECT true FROM jobs WHERE state = 'succeeded'"))
+
+            await until(is_done)
+    finally:
+        await owner.execute(budget, before)
+    result = json.loads(await owner.fetchval("SELECT result FROM jobs WHERE state = 'succeeded'"))
+    assert result["kept"] == 2
+    assert "used up" in result["stopped"]
+    assert await counts(owner) == {WIDE: 2}
 
 
 async def test_what_is_written_later_follows_and_a_new_text_has_a_new_vector(

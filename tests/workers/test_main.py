@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shipped_models import NARROW, WIDE
 from tests.workers.conftest import Mesh
-from tests.workers.shipped_models import NARROW, WIDE
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

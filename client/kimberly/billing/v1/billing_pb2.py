@@ -26,7 +26,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kimberly/billing/v1/billing.proto\x12\x13kimberly.billing.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"L\n\x0cMonthlyUsage\x12\x0e\n\x06writes\x18\x01 \x01(\x03\x12\x0f\n\x07queries\x18\x02 \x01(\x03\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\x12\x0c\n\x04jobs\x18\x04 \x01(\x03\"\x9a\x02\n\x04Plan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x10short_term_bytes\x18\x02 \x01(\x03\x12\x17\n\x0flong_term_bytes\x18\x03 \x01(\x03\x12\x17\n\x0fpermanent_bytes\x18\x04 \x01(\x03\x12\x0f\n\x07vectors\x18\x05 \x01(\x03\x12\x18\n\x10\x63\x61lls_per_second\x18\x06 \x01(\x05\x12\r\n\x05\x62urst\x18\x07 \x01(\x05\x12\x32\n\x07monthly\x18\x08 \x01(\x0b\x32!.kimberly.billing.v1.MonthlyUsage\x12\x13\n\x0bprice_cents\x18\t \x01(\x03\x12\x1f\n\x17tenant_calls_per_second\x18\n \x01(\x05\x12\x14\n\x0ctenant_burst\x18\x0b \x01(\x05\"f\n\x0cSubscription\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x16\n\x0erequested_plan\x18\x02 \x01(\t\x12\x30\n\x0crequest_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"M\n\x0bUsedInMonth\x12\r\n\x05month\x18\x01 \x01(\t\x12/\n\x04used\x18\x02 \x01(\x0b\x32!.kimberly.billing.v1.MonthlyUsage\"\x12\n\x10ListPlansRequest\"=\n\x11ListPlansResponse\x12(\n\x05plans\x18\x01 \x03(\x0b\x32\x19.kimberly.billing.v1.Plan\"\x18\n\x16GetSubscriptionRequest\"R\n\x17GetSubscriptionResponse\x12\x37\n\x0csubscription\x18\x01 \x01(\x0b\x32!.kimberly.billing.v1.Subscription\")\n\x19\x43hangeSubscriptionRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"U\n\x1a\x43hangeSubscriptionResponse\x12\x37\n\x0csubscription\x18\x01 \x01(\x0b\x32!.kimberly.billing.v1.Subscription\"\x12\n\x10ListUsageRequest\"E\n\x11ListUsageResponse\x12\x30\n\x06months\x18\x01 \x03(\x0b\x32 .kimberly.billing.v1.UsedInMonth2\x93\x04\n\x0e\x42illingService\x12m\n\tListPlans\x12%.kimberly.billing.v1.ListPlansRequest\x1a&.kimberly.billing.v1.ListPlansResponse\"\x11\x82\xd3\xe4\x93\x02\x0b\x12\t/v1/plans\x12\x86\x01\n\x0fGetSubscription\x12+.kimberly.billing.v1.GetSubscriptionRequest\x1a,.kimberly.billing.v1.GetSubscriptionResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/subscription\x12\x99\x01\n\x12\x43hangeSubscription\x12..kimberly.billing.v1.ChangeSubscriptionRequest\x1a/.kimberly.billing.v1.ChangeSubscriptionResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/v1/subscription:change:\x01*\x12m\n\tListUsage\x12%.kimberly.billing.v1.ListUsageRequest\x1a&.kimberly.billing.v1.ListUsageResponse\"\x11\x82\xd3\xe4\x93\x02\x0b\x12\t/v1/usageb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kimberly/billing/v1/billing.proto\x12\x13kimberly.billing.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"`\n\x0cMonthlyUsage\x12\x0e\n\x06writes\x18\x01 \x01(\x03\x12\x0f\n\x07queries\x18\x02 \x01(\x03\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\x12\x0c\n\x04jobs\x18\x04 \x01(\x03\x12\x12\n\nembeddings\x18\x05 \x01(\x03\"\x9a\x02\n\x04Plan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x10short_term_bytes\x18\x02 \x01(\x03\x12\x17\n\x0flong_term_bytes\x18\x03 \x01(\x03\x12\x17\n\x0fpermanent_bytes\x18\x04 \x01(\x03\x12\x0f\n\x07vectors\x18\x05 \x01(\x03\x12\x18\n\x10\x63\x61lls_per_second\x18\x06 \x01(\x05\x12\r\n\x05\x62urst\x18\x07 \x01(\x05\x12\x32\n\x07monthly\x18\x08 \x01(\x0b\x32!.kimberly.billing.v1.MonthlyUsage\x12\x13\n\x0bprice_cents\x18\t \x01(\x03\x12\x1f\n\x17tenant_calls_per_second\x18\n \x01(\x05\x12\x14\n\x0ctenant_burst\x18\x0b \x01(\x05\"f\n\x0cSubscription\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x16\n\x0erequested_plan\x18\x02 \x01(\t\x12\x30\n\x0crequest_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"M\n\x0bUsedInMonth\x12\r\n\x05month\x18\x01 \x01(\t\x12/\n\x04used\x18\x02 \x01(\x0b\x32!.kimberly.billing.v1.MonthlyUsage\"\x12\n\x10ListPlansRequest\"=\n\x11ListPlansResponse\x12(\n\x05plans\x18\x01 \x03(\x0b\x32\x19.kimberly.billing.v1.Plan\"\x18\n\x16GetSubscriptionRequest\"R\n\x17GetSubscriptionResponse\x12\x37\n\x0csubscription\x18\x01 \x01(\x0b\x32!.kimberly.billing.v1.Subscription\")\n\x19\x43hangeSubscriptionRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"U\n\x1a\x43hangeSubscriptionResponse\x12\x37\n\x0csubscription\x18\x01 \x01(\x0b\x32!.kimberly.billing.v1.Subscription\"\x12\n\x10ListUsageRequest\"E\n\x11ListUsageResponse\x12\x30\n\x06months\x18\x01 \x03(\x0b\x32 .kimberly.billing.v1.UsedInMonth2\x93\x04\n\x0e\x42illingService\x12m\n\tListPlans\x12%.kimberly.billing.v1.ListPlansRequest\x1a&.kimberly.billing.v1.ListPlansResponse\"\x11\x82\xd3\xe4\x93\x02\x0b\x12\t/v1/plans\x12\x86\x01\n\x0fGetSubscription\x12+.kimberly.billing.v1.GetSubscriptionRequest\x1a,.kimberly.billing.v1.GetSubscriptionResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/subscription\x12\x99\x01\n\x12\x43hangeSubscription\x12..kimberly.billing.v1.ChangeSubscriptionRequest\x1a/.kimberly.billing.v1.ChangeSubscriptionResponse\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/v1/subscription:change:\x01*\x12m\n\tListUsage\x12%.kimberly.billing.v1.ListUsageRequest\x1a&.kimberly.billing.v1.ListUsageResponse\"\x11\x82\xd3\xe4\x93\x02\x0b\x12\t/v1/usageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,29 +42,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BILLINGSERVICE'].methods_by_name['ListUsage']._loaded_options = None
   _globals['_BILLINGSERVICE'].methods_by_name['ListUsage']._serialized_options = b'\202\323\344\223\002\013\022\t/v1/usage'
   _globals['_MONTHLYUSAGE']._serialized_start=121
-  _globals['_MONTHLYUSAGE']._serialized_end=197
-  _globals['_PLAN']._serialized_start=200
-  _globals['_PLAN']._serialized_end=482
-  _globals['_SUBSCRIPTION']._serialized_start=484
-  _globals['_SUBSCRIPTION']._serialized_end=586
-  _globals['_USEDINMONTH']._serialized_start=588
-  _globals['_USEDINMONTH']._serialized_end=665
-  _globals['_LISTPLANSREQUEST']._serialized_start=667
-  _globals['_LISTPLANSREQUEST']._serialized_end=685
-  _globals['_LISTPLANSRESPONSE']._serialized_start=687
-  _globals['_LISTPLANSRESPONSE']._serialized_end=748
-  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_start=750
-  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_end=774
-  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_start=776
-  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_end=858
-  _globals['_CHANGESUBSCRIPTIONREQUEST']._serialized_start=860
-  _globals['_CHANGESUBSCRIPTIONREQUEST']._serialized_end=901
-  _globals['_CHANGESUBSCRIPTIONRESPONSE']._serialized_start=903
-  _globals['_CHANGESUBSCRIPTIONRESPONSE']._serialized_end=988
-  _globals['_LISTUSAGEREQUEST']._serialized_start=990
-  _globals['_LISTUSAGEREQUEST']._serialized_end=1008
-  _globals['_LISTUSAGERESPONSE']._serialized_start=1010
-  _globals['_LISTUSAGERESPONSE']._serialized_end=1079
-  _globals['_BILLINGSERVICE']._serialized_start=1082
-  _globals['_BILLINGSERVICE']._serialized_end=1613
+  _globals['_MONTHLYUSAGE']._serialized_end=217
+  _globals['_PLAN']._serialized_start=220
+  _globals['_PLAN']._serialized_end=502
+  _globals['_SUBSCRIPTION']._serialized_start=504
+  _globals['_SUBSCRIPTION']._serialized_end=606
+  _globals['_USEDINMONTH']._serialized_start=608
+  _globals['_USEDINMONTH']._serialized_end=685
+  _globals['_LISTPLANSREQUEST']._serialized_start=687
+  _globals['_LISTPLANSREQUEST']._serialized_end=705
+  _globals['_LISTPLANSRESPONSE']._serialized_start=707
+  _globals['_LISTPLANSRESPONSE']._serialized_end=768
+  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_start=770
+  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_end=794
+  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_start=796
+  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_end=878
+  _globals['_CHANGESUBSCRIPTIONREQUEST']._serialized_start=880
+  _globals['_CHANGESUBSCRIPTIONREQUEST']._serialized_end=921
+  _globals['_CHANGESUBSCRIPTIONRESPONSE']._serialized_start=923
+  _globals['_CHANGESUBSCRIPTIONRESPONSE']._serialized_end=1008
+  _globals['_LISTUSAGEREQUEST']._serialized_start=1010
+  _globals['_LISTUSAGEREQUEST']._serialized_end=1028
+  _globals['_LISTUSAGERESPONSE']._serialized_start=1030
+  _globals['_LISTUSAGERESPONSE']._serialized_end=1099
+  _globals['_BILLINGSERVICE']._serialized_start=1102
+  _globals['_BILLINGSERVICE']._serialized_end=1633
 # @@protoc_insertion_point(module_scope)

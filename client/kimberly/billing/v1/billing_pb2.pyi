@@ -29,6 +29,7 @@ class MonthlyUsage(_message.Message):
     QUERIES_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
     writes: _builtins.int
     """Changes: of each call that writes, every memory, vector, attachment or goal that it created,
     changed or deleted. A batch and an import count what they hold; what is refused, there already
@@ -40,6 +41,10 @@ class MonthlyUsage(_message.Message):
     """Bytes that were sent by calls that changed something, and of files that were attached."""
     jobs: _builtins.int
     """Jobs that were asked for, by calls or by schedules of the user's."""
+    embeddings: _builtins.int
+    """Vectors that a local model made of memories. When as many as the plan gives were made, the model
+    makes none until the next month (in UTC) or a larger plan begins.
+    """
     def __init__(
         self,
         *,
@@ -47,10 +52,11 @@ class MonthlyUsage(_message.Message):
         queries: _builtins.int = ...,
         bytes: _builtins.int = ...,
         jobs: _builtins.int = ...,
+        embeddings: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "jobs", b"jobs", "queries", b"queries", "writes", b"writes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "embeddings", b"embeddings", "jobs", b"jobs", "queries", b"queries", "writes", b"writes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -99,7 +105,9 @@ class Plan(_message.Message):
     """Calls that all users of a tenant may make at once after a while without."""
     @_builtins.property
     def monthly(self) -> Global___MonthlyUsage:
-        """What is meant to be enough for a month. At 80 and at 100 % the audit log is told."""
+        """What is meant to be enough for a month. At 80 and at 100 % the audit log is told, of embeddings
+        at 100 %.
+        """
 
     def __init__(
         self,

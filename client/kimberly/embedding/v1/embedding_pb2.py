@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%kimberly/embedding/v1/embedding.proto\x12\x15kimberly.embedding.v1\"y\n\x0c\x45mbedRequest\x12+\n\x04open\x18\x01 \x01(\x0b\x32\x1b.kimberly.embedding.v1.OpenH\x00\x12\x31\n\x07vectors\x18\x02 \x01(\x0b\x32\x1e.kimberly.embedding.v1.VectorsH\x00\x42\t\n\x07message\"O\n\x04Open\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\x03\x12\x0e\n\x06models\x18\x03 \x03(\t\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\"v\n\rEmbedResponse\x12-\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x1c.kimberly.embedding.v1.BatchH\x00\x12+\n\x04\x64one\x18\x02 \x01(\x0b\x32\x1b.kimberly.embedding.v1.DoneH\x00\x42\t\n\x07message\"7\n\x05\x42\x61tch\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\"+\n\x07Vectors\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"\x14\n\x04\x44one\x12\x0c\n\x04kept\x18\x01 \x01(\x03\x32j\n\x10\x45mbeddingService\x12V\n\x05\x45mbed\x12#.kimberly.embedding.v1.EmbedRequest\x1a$.kimberly.embedding.v1.EmbedResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%kimberly/embedding/v1/embedding.proto\x12\x15kimberly.embedding.v1\"y\n\x0c\x45mbedRequest\x12+\n\x04open\x18\x01 \x01(\x0b\x32\x1b.kimberly.embedding.v1.OpenH\x00\x12\x31\n\x07vectors\x18\x02 \x01(\x0b\x32\x1e.kimberly.embedding.v1.VectorsH\x00\x42\t\n\x07message\"O\n\x04Open\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\x03\x12\x0e\n\x06models\x18\x03 \x03(\t\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\"v\n\rEmbedResponse\x12-\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x1c.kimberly.embedding.v1.BatchH\x00\x12+\n\x04\x64one\x18\x02 \x01(\x0b\x32\x1b.kimberly.embedding.v1.DoneH\x00\x42\t\n\x07message\"7\n\x05\x42\x61tch\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\"+\n\x07Vectors\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"%\n\x04\x44one\x12\x0c\n\x04kept\x18\x01 \x01(\x03\x12\x0f\n\x07stopped\x18\x02 \x01(\t2j\n\x10\x45mbeddingService\x12V\n\x05\x45mbed\x12#.kimberly.embedding.v1.EmbedRequest\x1a$.kimberly.embedding.v1.EmbedResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,7 +42,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VECTORS']._serialized_start=445
   _globals['_VECTORS']._serialized_end=488
   _globals['_DONE']._serialized_start=490
-  _globals['_DONE']._serialized_end=510
-  _globals['_EMBEDDINGSERVICE']._serialized_start=512
-  _globals['_EMBEDDINGSERVICE']._serialized_end=618
+  _globals['_DONE']._serialized_end=527
+  _globals['_EMBEDDINGSERVICE']._serialized_start=529
+  _globals['_EMBEDDINGSERVICE']._serialized_end=635
 # @@protoc_insertion_point(module_scope)

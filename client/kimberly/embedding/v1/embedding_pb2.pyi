@@ -100,7 +100,7 @@ class EmbedResponse(_message.Message):
 
     @_builtins.property
     def done(self) -> Global___Done:
-        """Nothing is missing any more."""
+        """Nothing more is to be done now."""
 
     def __init__(
         self,
@@ -183,21 +183,27 @@ Global___Vectors: _TypeAlias = Vectors  # noqa: Y015
 
 @_typing.final
 class Done(_message.Message):
-    """Nothing is missing any more."""
+    """Nothing more is to be done now."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     KEPT_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
     kept: _builtins.int
     """How many vectors this stream kept."""
+    stopped: _builtins.str
+    """Why texts without vectors are left, in words for their user, and when the mesh goes on with
+    them; empty: none are left.
+    """
     def __init__(
         self,
         *,
         kept: _builtins.int = ...,
+        stopped: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "stopped", b"stopped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

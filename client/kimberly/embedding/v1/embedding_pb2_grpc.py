@@ -51,7 +51,8 @@ class EmbeddingServiceServicer:
         of the local model that the user chose. The worker opens with Open; the server sends a Batch
         of texts; the worker answers it with Vectors; the server keeps them in one transaction and
         sends the next Batch. When nothing is missing any more, or the user withdrew the choice or
-        the consent, the server sends Done and closes the stream. A worker whose lease passed to
+        the consent, or used up what the plan gives for a month, the server sends Done and closes the
+        stream. A worker whose lease passed to
         another gets FAILED_PRECONDITION with reason LEASE_LOST and nothing of that batch is kept;
         one that does not have the model gets FAILED_PRECONDITION with reason STATE_CONFLICT.
         """

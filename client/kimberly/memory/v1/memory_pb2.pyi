@@ -1353,7 +1353,10 @@ class QueryMemoriesRequest(_message.Message):
 
     @_builtins.property
     def embedding(self) -> Global___QueryEmbedding:
-        """The meaning of the question; absent: the words decide alone. Needs consent to memory.embed."""
+        """The meaning of the question. Needs consent to memory.embed. Absent: the words decide alone,
+        unless the operator of this mesh has it make vectors of questions too. Then `query` is compared
+        by the user's `embedding_model`, as long as there is consent.
+        """
 
     @_builtins.property
     def occurred_after(self) -> _timestamp_pb2.Timestamp:
@@ -1438,12 +1441,20 @@ class QueryMemoriesResponse(_message.Message):
     MATCHES_FIELD_NUMBER: _builtins.int
     SEMANTIC_LATE_FIELD_NUMBER: _builtins.int
     SHORT_TERM_LATE_FIELD_NUMBER: _builtins.int
+    SHARED_LATE_FIELD_NUMBER: _builtins.int
+    SEMANTIC_MODEL_FIELD_NUMBER: _builtins.int
     semantic_late: _builtins.bool
     """True: the vectors could not be compared in the time of the call, and the words decided alone."""
     short_term_late: _builtins.bool
     """True: the store of short-term memories did not answer in time, and there are none in the answer.
     A query for that tier alone is refused with STORE_UNAVAILABLE instead.
     """
+    shared_late: _builtins.bool
+    """True: what others of the tenant share could not be looked at in the time of the call, and the
+    answer is of the caller's own memories.
+    """
+    semantic_model: _builtins.str
+    """The model whose vectors had a say in the order, beside the words; empty: none had."""
     @_builtins.property
     def matches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Match]:
         """The memories, best first."""
@@ -1454,10 +1465,12 @@ class QueryMemoriesResponse(_message.Message):
         matches: _abc.Iterable[Global___Match] | None = ...,
         semantic_late: _builtins.bool = ...,
         short_term_late: _builtins.bool = ...,
+        shared_late: _builtins.bool = ...,
+        semantic_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["matches", b"matches", "semantic_late", b"semantic_late", "short_term_late", b"short_term_late"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["matches", b"matches", "semantic_late", b"semantic_late", "semantic_model", b"semantic_model", "shared_late", b"shared_late", "short_term_late", b"short_term_late"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

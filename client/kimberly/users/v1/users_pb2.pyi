@@ -419,7 +419,7 @@ class Settings(_message.Message):
     operator of this mesh gave its workers, by name, up to 64 characters. Empty, as it is at
     first: none does. It acts as long as there is consent to memory.embed. No text leaves the
     mesh. A query is compared with these vectors when it brings a vector of its own that the same
-    model made. Vectors of the model chosen before stay and answer queries that bring theirs,
+    model made, or brings none and the mesh has the model for questions too. Vectors of the model chosen before stay and answer queries that bring theirs,
     until DeleteEmbeddings drops them.
     """
     index_sensitive: _builtins.bool

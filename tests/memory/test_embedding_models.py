@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from tests.workers.shipped_models import NARROW, WIDE
-from workers.embedding_models import (
+from server.embedding_models import (
     TENSORS,
     TOKENIZER,
     Embedder,
@@ -24,6 +23,7 @@ from workers.embedding_models import (
     StaticEmbedder,
     load_embedders,
 )
+from tests.shipped_models import NARROW, WIDE
 
 SENTENCES = (
     "The cat sleeps on the sofa.",
