@@ -4,8 +4,11 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterable
 from typing import Final
 from uuid import UUID
+
+from asyncpg.pgproto import pgproto
 
 from server.errors import InvalidArgument
 
@@ -28,6 +31,9 @@ EXPORT: Final = "exp"
 
 ABOVE_ALL: Final = UUID(int=(1 << 128) - 1)
 """No id is as high: where a list begins that goes down."""
+
+BYTES: Final = 16
+"""How long an id is in a column."""
 
 _HEX = re.compile(r"[0-9a-f]{32}\Z")
 _last = 0
@@ -66,3 +72,16 @@ def parse(kind: str, text: str, field: str) -> UUID:
     if prefix != kind or not _HEX.match(digits):
         raise InvalidArgument(field, f"must be {kind}_ and 32 hexadecimal digits")
     return UUID(digits)
+
+
+def packed(values: Iterable[UUID]) -> bytes:
+    """Return ids as a column: 16 bytes each."""
+    return b"".join([value.bytes for value in values])
+
+
+def unpacked(column: bytes) -> list[UUID]:
+    """Return the ids of a column.
+
+    They are the driver's own UUIDs, which are like others but made in a tenth of the time.
+    """
+    return [pgproto.UUID(column[start : start + BYTES]) for start in range(0, len(column), BYTES)]

@@ -14,7 +14,8 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from itertools import repeat
+from typing import Any, Final, NamedTuple
 
 import grpc
 import structlog
@@ -34,6 +35,10 @@ _STREAM_SECONDS: Final = 900.0
 _LONGEST_PAUSE_SECONDS: Final = 2.0
 _WATCH_SECONDS: Final = 0.25
 _PROGRESS_SECONDS: Final = 1.0
+_JOB: Final = "job_"
+_DIGITS: Final = 32
+"""Of an id, after that."""
+_NOTHING: Final = "{}"
 _BROKEN = (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError)
 
 
@@ -41,9 +46,11 @@ def _nobody_listens(progress: float) -> None:
     """Report to nobody."""
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A leased job, as its handler sees it."""
+class Task(NamedTuple):
+    """A leased job, as its handler sees it.
+
+    A tuple, as what leads to it is: thousands a second are made.
+    """
 
     job_id: str
     lease_token: int
@@ -57,6 +64,17 @@ class Task:
 
 Handler = Callable[[Task], Awaitable[Mapping[str, Any]]]
 """Does a job and returns its result. Whatever it raises fails the attempt."""
+
+
+class _Lease(NamedTuple):
+    """The right to do a job."""
+
+    job_id: str
+    token: int
+    kind: str
+    payload_json: str
+    attempt: int
+    traceparent: str
 
 
 @dataclass(slots=True)
@@ -75,6 +93,10 @@ class _Held:
     """The stream that carried the outcome."""
 
 
+_DONE: Final = pb.Outcome(completed=pb.Completed())
+"""Of all jobs without a result: it names none, columns do."""
+
+
 @dataclass(slots=True, eq=False)
 class _Session:
     """One stream."""
@@ -82,8 +104,12 @@ class _Session:
     call: Any
     lease_seconds: float
     heartbeat_seconds: float
+    in_columns: bool
+    """Whether the server understands outcomes in columns."""
     credit: int = 0
     """Granted and not yet used."""
+    settling: int = 0
+    """Leases that are still ours and whose outcomes it carried."""
     is_draining: bool = False
     """The server asked us to finish and to connect again."""
     beat_at: float = 0.0
@@ -121,6 +147,8 @@ class Worker:
         # Random for each process: a worker that comes back under an old name adopts nothing.
         self._id = uuid.uuid4().hex
         self._held: dict[str, _Held] = {}
+        self._ready: dict[str, _Held] = {}
+        """Leases whose outcomes the stream at hand has not carried; some may be lost by now."""
         self._called = asyncio.Event()
         self._drained = asyncio.Event()
         self._give_up_at: float | None = None
@@ -168,7 +196,7 @@ class Worker:
             timeout=_STREAM_SECONDS, metadata=self._metadata
         )
         try:
-            hello = pb.Hello(worker_id=self._id, kinds=sorted(self._handlers))
+            hello = pb.Hello(worker_id=self._id, kinds=sorted(self._handlers), columns=True)
             await call.write(pb.WorkRequest(hello=hello))
             response = await call.read()
             if not isinstance(response, pb.WorkResponse):
@@ -178,7 +206,11 @@ class Worker:
                 call,
                 welcome.lease_duration.ToTimedelta().total_seconds(),
                 welcome.heartbeat_interval.ToTimedelta().total_seconds(),
+                welcome.columns,
             )
+            self._ready = {
+                job_id: held for job_id, held in self._held.items() if held.outcome is not None
+            }
             log.info("stream open", worker=self._id, lease_seconds=session.lease_seconds)
             sender = self._tasks.create_task(self._send(session))
             try:
@@ -194,9 +226,10 @@ class Worker:
         while isinstance(response := await session.call.read(), pb.WorkResponse):
             match response.WhichOneof("message"):
                 case "leased":
-                    self._start(session, response.leased.leases)
+                    self._start(session, _leases(response.leased))
                 case "settled":
                     self._forget(response.settled.job_ids)
+                    self._forget(_shown(response.settled.job_id_column))
                 case "lease_lost":
                     log.warning("leases lost", jobs=list(response.lease_lost.job_ids))
                     self._forget(response.lease_lost.job_ids)
@@ -206,7 +239,7 @@ class Worker:
                     session.is_draining = True
             self._called.set()
 
-    def _start(self, session: _Session, leases: Collection[pb.Lease]) -> None:
+    def _start(self, session: _Session, leases: Collection[_Lease]) -> None:
         session.credit -= len(leases)
         if self._give_up_at is not None:
             # Not begun: the server gives them to another when we close the stream.
@@ -214,41 +247,42 @@ class Worker:
         expires_at = _now() + session.lease_seconds
         self._forget(lease.job_id for lease in leases)
         for lease in leases:
-            held = self._held[lease.job_id] = _Held(lease.lease_token, expires_at)
+            held = self._held[lease.job_id] = _Held(lease.token, expires_at)
             held.work = self._tasks.create_task(self._work(held, lease))
 
-    async def _work(self, held: _Held, lease: pb.Lease) -> None:
-        outcome = pb.Outcome(job_id=lease.job_id, lease_token=lease.lease_token)
+    async def _work(self, held: _Held, lease: _Lease) -> None:
         started = time.perf_counter()
         try:
-            payload = json.loads(lease.payload_json)
-            task = Task(
-                lease.job_id,
-                lease.lease_token,
-                lease.kind,
-                payload,
-                lease.attempt,
-                partial(self._report, held),
-            )
-            with tracing.continued(
-                f"job {lease.kind}",
-                lease.traceparent,
-                {"kimberly.job": lease.job_id, "kimberly.attempt": lease.attempt},
-                kind=SpanKind.CONSUMER,
-            ):
-                result = await self._handlers[lease.kind](task)
-            outcome.completed.result_json = json.dumps(result)
+            outcome = _completed(lease, await self._result(held, lease))
         except asyncio.CancelledError:
             if not held.is_cancelled:
                 raise
-            outcome.stopped.SetInParent()
+            outcome = _outcome(lease, stopped=pb.Stopped())
         except Exception as error:
             log.warning("job failed", job=lease.job_id, kind=lease.kind, exc_info=error)
-            outcome.failed.error = _brief(error)
+            outcome = _outcome(lease, failed=pb.Failed(error=_brief(error)))
         seconds = metrics.seconds_of(lease.kind, str(outcome.WhichOneof("result")))
         seconds.observe(time.perf_counter() - started)
         held.outcome = outcome
+        self._ready[lease.job_id] = held
         self._called.set()
+
+    async def _result(self, held: _Held, lease: _Lease) -> Mapping[str, Any]:
+        task = Task(
+            lease.job_id,
+            lease.token,
+            lease.kind,
+            {} if lease.payload_json == _NOTHING else json.loads(lease.payload_json),
+            lease.attempt,
+            partial(self._report, held),
+        )
+        with tracing.continued(
+            f"job {lease.kind}",
+            lease.traceparent,
+            {"kimberly.job": lease.job_id, "kimberly.attempt": lease.attempt},
+            kind=SpanKind.CONSUMER,
+        ):
+            return await self._handlers[lease.kind](task)
 
     def _report(self, held: _Held, progress: float) -> None:
         held.progress = min(max(progress, 0.0), 1.0)
@@ -268,7 +302,11 @@ class Worker:
         """Drop leases that are settled or no longer ours, and stop their work."""
         for job_id in job_ids:
             held = self._held.pop(job_id, None)
-            if held is not None and held.work is not None and held.outcome is None:
+            if held is None:
+                continue
+            if held.sent_on is not None:
+                held.sent_on.settling -= 1
+            elif held.work is not None and held.outcome is None:
                 held.work.cancel()
 
     async def _stop_lapsed(self) -> None:
@@ -301,17 +339,16 @@ class Worker:
             return
 
     async def _settle(self, session: _Session) -> None:
-        ready = [
-            (held, held.outcome)
-            for held in self._held.values()
-            if held.outcome is not None and held.sent_on is not session
-        ]
-        if not ready:
+        ready, self._ready = self._ready, {}
+        ours = {job_id: held for job_id, held in ready.items() if self._held.get(job_id) is held}
+        if not ours:
             return
-        for held, _ in ready:
+        for held in ours.values():
             held.sent_on = session
-        outcomes = [outcome for _, outcome in ready]
-        await session.call.write(pb.WorkRequest(settle=pb.Settle(outcomes=outcomes)))
+        session.settling += len(ours)
+        await session.call.write(
+            pb.WorkRequest(settle=_settle(ours, in_columns=session.in_columns))
+        )
 
     def _has_nothing_more(self, session: _Session) -> bool:
         """Tell whether we are to stop, and all is said or the time for it is over."""
@@ -329,7 +366,7 @@ class Worker:
         if session.is_draining or self._give_up_at is not None:
             return
         # What is said but not yet settled leaves room for others: they come while it is written.
-        working = sum(held.sent_on is not session for held in self._held.values())
+        working = len(self._held) - session.settling
         room = min(
             self._concurrency - working - session.credit,
             _MOST_HELD - len(self._held) - session.credit,
@@ -369,6 +406,64 @@ class Worker:
                 await self._called.wait()
         except TimeoutError:
             pass
+
+
+def _leases(leased: pb.Leased) -> list[_Lease]:
+    if not leased.HasField("columns"):
+        return [
+            _Lease(
+                lease.job_id,
+                lease.lease_token,
+                lease.kind,
+                lease.payload_json,
+                lease.attempt,
+                lease.traceparent,
+            )
+            for lease in leased.leases
+        ]
+    columns = leased.columns
+    return list(
+        map(
+            _Lease,
+            _shown(columns.leases.job_ids),
+            columns.leases.lease_tokens,
+            columns.kinds,
+            columns.payloads_json,
+            columns.attempts,
+            columns.traceparents or repeat(""),
+        )
+    )
+
+
+def _completed(lease: _Lease, result: Mapping[str, Any]) -> pb.Outcome:
+    if not result:
+        return _DONE
+    return _outcome(lease, completed=pb.Completed(result_json=json.dumps(result)))
+
+
+def _outcome(lease: _Lease, **result: Any) -> pb.Outcome:
+    return pb.Outcome(job_id=lease.job_id, lease_token=lease.token, **result)
+
+
+def _settle(ready: Mapping[str, _Held], *, in_columns: bool) -> pb.Settle:
+    done = {job_id: held for job_id, held in ready.items() if held.outcome is _DONE}
+    outcomes = [held.outcome for held in ready.values() if held.outcome is not _DONE]
+    if in_columns:
+        column = bytes.fromhex("".join(done).replace(_JOB, ""))
+        tokens = [held.token for held in done.values()]
+        return pb.Settle(
+            outcomes=outcomes, done=pb.LeaseColumns(job_ids=column, lease_tokens=tokens)
+        )
+    outcomes += [
+        pb.Outcome(job_id=job_id, lease_token=held.token, completed=pb.Completed())
+        for job_id, held in done.items()
+    ]
+    return pb.Settle(outcomes=outcomes)
+
+
+def _shown(column: bytes) -> list[str]:
+    digits = column.hex()
+    return [_JOB + digits[start : start + _DIGITS] for start in range(0, len(digits), _DIGITS)]
 
 
 def _pause_seconds(failures: int, chance: float) -> float:

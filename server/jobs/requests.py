@@ -70,11 +70,18 @@ def outcomes_from(settle: pb.Settle) -> list[Outcome]:
 
     Raises:
         InvalidArgument: An id is malformed, an outcome is missing, a result is no JSON object
-            of at most 64 KiB, or there are too many.
+            of at most 64 KiB, columns differ in length, or there are too many.
     """
-    if len(settle.outcomes) > MOST_JOBS:
+    if len(settle.outcomes) + len(settle.done.lease_tokens) > MOST_JOBS:
         raise InvalidArgument("settle.outcomes", f"must be at most {MOST_JOBS}")
-    return _each(settle.outcomes, "settle.outcomes", _outcome)
+    done = [Completed(held, None) for held in _held_in(settle.done, "settle.done")]
+    return [*_each(settle.outcomes, "settle.outcomes", _outcome), *done]
+
+
+def _held_in(columns: pb.LeaseColumns, path: str) -> list[Held]:
+    if len(columns.job_ids) != ids.BYTES * len(columns.lease_tokens):
+        raise InvalidArgument(f"{path}.job_ids", f"must be {ids.BYTES} bytes for each lease token")
+    return list(map(Held, ids.unpacked(columns.job_ids), columns.lease_tokens))
 
 
 def _each(messages: Iterable[M], path: str, read: Callable[[M], T]) -> list[T]:

@@ -1,7 +1,7 @@
 """One worker's stream: what it may still be sent, and what it holds."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
 from typing import Any
 
 from kimberly.jobs.v1 import jobs_pb2 as pb
@@ -33,8 +33,11 @@ class Session:
         kinds: Iterable[str],
         lease_seconds: float,
         tasks: asyncio.TaskGroup,
+        *,
+        in_columns: bool = False,
     ) -> None:
         self._queue = queue
+        self._in_columns = in_columns
         self._tasks = tasks
         self._worker_id = worker_id
         self._kinds = list(kinds)
@@ -197,8 +200,13 @@ class Session:
         if self._queue.is_limited(self._kinds):
             # There may be room now, where there was none.
             self._may_have_more = True
-        settled = [pb.WorkResponse(settled=pb.Settled(job_ids=_shown(standing)))]
-        return [*(settled if standing else []), *_lost(held - standing)]
+        settled = [pb.WorkResponse(settled=self._settled(standing))] if standing else []
+        return [*settled, *_lost(held - standing)]
+
+    def _settled(self, held: Collection[Held]) -> pb.Settled:
+        if self._in_columns:
+            return pb.Settled(job_id_column=ids.packed(lease.job_id for lease in held))
+        return pb.Settled(job_ids=_shown(held))
 
     async def _extend(self) -> list[pb.WorkResponse]:
         if not self._beats:
@@ -229,7 +237,12 @@ class Session:
         self._leases |= {lease.held for lease in leases}
         # Whoever has many waiting gets only some of them at a time.
         self._may_have_more = True
-        return [pb.WorkResponse(leased=pb.Leased(leases=map(lease_to, leases)))]
+        return [pb.WorkResponse(leased=self._leased(leases))]
+
+    def _leased(self, leases: Sequence[Lease]) -> pb.Leased:
+        if self._in_columns:
+            return pb.Leased(columns=columns_to(leases))
+        return pb.Leased(leases=map(lease_to, leases))
 
     async def _give_back(self) -> None:
         if self._leases:
@@ -248,6 +261,19 @@ def lease_to(lease: Lease) -> pb.Lease:
         payload_json=lease.payload_json,
         attempt=lease.attempt,
         traceparent=lease.traceparent,
+    )
+
+
+def columns_to(leases: Sequence[Lease]) -> pb.LeasedColumns:
+    """Return leases as the contract has them for those who take them in columns."""
+    held, kinds, payloads, attempts, traceparents = zip(*leases, strict=True)
+    job_ids, tokens = zip(*held, strict=True)
+    return pb.LeasedColumns(
+        leases=pb.LeaseColumns(job_ids=ids.packed(job_ids), lease_tokens=tokens),
+        kinds=kinds,
+        payloads_json=payloads,
+        attempts=attempts,
+        traceparents=traceparents if any(traceparents) else (),
     )
 
 

@@ -75,7 +75,12 @@ class WorkerService(rpc.WorkerServiceServicer):
         hello = hello_from(await _first(request_iterator))
         metrics.expect(hello.kinds)
         session = Session(
-            self._queue, hello.worker_id, hello.kinds, self._lease_seconds, self._tasks
+            self._queue,
+            hello.worker_id,
+            hello.kinds,
+            self._lease_seconds,
+            self._tasks,
+            in_columns=hello.columns,
         )
         with self._open(session, self._tasks, request_iterator):
             yield pb.WorkResponse(welcome=self._welcome())
@@ -122,6 +127,7 @@ class WorkerService(rpc.WorkerServiceServicer):
         return pb.Welcome(
             lease_duration=_duration(self._lease_seconds),
             heartbeat_interval=_duration(self._lease_seconds / _HEARTBEATS_A_LEASE),
+            columns=True,
         )
 
     async def _sweep(self) -> None:

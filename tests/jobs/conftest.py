@@ -109,13 +109,18 @@ class Stream:
 
 @asynccontextmanager
 async def working(
-    stub: rpc.WorkerServiceAsyncStub, *kinds: str, worker_id: str = "w" * 32
+    stub: rpc.WorkerServiceAsyncStub,
+    *kinds: str,
+    worker_id: str = "w" * 32,
+    in_columns: bool = False,
 ) -> AsyncIterator[Stream]:
     """Open a stream as a worker."""
     call = stub.Work(timeout=20, metadata=as_worker())  # type: ignore[call-arg]
     try:
         stream = Stream(call)
-        await stream.say(hello=pb.Hello(worker_id=worker_id, kinds=kinds or ("test",)))
+        await stream.say(
+            hello=pb.Hello(worker_id=worker_id, kinds=kinds or ("test",), columns=in_columns)
+        )
         await stream.hear("welcome")
         yield stream
     finally:

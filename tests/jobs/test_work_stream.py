@@ -180,6 +180,62 @@ async def test_zombie_hears_that_its_lease_is_lost(
     assert await state(owner, job_id) == "running"
 
 
+async def test_worker_that_takes_columns_gets_and_settles_many_jobs_in_them(
+    workers: rpc.WorkerServiceAsyncStub,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    job_ids = await enqueue_some(system_database, 5)
+    async with working(workers, in_columns=True) as stream:
+        await stream.say(credit=pb.Credit(jobs=5))
+        leased = await stream.hear("leased")
+        assert not leased.leases
+        columns = leased.columns
+        shown = [ids.show(ids.JOB, each) for each in ids.unpacked(columns.leases.job_ids)]
+        assert shown == job_ids
+        assert [*columns.kinds] == ["test"] * 5
+        assert [*columns.payloads_json] == ["{}"] * 5
+        assert [*columns.attempts] == [1] * 5
+        assert not columns.traceparents
+        await stream.say(settle=pb.Settle(done=columns.leases))
+        settled = await stream.hear("settled")
+        assert not settled.job_ids
+        assert set(ids.unpacked(settled.job_id_column)) == {*ids.unpacked(columns.leases.job_ids)}
+    ended = await owner.fetch("SELECT state, result, lease_token FROM jobs ORDER BY id")
+    assert [tuple(row) for row in ended] == [
+        ("succeeded", None, token) for token in columns.leases.lease_tokens
+    ]
+
+
+async def test_leases_in_columns_say_whose_trace_they_continue(
+    workers: rpc.WorkerServiceAsyncStub,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    await enqueue_some(system_database, 2)
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+    await owner.execute("UPDATE jobs SET trace = $1 WHERE id = (SELECT max(id) FROM jobs)", trace)
+    async with working(workers, in_columns=True) as stream:
+        await stream.say(credit=pb.Credit(jobs=2))
+        assert (await stream.hear("leased")).columns.traceparents == ["", trace]
+
+
+async def test_zombie_that_settles_in_columns_hears_that_its_lease_is_lost(
+    workers: rpc.WorkerServiceAsyncStub,
+    system_database: SystemDatabase,
+    queue: Queue,
+    owner: asyncpg.Connection,
+) -> None:
+    (job_id,) = await enqueue_some(system_database)
+    async with working(workers, in_columns=True) as stream:
+        await stream.say(credit=pb.Credit(jobs=1))
+        leases = (await stream.hear("leased")).columns.leases
+        await pass_on(owner, queue)
+        await stream.say(settle=pb.Settle(done=leases))
+        assert (await stream.hear("lease_lost")).job_ids == [job_id]
+    assert await state(owner, job_id) == "running"
+
+
 async def test_worker_that_closes_its_stream_hands_back_what_it_holds(
     workers: rpc.WorkerServiceAsyncStub, system_database: SystemDatabase
 ) -> None:
@@ -353,6 +409,22 @@ JOB = ids.show(ids.JOB, UUID(int=1))
         (
             {"settle": pb.Settle(outcomes=[pb.Outcome(job_id=JOB)])},
             "settle.outcomes[0].result",
+        ),
+        *(
+            (
+                {"settle": pb.Settle(done=pb.LeaseColumns(job_ids=column, lease_tokens=[1, 2]))},
+                "settle.done.job_ids",
+            )
+            for column in (b"", b"x" * 16, b"x" * 31, b"x" * 48)
+        ),
+        (
+            {
+                "settle": pb.Settle(
+                    outcomes=[pb.Outcome(job_id=JOB, completed=pb.Completed())],
+                    done=pb.LeaseColumns(job_ids=b"x" * 16_000, lease_tokens=range(1000)),
+                )
+            },
+            "settle.outcomes",
         ),
         *(
             (

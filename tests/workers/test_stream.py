@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+from kimberly.jobs.v1 import jobs_pb2 as pb
 from structlog.testing import capture_logs
 
 from server.cache import Redis
 from server.enqueue import NewJob, enqueue_all
+from server.jobs.doorbell import Doorbell
+from server.jobs.worker_service import WorkerService
 from tests.conftest import Urls
 from tests.faults.figures import percentile
 from tests.workers.conftest import Mesh, until
@@ -95,6 +98,50 @@ async def test_worker_does_jobs_and_settles_them(
     assert await states(owner) == [("succeeded", 1)] * 51
     results = await owner.fetch("SELECT result->>'n' AS n FROM jobs WHERE kind = 'count'")
     assert sorted(int(row["n"]) for row in results) == list(range(50))
+
+
+class Former(WorkerService):
+    """The service of the release that knew no columns."""
+
+    async def Work(
+        self, request_iterator: AsyncIterator[pb.WorkRequest], context: Any
+    ) -> AsyncIterator[pb.WorkResponse]:
+        async def known() -> AsyncIterator[pb.WorkRequest]:
+            async for request in request_iterator:
+                if request.HasField("hello"):
+                    request.hello.ClearField("columns")
+                assert not request.settle.HasField("done")
+                yield request
+
+        async for response in super().Work(known(), context):
+            if response.HasField("welcome"):
+                response.welcome.ClearField("columns")
+            yield response
+
+
+async def test_worker_works_for_a_server_that_knows_no_columns(
+    mesh: Mesh, handled: Handled, urls: Urls, owner: asyncpg.Connection
+) -> None:
+    async def do_nothing(_task: Task) -> Mapping[str, Any]:
+        return {}
+
+    await mesh.break_down()
+    mesh.service = Former(
+        mesh.queue, Doorbell(urls.system), lease_seconds=mesh.lease_seconds, session_seconds=600
+    )
+    serving = asyncio.create_task(mesh.service.run())
+    await mesh.start()
+    await enqueue(mesh, *["count", "nothing"] * 20)
+    async with mesh.working({**handled.all, "nothing": do_nothing}) as (worker, running):
+        await until(
+            lambda: owner.fetchval("SELECT bool_and(state = 'succeeded' AND attempt = 1) FROM jobs")
+        )
+        worker.drain()
+        await running
+    results = await owner.fetch("SELECT kind, count(result) AS jobs FROM jobs GROUP BY kind")
+    assert {row["kind"]: row["jobs"] for row in results} == {"count": 20, "nothing": 0}
+    serving.cancel()
+    await asyncio.wait([serving])
 
 
 async def test_drained_worker_finishes_what_it_holds(
