@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import numpy as np
@@ -50,7 +51,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 class Turn:
     """A turn of a talk."""
 
-    id: Any
+    id: UUID
     session: str
     position: int
     minute: int
@@ -67,7 +68,7 @@ class Asker:
     vectors: Array
     """A row each turn."""
 
-    def nearness(self, question: Array) -> dict[Any, float]:
+    def nearness(self, question: Array) -> dict[UUID, float]:
         """Return how near each turn is: the weighted mean over it and the turns around it."""
         own = dict(zip(self.turns, self.vectors @ question, strict=True))
         at = {(turn.session, turn.position): turn for turn in self.turns}
@@ -187,7 +188,7 @@ def searches(method: str) -> float:
     return REGISTRY.get_sample_value(name, {"method": method}) or 0.0
 
 
-def best(near: dict[Any, float], ids: Iterable[Any]) -> list[Any]:
+def best(near: dict[UUID, float], ids: Iterable[UUID]) -> list[UUID]:
     return sorted(ids, key=lambda one: (-near[one], one))[:K]
 
 
@@ -269,7 +270,7 @@ async def test_what_is_archived_sensitive_or_deleted_neither_comes_nor_counts_fo
     caller, now = asker.caller, datetime.now(UTC)
     await decide(database, caller, "memory.sensitive", granted=True)
     store, lifecycle = MemoryStore(database, data_keys_of(database)), LifecycleStore(database)
-    gone = set()
+    gone: set[UUID] = set()
     for _, question in questions():
         near = asker.nearness(question)
         first, second, third = best(near, near.keys() - gone)[:3]

@@ -91,8 +91,8 @@ async def test_what_was_retrieved_and_helped_is_worth_more_than_what_never_was(
         await learning.say_useful(kept[HELPED])
 
     async def is_counted() -> bool:
-        query = "SELECT sum(retrieved_count) FROM memory_scores"
-        return await owner.fetchval(query) == 6
+        counted: int = await owner.fetchval("SELECT sum(retrieved_count) FROM memory_scores")
+        return counted == 6
 
     await until(is_counted)
     after = await learning.scores()
