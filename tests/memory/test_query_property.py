@@ -350,17 +350,14 @@ class Story(RuleBasedStateMachine):
 
     def _delete(self, act: Act) -> Deed | None:
         kept = self._one(act, lambda kept: True)
-        return (
-            None
-            if kept is None
-            else self._deed_of(
-                act,
-                kept.id,
-                lambda stub, caller: stub.DeleteMemory(
-                    pb.DeleteMemoryRequest(id=kept.id), metadata=bearer(caller)
-                ),
-                lambda person, _: person.without(kept.id),
-            )
+        if kept is None:
+            return None
+        request = pb.DeleteMemoryRequest(id=kept.id)
+        return self._deed_of(
+            act,
+            kept.id,
+            lambda stub, caller: stub.DeleteMemory(request, metadata=bearer(caller)),
+            lambda person, _: person.without(request.id),
         )
 
     def _rate(self, act: Act) -> Deed | None:
@@ -378,16 +375,15 @@ class Story(RuleBasedStateMachine):
 
     def _embed(self, act: Act) -> Deed | None:
         kept = self._one(act, lambda kept: not (kept.is_short or kept.memory.sensitive))
-        return (
-            None
-            if kept is None
-            else self._deed_of(
-                act,
-                kept.id,
-                lambda stub, caller: upload(stub, caller, of(kept.memory, act.vector)),
-                lambda person, _: person.having(replace(kept, has_vector=True)),
-                ("memory.store", "memory.embed"),
-            )
+        if kept is None:
+            return None
+        vector, embedded = of(kept.memory, act.vector), replace(kept, has_vector=True)
+        return self._deed_of(
+            act,
+            kept.id,
+            lambda stub, caller: upload(stub, caller, vector),
+            lambda person, _: person.having(embedded),
+            ("memory.store", "memory.embed"),
         )
 
     def _decide(self, act: Act) -> Deed:
