@@ -26,6 +26,11 @@ _OWN: Final = ranking.NEIGHBOURHOOD[0] - ranking.NEIGHBOURHOOD[1]
 _BESIDE: Final = ranking.NEIGHBOURHOOD[1] - ranking.NEIGHBOURHOOD[2]
 _AROUND: Final = ranking.NEIGHBOURHOOD[2]
 
+# So many times what is wanted is taken from a graph, which knows each turn alone: the best with
+# their neighbours are not all among the best alone. Of 2 000 turns that have nothing to do with
+# each other, the nearest 100 lead to 0.97 of the best ten, and 200 to all.
+_DEPTH: Final = 2
+
 # Without iterative scans a graph yields its nearest vectors of all users and no more. Strict order
 # drops what is found late: it recalled 0.81 to 0.96 of the nearest 10 where relaxed order, sorted
 # afterwards, recalled all. Nor may the planner sort all vectors of the user instead: they are many.
@@ -131,8 +136,10 @@ def _scan_query(passing: str) -> str:
 @cache
 def _graph_query(dimension: int, passing: str) -> str:
     """Return the query that takes candidates from a graph, then looks at the turns around them."""
+    # Those further off are compared for the sake of these: what is around them is not known.
+    near = "memory.id = ANY (ARRAY(SELECT id FROM candidate WHERE is_near))"
     smoothed = _SMOOTHED.format(
-        passing=passing,
+        passing=f"{passing} AND {near}",
         condition="embedding.memory_id = ANY (ARRAY(SELECT id FROM candidate))",
         reached="(SELECT count(*) FROM in_graph)",
     )
@@ -144,19 +151,20 @@ def _graph_query(dimension: int, passing: str) -> str:
           FROM {_VECTORS}
          WHERE {_OF_MODEL} AND in_graph AND dimension = {dimension} AND {passing}
          ORDER BY vector::halfvec({dimension}) <#> $4::halfvec({dimension})
-         LIMIT $5
+         LIMIT {_DEPTH} * $5
     ), outside AS MATERIALIZED (
         SELECT memory.id, session_id, session_position
           FROM {_VECTORS}
          WHERE {_OF_MODEL} AND NOT in_graph AND {passing}
          ORDER BY vector <#> $4
-         LIMIT $5
+         LIMIT {_DEPTH} * $5
     ), found AS (
         SELECT * FROM in_graph UNION ALL SELECT * FROM outside
     ), candidate AS (
-        SELECT id FROM found
+        SELECT id, true AS is_near FROM found
          UNION
-        SELECT memory.id
+        SELECT memory.id,
+               abs(memory.session_position - found.session_position) <= {REACH} AS is_near
           FROM found
           JOIN memories AS memory
             ON memory.tenant_id = caller.tenant_id AND memory.user_id = caller.user_id

@@ -16,7 +16,9 @@ def passing(which: Filter, first: int) -> tuple[str, tuple[object, ...]]:
     if which.tags:
         asked.append(("tags @> ${}", list(which.tags)))
     if which.session_id:
-        asked.append(("session_id = ${}", which.session_id))
+        # That it is not empty says itself, but not to the planner of any session: the index of
+        # sessions has no others.
+        asked.append(("session_id = ${} AND session_id <> ''", which.session_id))
     if which.occurred_after:
         asked.append(("occurred_at >= ${}", which.occurred_after))
     if which.occurred_before:

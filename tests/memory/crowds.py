@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import asyncpg
 
+from local.postgres import OWNER, SUPERUSER
+from local.servers import Stores
 from server.caller import Caller
+from server.migrate import migrate, read_migrations
+
+FIRST_TURN = datetime(2026, 1, 1, tzinfo=UTC)
+"""When the first turn of all talks occurred."""
+
+
+@asynccontextmanager
+async def database_for(stores: Stores, module: str) -> AsyncIterator[str]:
+    """Make a database for the tests of a module: to fill one takes seconds, so would emptying it.
+
+    Yields its name.
+    """
+    await stores.postgres.provision(module)
+    owner = await asyncpg.connect(stores.postgres.dsn(OWNER, module))
+    await migrate(owner, read_migrations())
+    await owner.close()
+    yield module
+    superuser = await asyncpg.connect(stores.postgres.dsn(SUPERUSER, "postgres"))
+    await superuser.execute(f"DROP DATABASE {module} WITH (FORCE)")
+    await superuser.close()
 
 
 async def fill(
@@ -18,6 +41,7 @@ async def fill(
     *,
     talks: bool = True,
     is_known: bool = True,
+    scope: str = "private",
 ) -> None:
     """Give a user memories of three words each; a fifth of them are the turns of a talk.
 
@@ -27,17 +51,18 @@ async def fill(
         memories: How many.
         talks: Whether there are turns among them.
         is_known: Whether the planner is told.
+        scope: Who may see them.
     """
     await owner.execute(
         """
         WITH made AS (
             INSERT INTO memories (tenant_id, user_id, id, tier, content, tags, source, session_id,
                                   session_position, occurred_at, size_bytes, content_hash,
-                                  created_at, updated_at, terms)
+                                  created_at, updated_at, scope, terms)
             SELECT $1, $2, gen_random_uuid(), 'long_term', 'number ' || n, '{}', 'chat',
                    CASE WHEN $4 AND n % 5 = 0 THEN 'talk' ELSE '' END,
                    CASE WHEN $4 AND n % 5 = 0 THEN n END,
-                   now(), 100, sha256(n::text::bytea), now(), now(),
+                   now(), 100, sha256(n::text::bytea), now(), now(), $5,
                    format('{%s:1,%s:1,%s:1}/1000000000', n % 1000 + 1, n % 999 + 1001,
                           n % 998 + 2001)::sparsevec
               FROM generate_series(1, $3) AS n
@@ -50,9 +75,47 @@ async def fill(
         caller.user_id,
         memories,
         talks,
+        scope,
     )
     if is_known:
         await owner.execute("ANALYZE memories, memory_scores")
+
+
+async def talk(owner: asyncpg.Connection, caller: Caller, turns: int) -> None:
+    """Give a user memories that are the turns of talks, 40 of each, one after the other.
+
+    A tenth has the tag "tenth", a quarter is permanent, and each occurred a minute after the one
+    before.
+
+    Args:
+        owner: A connection past row-level security.
+        caller: The user.
+        turns: How many.
+    """
+    await owner.execute(
+        """
+        WITH made AS (
+            INSERT INTO memories (tenant_id, user_id, id, tier, content, tags, source, session_id,
+                                  session_position, occurred_at, size_bytes, content_hash,
+                                  created_at, updated_at, terms)
+            SELECT $1, $2, gen_random_uuid(),
+                   CASE WHEN n % 4 = 0 THEN 'permanent' ELSE 'long_term' END, 'number ' || n,
+                   CASE WHEN n % 10 = 0 THEN '{tenth}' ELSE '{}' END::text[], 'chat',
+                   'talk ' || n / 40, n % 40, $4::timestamptz + n * interval '1 minute', 100,
+                   sha256(n::text::bytea), now(), now(),
+                   format('{%s:1}/1000000000', n % 1000 + 1)::sparsevec
+              FROM generate_series(0, $3 - 1) AS n
+            RETURNING id
+        )
+        INSERT INTO memory_scores (tenant_id, user_id, memory_id, last_seen_at)
+        SELECT $1, $2, id, now() FROM made
+        """,
+        caller.tenant_id,
+        caller.user_id,
+        turns,
+        FIRST_TURN,
+    )
+    await owner.execute("ANALYZE memories, memory_scores")
 
 
 @asynccontextmanager
@@ -104,6 +167,8 @@ async def embed(
 async def crowd(owner: asyncpg.Connection, users: int, each: int, model: str) -> list[UUID]:
     """Give new users memories with vectors of 64 numbers, a million in a quarter of a minute.
 
+    One of 50 memories is shared.
+
     Returns:
         Their ids.
     """
@@ -133,12 +198,12 @@ _CROWD = (
     """
     INSERT INTO memories (tenant_id, user_id, id, tier, content, tags, source, session_id,
                           session_position, occurred_at, size_bytes, content_hash, created_at,
-                          updated_at, terms)
+                          updated_at, scope, terms)
     SELECT whose[n / $2 + 1], whose[n / $2 + 1],
            ('00000000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid, 'long_term',
            'number ' || n, '{}', 'chat', CASE WHEN n % 5 = 0 THEN 'talk' ELSE '' END,
            CASE WHEN n % 5 = 0 THEN n END, now(), 100, sha256(n::text::bytea), now(), now(),
-           terms[n % 1000 + 1]
+           CASE WHEN n % 50 = 0 THEN 'shared' ELSE 'private' END, terms[n % 1000 + 1]
       FROM generate_series(0, $2 * cardinality($1::uuid[]) - 1) AS n,
            (SELECT $1::uuid[] AS whose,
                    ARRAY(SELECT format('{%s:1,%s:1,%s:1}/1000000000', n + 1, n % 999 + 1001,
