@@ -67,11 +67,14 @@ async def hasten_embedding(connection: Connection, caller: Caller) -> None:
         """
         WITH hastened AS (
             UPDATE jobs SET run_at = now(), due = true
-             WHERE unique_key = $1 AND state = 'waiting' AND NOT due
+             WHERE tenant_id = $1 AND user_id = $2 AND unique_key = $3
+               AND state = 'waiting' AND NOT due
             RETURNING id
         )
-        SELECT pg_notify($2, '') FROM hastened
+        SELECT pg_notify($4, '') FROM hastened
         """,
+        caller.tenant_id,
+        caller.user_id,
         _key(caller),
         DOORBELL,
     )

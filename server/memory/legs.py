@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Generic, TypeVar
 
 import structlog
 
@@ -42,42 +43,87 @@ async def timed(leg: str, work: Coroutine[Any, Any, T]) -> T:
     return result
 
 
-class Legs:
-    """Waits for legs, and holds those that were given up until they have ended.
+class Leg(Generic[T]):
+    """A part of an answer that is under way."""
 
-    A leg that is given up is cancelled, but not waited for: a store that hangs may take seconds to
-    let go of its connection.
+    __slots__ = ("_name", "_task")
+
+    def __init__(self, name: str, task: "asyncio.Task[T]") -> None:
+        self._name = name
+        self._task = task
+
+    async def by(self, until: float) -> T | None:
+        """Return what it brings; None if that is late, or its store is out of reach.
+
+        What else it raises is raised.
+
+        Args:
+            until: When it is late, by the clock of the event loop.
+        """
+        try:
+            if not self._task.done():
+                left = until - asyncio.get_running_loop().time()
+                await asyncio.wait([self._task], timeout=max(0.0, left))
+            if self._task.done():
+                return self._task.result()
+            failure: Exception = TimeoutError()
+        except (TimeoutError, StoreUnavailable) as error:
+            failure = error
+        log.warning("leg given up", leg=self._name, error=repr(failure))
+        LATE.labels(self._name).inc()
+        return None
+
+    def stop(self) -> None:
+        """Have it end, if it has not."""
+        self._task.cancel()
+
+
+class Legs:
+    """Begins legs, and holds them until they have ended.
+
+    One that is given up is cancelled, but nobody waits for it: a store that hangs may take seconds
+    to let go of its connection.
     """
 
     def __init__(self) -> None:
         self._going: set[asyncio.Task[Any]] = set()
 
-    async def wait(self, leg: str, work: Coroutine[Any, Any, T], until: float) -> T | None:
-        """Return what a leg brings; None if that is late, or its store is out of reach.
+    @contextmanager
+    def of_a_query(self) -> "Iterator[Round]":
+        """Provide for the legs of one query: what is still under way at the end is given up."""
+        legs = Round(self._begin)
+        try:
+            yield legs
+        finally:
+            legs.stop()
 
-        Args:
-            leg: Its name.
-            work: What it does. Whatever else that raises is raised.
-            until: When it is late, by the clock of the event loop.
-        """
-        task = asyncio.create_task(timed(leg, work))
+    def _begin(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        task = asyncio.create_task(work)
         self._going.add(task)
         task.add_done_callback(self._ended)
-        try:
-            await asyncio.wait([task], timeout=max(0.0, until - asyncio.get_running_loop().time()))
-            if task.done():
-                return task.result()
-            failure: Exception = TimeoutError()
-        except (TimeoutError, StoreUnavailable) as error:
-            failure = error
-        finally:
-            task.cancel()
-        log.warning("leg given up", leg=leg, error=repr(failure))
-        LATE.labels(leg).inc()
-        return None
+        return task
 
     def _ended(self, task: "asyncio.Task[Any]") -> None:
         self._going.discard(task)
         if not task.cancelled():
             # Nobody else asks one that was given up how it ended.
             task.exception()
+
+
+class Round:
+    """The legs of one query."""
+
+    def __init__(self, begin: Callable[[Coroutine[Any, Any, Any]], "asyncio.Task[Any]"]) -> None:
+        self._begin = begin
+        self._legs: list[Leg[Any]] = []
+
+    def begin(self, name: str, work: Coroutine[Any, Any, T]) -> Leg[T]:
+        """Begin a leg."""
+        leg: Leg[T] = Leg(name, self._begin(timed(name, work)))
+        self._legs.append(leg)
+        return leg
+
+    def stop(self) -> None:
+        """Give up what is still under way."""
+        for leg in self._legs:
+            leg.stop()

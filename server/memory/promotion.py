@@ -127,7 +127,7 @@ class Promotion:
                 return 0
             moved = await self._insert(connection, caller, moves, writing)
             await _see_again(
-                connection, caller, [new for key, (_, new) in moves.items() if key not in moved]
+                connection, caller, [move for key, move in moves.items() if key not in moved]
             )
             await leave(connection, caller, list(moves))
             await _record(connection, caller, moved, actor)
@@ -328,19 +328,29 @@ async def _insert_versions(
     )
 
 
-async def _see_again(connection: Connection, caller: Caller, said: Iterable[Memory]) -> None:
-    """Count the durable memories with the same texts at the same places as seen."""
-    repeated = list(said)
+async def _see_again(
+    connection: Connection, caller: Caller, moves: Sequence[tuple[Kept, Memory]]
+) -> None:
+    """Count the durable memories with the same texts at the same places as seen.
+
+    Args:
+        connection: The transaction.
+        caller: Whose memories they are.
+        moves: What each memory was in the short term, and would have been in its new tier.
+    """
+    repeated = [new for _, new in moves]
     rows = await connection.fetch(
         """
         UPDATE memory_scores AS scores
            SET use_count = scores.use_count + 1 + said.use_count,
                last_seen_at = greatest(scores.last_seen_at, said.last_seen_at),
-               feedback = coalesce(said.feedback, scores.feedback)
+               feedback = coalesce(said.feedback, scores.feedback),
+               useful_count = scores.useful_count + said.useful_count,
+               retrieved_count = scores.retrieved_count + said.retrieved_count
           FROM unnest($3::text[], $4::bytea[], $5::text[], $6::integer[], $7::integer[],
-                      $8::timestamptz[], $9::real[])
+                      $8::timestamptz[], $9::real[], $10::integer[], $11::integer[])
                AS said (tier, content_hash, session_id, session_position, use_count,
-                        last_seen_at, feedback)
+                        last_seen_at, feedback, useful_count, retrieved_count)
           JOIN memories AS memory
             ON memory.tenant_id = $1 AND memory.user_id = $2 AND memory.tier = said.tier
            AND memory.content_hash = said.content_hash AND memory.session_id = said.session_id
@@ -358,6 +368,8 @@ async def _see_again(connection: Connection, caller: Caller, said: Iterable[Memo
         [memory.use_count for memory in repeated],
         [memory.last_seen_at for memory in repeated],
         [memory.feedback for memory in repeated],
+        [kept.useful_count for kept, _ in moves],
+        [kept.retrieved_count for kept, _ in moves],
     )
     names = [ids.show(ids.MEMORY, row["memory_id"]) for row in rows]
     await audit.record_all(connection, caller, "memory.see", names)

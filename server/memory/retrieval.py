@@ -1,9 +1,8 @@
 """Finding the memories that answer a question."""
 
-import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
@@ -19,7 +18,7 @@ from server.memory.embeddings import Embedding
 from server.memory.fusion import Match, Weights, candidate_of, explain, rank
 from server.memory.legs import Legs, timed
 from server.memory.metrics import LATENCY
-from server.memory.model import Candidate, Filter, Found, Memory
+from server.memory.model import Candidate, Found, Memory
 from server.memory.question_vectors import QuestionVectors
 from server.memory.questions import Question
 from server.memory.search_store import SearchStore, Versions, Words
@@ -225,69 +224,33 @@ class Retrieval:
         asked = caller, terms, question.which, limit
         # Read before their order is known, only where the words alone decide it.
         whole = 0 if model else _whole(question)
-        try:
-            async with asyncio.TaskGroup() as group:
-                short = group.create_task(self._short(*asked, profile.language, until))
-                meant = group.create_task(self._meant(caller, question, model, limit, until))
-                shared = group.create_task(self._shown(*asked, question, until))
-                durable = await timed("lexical", self._store.query(*asked, whole))
-                if durable.versions.settings != profile.settings_version:
-                    # The other legs are let go, so that there is time left for them to begin anew.
-                    raise _ProfileOutdated
-        except ExceptionGroup as failures:
-            # A group of problems is no problem that anyone knows: it would be told as INTERNAL.
-            raise failures.exceptions[0] from None
-        others = (*(short.result() or ()), *(shared.result() or ()))
-        # What was promoted between two legs is in both; the later place is the right one.
-        durable_ids = {candidate.id for candidate in durable.candidates}
-        lasting = {
-            one.memory.id: one
-            for one in others
-            if one.memory.id not in durable_ids and _lasts(one.memory, question.as_of)
-        }
+        with self._legs.of_a_query() as legs:
+            short = legs.begin("short_term", self._short_term.query(*asked, profile.language))
+            meant = (
+                legs.begin("vector", self._meant(caller, question, model, limit)) if model else None
+            )
+            shown = (
+                legs.begin("shared", self._shared.query(*asked))
+                if question.include_shared
+                else None
+            )
+            durable = await timed("lexical", self._store.query(*asked, whole))
+            if durable.versions.settings != profile.settings_version:
+                # The other legs are let go, so that there is time left for them to begin anew.
+                raise _ProfileOutdated
+            kept = await short.by(until)
+            near = await meant.by(until) if meant else _Meant(None)
+            shared = await shown.by(until) if shown else ()
+        if kept is None and not question.which.durable_tiers:
+            raise StoreUnavailable("the short-term store")
         return _Found(
             durable,
-            lasting,
-            meant.result().near if meant.result() else None,
-            semantic_late=meant.result() is None,
-            short_term_late=short.result() is None,
-            shared_late=shared.result() is None,
+            _beside(durable, (*(kept or ()), *(shared or ())), question.as_of),
+            near.near if near else None,
+            semantic_late=near is None,
+            short_term_late=kept is None,
+            shared_late=shared is None,
         )
-
-    async def _short(
-        self,
-        caller: Caller,
-        terms: Mapping[int, float],
-        which: Filter,
-        limit: int,
-        language: Language,
-        until: float,
-    ) -> list[Found] | None:
-        """Return the short-term memories that match; None if their store is out of reach.
-
-        Raises:
-            StoreUnavailable: It is, and nothing else was asked for.
-        """
-        work = self._short_term.query(caller, terms, which, limit, language)
-        found = await self._legs.wait("short_term", work, until)
-        if found is None and not which.durable_tiers:
-            raise StoreUnavailable("the short-term store")
-        return found
-
-    async def _shown(
-        self,
-        caller: Caller,
-        terms: Mapping[int, float],
-        which: Filter,
-        limit: int,
-        question: Question,
-        until: float,
-    ) -> list[Found] | None:
-        """Return what others show that matches; None if that takes too long."""
-        if not question.include_shared:
-            return []
-        work = self._shared.query(caller, terms, which, limit)
-        return await self._legs.wait("shared", work, until)
 
     def _model(self, question: Question, profile: "_Profile") -> str:
         """Return the model whose vectors are to be compared with a question; empty: none."""
@@ -297,27 +260,10 @@ class Retrieval:
         chosen = profile.embedding_model
         return chosen if is_told_apart and self._vectors.has(chosen) else ""
 
-    async def _meant(
-        self, caller: Caller, question: Question, model: str, limit: int, until: float
-    ) -> "_Meant | None":
-        """Return what is near in meaning; None if that takes too long."""
-        if not model:
-            return _Meant(None)
+    async def _meant(self, caller: Caller, question: Question, model: str, limit: int) -> "_Meant":
+        """Return what is near in meaning, where that can be told."""
         if question.embedding is not None:
-            work = self._near(caller, question.embedding, question, limit)
-        else:
-            work = self._near_to_text(caller, model, question, limit)
-        return await self._legs.wait("vector", work, until)
-
-    async def _near(
-        self, caller: Caller, embedding: Embedding, question: Question, limit: int
-    ) -> "_Meant":
-        return _Meant(await self._embeddings.nearest(caller, embedding, question.which, limit))
-
-    async def _near_to_text(
-        self, caller: Caller, model: str, question: Question, limit: int
-    ) -> "_Meant":
-        """Return what is near to a question that brought no vector, where that can be told."""
+            return await self._near(caller, question.embedding, question, limit)
         embedding = await timed("embedding", self._vectors.of(model, question.text))
         if embedding is None:
             return _Meant(None)
@@ -329,6 +275,11 @@ class Retrieval:
             log.info("question compared by words alone", reason=problem.reason)
             return _Meant(None)
 
+    async def _near(
+        self, caller: Caller, embedding: Embedding, question: Question, limit: int
+    ) -> "_Meant":
+        return _Meant(await self._embeddings.nearest(caller, embedding, question.which, limit))
+
 
 @dataclass(frozen=True, slots=True)
 class _Meant:
@@ -336,6 +287,19 @@ class _Meant:
 
     near: Nearest | None
     """None: it was not asked for, or cannot be compared."""
+
+
+def _beside(words: Words, found: Iterable[Found], as_of: datetime) -> dict[UUID, Found]:
+    """Return what was found elsewhere and lasts, without what is among the durable memories too.
+
+    What was promoted between two legs is in both; the later place is the right one.
+    """
+    durable = {candidate.id for candidate in words.candidates}
+    return {
+        one.memory.id: one
+        for one in found
+        if one.memory.id not in durable and _lasts(one.memory, as_of)
+    }
 
 
 def _lasts(memory: Memory, as_of: datetime) -> bool:

@@ -91,6 +91,8 @@ from server.users import withdrawals
 
 async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     """Return what the memory process serves; what it opened is closed with the stack."""
+    # Before anything is opened: whoever names a wrong folder is told at once.
+    vectors = _question_vectors(settings)
     database, system = await stack.enter_async_context(open_databases(settings, "memory"))
     keys = await open_remote_keys(settings, stack)
     ended = await known_ended_grants(system)
@@ -134,7 +136,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
                 shared,
                 opener,
                 utc_now,
-                vectors=_question_vectors(settings),
+                vectors=vectors,
             ),
             answers,
             counts,

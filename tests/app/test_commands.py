@@ -37,6 +37,30 @@ def test_wrong_settings_are_named_without_their_values() -> None:
     assert "secret" not in ended.stderr
 
 
+def test_models_for_questions_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    nowhere = "postgresql://nobody@localhost:1/none"
+    ended = run(
+        "memory",
+        KIMBERLY_DATABASE_URL=nowhere,
+        KIMBERLY_SYSTEM_DATABASE_URL=nowhere,
+        KIMBERLY_REDIS_URL="redis://localhost:1",
+        KIMBERLY_S3_ENDPOINT="localhost:1",
+        KIMBERLY_S3_ACCESS_KEY="none",
+        KIMBERLY_S3_SECRET_KEY="none",
+        KIMBERLY_LISTEN_SOCKET=str(tmp_path / "listen"),
+        KIMBERLY_OUTBOUND_SOCKET=str(tmp_path / "outbound"),
+        KIMBERLY_TOKEN_ISSUER="https://localhost:1",
+        KIMBERLY_TRUST_DOMAIN="kimberly.local",
+        KIMBERLY_NAMESPACE="test",
+        KIMBERLY_MASTER_KEY_FILE=str(tmp_path / "master.key"),
+        KIMBERLY_QUESTION_MODELS_DIRECTORY=str(tmp_path),
+    )
+    assert ended.returncode == 78, ended.stderr
+    assert f"{tmp_path}/mine has no tokenizer.json" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def kimberly(*arguments: str, path: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-P", "-m", "kimberly.cli", *arguments],

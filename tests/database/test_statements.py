@@ -86,7 +86,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "jobs.metrics.standing": ALL,
     "jobs.metrics.waiting": ALL,
     "jobs.store.some": "system role: jobs that were shown to their users when a watch began",
-    "memory.embedding_jobs.finish": "the lease token of a job stands for its user",
+    "memory.embedding_jobs._release": "the lease token of a job stands for its user",
     "memory.embedding_jobs.hold": "the lease token of a job stands for its user",
     "memory.key_rotation._store": "system role: keys are wrapped anew by their ids",
     "memory.metrics.interrupted": ALL,
