@@ -127,6 +127,7 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "ResetPassword": {"token": Means.SECRET},
     "VerifyEmail": {"token": Means.SECRET},
     "CreateExport": {"request_id": Means.FREE},
+    "CreateJob": {"request_id": Means.FREE},
     "GetExport": {"id": Means.EXPORT},
     "GetErasure": {"id": Means.END},
     "GetErasureReceipt": {"receipt_id": Means.SECRET},
