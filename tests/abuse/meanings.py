@@ -237,7 +237,7 @@ FILLED: Final[Mapping[str, Message]] = {
     "RegisterAgent": agents.RegisterAgentRequest(
         name="a helper", kind=agents.AGENT_KIND_EXTERNAL, scopes=["memory.read"]
     ),
-    "CreateJob": jobs.CreateJobRequest(kind="embedding.batch"),
+    "CreateJob": jobs.CreateJobRequest(kind="meditation.run", payload_json='{"dry_run": true}'),
     "CreateSchedule": jobs.CreateScheduleRequest(kind="embedding.batch", cron="0 0 1 1 *"),
     "UpdateUser": users.UpdateUserRequest(
         user=users.User(display_name="me"), update_mask=FieldMask(paths=["display_name"])
