@@ -42,7 +42,6 @@ _SAFE_TO_REPEAT = [
 _SAFE_TO_REPEAT += [
     {"service": "kimberly.jobs.v1.JobService", "method": method}
     for method in (
-        "CreateJob",
         "GetJob",
         "ListJobs",
         "RetryJob",

@@ -161,7 +161,9 @@ class Queue:
     async def reclaim(self) -> int:
         """Take back leases that lapsed and return how many jobs wait again because of it.
 
-        A job that lost its worker at its last attempt is dead: it may well be what killed it.
+        A job that lost its worker at its last attempt is dead: it may well be what killed it. So
+        may one that lost two: it waits by chance, longer each time. Those that were done beside
+        it would otherwise always be leased with it again, and die with it.
         """
         rows = await self._database.fetch_alone(
             """
@@ -169,7 +171,10 @@ class Queue:
                 SELECT id, lease_token,
                        CASE WHEN cancelled_at IS NOT NULL THEN 'cancelled'
                             WHEN attempt < max_attempts THEN 'waiting'
-                            ELSE 'dead' END AS next
+                            ELSE 'dead' END AS next,
+                       CASE WHEN attempt > 1 AND attempt < max_attempts AND cancelled_at IS NULL
+                            THEN random() * ($4::float8[])[least(attempt, cardinality($4))]
+                       END AS pause
                   FROM jobs
                  WHERE state = 'running' AND lease_expires_at < clock_timestamp()
                  LIMIT $2
@@ -178,6 +183,8 @@ class Queue:
             UPDATE jobs
                SET state = lapsed.next,
                    finished_at = CASE WHEN lapsed.next <> 'waiting' THEN now() END,
+                   run_at = coalesce(now() + make_interval(secs => lapsed.pause), run_at),
+                   due = lapsed.pause IS NULL,
                    error = $1, worker_id = NULL, lease_expires_at = NULL
               FROM lapsed
              WHERE jobs.id = lapsed.id AND jobs.lease_token = lapsed.lease_token
@@ -186,6 +193,7 @@ class Queue:
             _LAPSED,
             _AT_ONCE,
             DOORBELL,
+            LADDER,
         )
         metrics.FAILURES.labels("lease_passed").inc(len(rows))
         ended = [(row["kind"], row["state"]) for row in rows if row["state"] != "waiting"]
@@ -267,19 +275,6 @@ class Queue:
         metrics.observe(metrics.DURATION, ((row["kind"], row["seconds"]) for row in standing))
         return {outcomes[row["place"] - 1].held for row in standing}
 
-    async def _completed_before(self, leases: Sequence[Held]) -> set[Held]:
-        rows = await self._database.fetch_alone(
-            """
-            SELECT id, lease_token
-              FROM jobs
-              JOIN unnest($1::uuid[], $2::bigint[]) AS lease (id, token) USING (id)
-             WHERE lease_token = lease.token AND state = 'succeeded'
-            """,
-            [held.job_id for held in leases],
-            [held.token for held in leases],
-        )
-        return {Held(row["id"], row["lease_token"]) for row in rows}
-
     async def _fail(self, worker_id: str, outcomes: Sequence[Failed]) -> set[Held]:
         rows = await self._database.fetch_alone(
             """
@@ -335,6 +330,19 @@ class Queue:
             worker_id,
         )
         metrics.count_finished((row["kind"], "cancelled") for row in rows)
+        return {Held(row["id"], row["lease_token"]) for row in rows}
+
+    async def _completed_before(self, leases: Sequence[Held]) -> set[Held]:
+        rows = await self._database.fetch_alone(
+            """
+            SELECT id, lease_token
+              FROM jobs
+              JOIN unnest($1::uuid[], $2::bigint[]) AS lease (id, token) USING (id)
+             WHERE lease_token = lease.token AND state = 'succeeded'
+            """,
+            [held.job_id for held in leases],
+            [held.token for held in leases],
+        )
         return {Held(row["id"], row["lease_token"]) for row in rows}
 
 

@@ -15,6 +15,7 @@ from server.jobs.schedule_handlers import ScheduleHandlers
 from server.jobs.schedule_store import ScheduleStore
 from server.jobs.store import JobStore
 from server.jobs.watching import JobFeed
+from server.requests import check_request_id
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -33,7 +34,11 @@ class JobService(ScheduleHandlers, rpc.JobServiceServicer):
     async def CreateJob(
         self, request: pb.CreateJobRequest, context: Context
     ) -> pb.CreateJobResponse:
-        job = await self._store.create(current_caller(), request.kind, request.payload_json)
+        check_request_id(request.request_id)
+        asked = (request.kind, request.payload_json)
+        job = await self._store.create(
+            current_caller(), *asked, request.request_id, request.SerializeToString()
+        )
         return pb.CreateJobResponse(job=job_to(job))
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:

@@ -14,6 +14,7 @@ from server.errors import NotFound, StateConflict
 from server.jobs.asking import Kinds
 from server.jobs.doorbell import CANCELLATIONS
 from server.jobs.model import Job, JobState
+from server.requests import claim, redirect
 
 _COLUMNS: Final = """id, kind, state, attempt, max_attempts, progress, error, result, created_at,
                        run_at, cancelled_at, finished_at"""
@@ -34,17 +35,36 @@ class JobStore:
         self._system = system
         self._kinds = kinds
 
-    async def create(self, caller: Caller, kind: str, payload_json: str) -> Job:
+    async def create(
+        self, caller: Caller, kind: str, payload_json: str, request_id: str, contents: bytes
+    ) -> Job:
         """Ask for a job, or return the unfinished one that does the same.
 
+        Args:
+            caller: Whose it is.
+            kind: What is to be done.
+            payload_json: What it is told.
+            request_id: Chosen by the client; empty for none. What an earlier request of the same
+                id asked for is returned, whatever has become of it.
+            contents: The request, to recognise a retry by.
+
         Raises:
+            RequestIdReused: The earlier request had other contents.
+            NotFound: What the earlier one asked for ended so long ago that it is forgotten.
             InvalidArgument: Users may not ask for this kind, or not tell it that.
             StateConflict: The user's settings and consents rule it out.
             Problem: Whatever else the kind refuses for.
         """
         payload = self._kinds.payload(kind, payload_json)
+        fresh = ids.new_id()
         async with self._database.transaction(caller) as connection:
+            if request_id:
+                named = (connection, caller, "CreateJob", request_id)
+                if (claimed := await claim(*named, contents, fresh)) != fresh:
+                    return await _get(connection, caller, claimed)
             job_id = await self._kinds.ask(connection, caller, kind, payload)
+            if request_id:
+                await redirect(*named, job_id)
             await audit.record(connection, caller, "job.create", ids.show(ids.JOB, job_id))
             return await _get(connection, caller, job_id)
 

@@ -127,6 +127,7 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "ResetPassword": {"token": Means.SECRET},
     "VerifyEmail": {"token": Means.SECRET},
     "CreateExport": {"request_id": Means.FREE},
+    "CreateJob": {"request_id": Means.FREE},
     "GetExport": {"id": Means.EXPORT},
     "GetErasure": {"id": Means.END},
     "GetErasureReceipt": {"receipt_id": Means.SECRET},
@@ -236,7 +237,7 @@ FILLED: Final[Mapping[str, Message]] = {
     "RegisterAgent": agents.RegisterAgentRequest(
         name="a helper", kind=agents.AGENT_KIND_EXTERNAL, scopes=["memory.read"]
     ),
-    "CreateJob": jobs.CreateJobRequest(kind="embedding.batch"),
+    "CreateJob": jobs.CreateJobRequest(kind="meditation.run", payload_json='{"dry_run": true}'),
     "CreateSchedule": jobs.CreateScheduleRequest(kind="embedding.batch", cron="0 0 1 1 *"),
     "UpdateUser": users.UpdateUserRequest(
         user=users.User(display_name="me"), update_mask=FieldMask(paths=["display_name"])

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from uuid import UUID
 
@@ -13,14 +13,16 @@ from local.mesh import Mesh
 from local.postgres import SYSTEM
 from local.processes import State
 from server.database import SystemDatabase, open_pool
-from server.enqueue import NewJob, enqueue, enqueue_all
+from server.enqueue import USUAL_ATTEMPTS, NewJob, enqueue_all
 from tests.faults.conftest import COMMANDS, LEASE_SECONDS
 from tests.faults.figures import Figures, percentile
-from tests.faults.jobs import KIND, MANY_ATTEMPTS, POISON, Work
+from tests.faults.jobs import KIND, POISON, Work
 from tests.faults.reach import as_superuser, until
 from tests.faults.test_jobs_under_fire import WORKERS, busy_mesh
 
-ATTEMPTS = 5
+ATTEMPTS = USUAL_ATTEMPTS
+COMPANIONS = 5
+"""Jobs of others that are leased together with the poison."""
 USUAL_SECONDS = 30.0
 EVERY_SECONDS = 0.05
 JOBS_AT_ONCE = 6
@@ -52,27 +54,39 @@ async def fed(mesh: Mesh) -> AsyncIterator[SystemDatabase]:
 
 
 async def feed(database: SystemDatabase) -> None:
-    jobs = [NewJob(KIND, max_attempts=MANY_ATTEMPTS)] * JOBS_AT_ONCE
+    jobs = [NewJob(KIND)] * JOBS_AT_ONCE
     while True:
         async with database.transaction() as connection:
             await enqueue_all(connection, jobs)
         await asyncio.sleep(EVERY_SECONDS)
 
 
-async def seconds_until_done(mesh: Mesh, after: UUID | None, upto: UUID) -> list[float]:
+async def seconds_until_done(
+    mesh: Mesh, after: UUID, upto: UUID, without: Sequence[UUID] = ()
+) -> list[float]:
     """Return how long each job of a stretch took until it was done, by Postgres's clock."""
     async with as_superuser(mesh) as superuser:
         rows = await superuser.fetch(
             """
             SELECT date_part('epoch', finished_at - created_at) AS seconds
               FROM jobs
-             WHERE kind = $1 AND state = 'succeeded' AND ($2::uuid IS NULL OR id > $2) AND id <= $3
+             WHERE kind = $1 AND state = 'succeeded' AND id > $2 AND id <= $3 AND id <> ALL ($4)
             """,
             KIND,
             after,
             upto,
+            list(without),
         )
     return [row["seconds"] for row in rows]
+
+
+async def attempts_of(mesh: Mesh, job_ids: Sequence[UUID]) -> list[int]:
+    """Return at which attempts jobs were done, or given up."""
+    async with as_superuser(mesh) as superuser:
+        rows = await superuser.fetch(
+            "SELECT attempt FROM jobs WHERE id = ANY ($1) ORDER BY attempt", list(job_ids)
+        )
+    return [row["attempt"] for row in rows]
 
 
 async def hit(mesh: Mesh) -> int:
@@ -102,18 +116,21 @@ async def test_poison_dies_at_its_last_attempt_and_others_are_done_as_soon_as_ev
         await asyncio.sleep(USUAL_SECONDS)
         before_it = await work.newest()
         async with database.transaction() as connection:
-            poison = await enqueue(connection, kind=POISON, payload={}, max_attempts=ATTEMPTS)
+            poison, *companions = await enqueue_all(
+                connection, [NewJob(POISON), *[NewJob(KIND)] * COMPANIONS]
+            )
 
         async def is_given_up() -> bool:
             async with as_superuser(mesh) as superuser:
                 state = await superuser.fetchval("SELECT state FROM jobs WHERE id = $1", poison)
             return bool(state == "dead")
 
-        await until(is_given_up, 3 * ATTEMPTS * LEASE_SECONDS, pause=0.1)
+        await until(is_given_up, 4 * ATTEMPTS * LEASE_SECONDS, pause=0.1)
         last = await work.newest()
     await work.all_end(await work.newest(), 60)
     usual = await seconds_until_done(mesh, warm, before_it)
-    meanwhile = await seconds_until_done(mesh, before_it, last)
+    meanwhile = await seconds_until_done(mesh, before_it, last, without=companions)
+    beside = await attempts_of(mesh, companions)
     bystanders = await hit(mesh)
 
     async def are_back() -> bool:
@@ -134,13 +151,16 @@ async def test_poison_dies_at_its_last_attempt_and_others_are_done_as_soon_as_ev
     figures.guards.append(
         f"poison: {restarts(mesh) - born} workers killed by {ATTEMPTS} attempts, then dead;"
         f" others' p99 enqueued to done {p99[0]:.0f} ms before ({len(usual)} jobs),"
-        f" {p99[1]:.0f} ms during ({len(meanwhile)}); {bystanders} jobs lost a worker with it"
+        f" {p99[1]:.0f} ms during ({len(meanwhile)}); {bystanders} jobs lost a worker with it;"
+        f" those leased together with it were done at attempts {beside}"
     )
     with capsys.disabled():
         sys.stdout.write(f"\n{figures.guards[-1]}, slowest {max(meanwhile):.2f} s ")
     assert tuple(end) == ("dead", ATTEMPTS, "the worker stopped answering")
     assert restarts(mesh) - born == ATTEMPTS
+    # None was given up because it was always leased with the poison, and so died with it.
     assert (tally.made, tally.settled_twice, tally.by_old_lease) == (tally.done, 0, 0)
+    assert beside[-1] > 1
     # As many as ever take longer than the usual 99th percentile: a hundredth, but for chance.
     limit = percentile(usual, 0.99) + NOTICEABLE_SECONDS
     slow = sum(seconds > limit for seconds in meanwhile)

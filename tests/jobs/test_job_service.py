@@ -288,6 +288,25 @@ async def test_user_asks_for_a_job_of_a_kind_that_users_may_ask_for(
         assert (refusal.code, refusal.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ("kind",))
 
 
+async def test_job_that_is_asked_for_again_with_its_request_id_is_made_once_even_if_it_has_ended(
+    jobs: rpc.JobServiceAsyncStub, owner: asyncpg.Connection, caller: Caller
+) -> None:
+    request = pb.CreateJobRequest(kind="user.export", request_id="mine")
+    made = (await jobs.CreateJob(request, metadata=bearer(caller))).job
+    await owner.execute("UPDATE jobs SET state = 'succeeded', finished_at = now()")
+    again = (await jobs.CreateJob(request, metadata=bearer(caller))).job
+    assert (again.id, again.state) == (made.id, pb.JOB_STATE_SUCCEEDED)
+    other = pb.CreateJobRequest(kind="user.export")
+    assert (await jobs.CreateJob(other, metadata=bearer(caller))).job.id != made.id
+    reused = pb.CreateJobRequest(kind="meditation.run", request_id="mine")
+    refusal = await refusal_of(jobs.CreateJob(reused, metadata=bearer(caller)))
+    assert refusal.reason == "REQUEST_ID_REUSED"
+    too_long = pb.CreateJobRequest(kind="user.export", request_id="x" * 65)
+    refusal = await refusal_of(jobs.CreateJob(too_long, metadata=bearer(caller)))
+    assert refusal.fields == ("request_id",)
+    assert await owner.fetchval("SELECT count(*) FROM jobs") == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "payload_json", "does"),
     [

@@ -218,9 +218,31 @@ async def test_job_that_kills_its_worker_is_dead_at_the_last_attempt(
         assert lease.attempt == attempt
         await let_lapse(owner)
         await queue.reclaim()
+        await come_due(queue, owner)
     assert await queue.lease("next", ["test"], 1) == []
     dead = await row(owner, job_id)
     assert (dead["state"], dead["error"]) == ("dead", "the worker stopped answering")
+
+
+async def test_jobs_that_lost_two_workers_together_come_back_apart(
+    queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    async with system_database.transaction() as connection:
+        await enqueue_all(connection, [NewJob("test")] * 20)
+    for attempt in (1, 2):
+        # One loss is no reason to wait: it is seldom the job's fault.
+        leases = await queue.lease(f"victim {attempt}", ["test"], 20)
+        assert [lease.attempt for lease in leases] == [attempt] * 20
+        await let_lapse(owner)
+        assert await queue.reclaim() == 20
+    assert await queue.lease("next", ["test"], 20) == []
+    pauses = await owner.fetch(
+        "SELECT date_part('epoch', run_at - now()) AS seconds FROM jobs ORDER BY run_at"
+    )
+    assert pauses[-1]["seconds"] <= 2
+    assert pauses[-1]["seconds"] - pauses[0]["seconds"] > 0.5
+    await come_due(queue, owner)
+    assert len(await queue.lease("next", ["test"], 20)) == 20
 
 
 async def test_handed_back_job_loses_no_attempt(

@@ -187,6 +187,7 @@ class CreateJobRequest(_message.Message):
 
     KIND_FIELD_NUMBER: _builtins.int
     PAYLOAD_JSON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """What is to be done:
     - "embedding.batch" makes the vectors that memories lack. STATE_CONFLICT unless settings and
@@ -197,15 +198,20 @@ class CreateJobRequest(_message.Message):
     """
     payload_json: _builtins.str
     """What the job is told: a JSON object; empty for nothing."""
+    request_id: _builtins.str
+    """Chosen by the client, at most 64 characters: a retry with the same one makes no second job,
+    even if the first has ended by then. Empty: a request makes one unless it is under way.
+    """
     def __init__(
         self,
         *,
         kind: _builtins.str = ...,
         payload_json: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "payload_json", b"payload_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "payload_json", b"payload_json", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
