@@ -24,6 +24,7 @@ from server.memory.model import Filter, Tier
 from server.memory.retrieval_counts import RetrievalCounts
 from server.memory.search_store import SearchStore
 from server.memory.shared_store import SharedStore
+from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
 from tests.conftest import data_keys_of, new_caller
 from tests.memory.crowds import crowd, database_for, embed, fill, graph_made_anew
@@ -174,12 +175,14 @@ async def plan_of_meaning(watched: Watched, caller: Caller, part: str, which: Fi
     return await watched.plan(part, call)
 
 
-async def plan_of_counting(watched: Watched, callers: Iterable[Caller]) -> Plan:
+async def plan_of_counting(
+    watched: Watched, short_term: ShortTermStore, callers: Iterable[Caller]
+) -> Plan:
     """Return the plan of the statement that counts what queries returned, of many users."""
-    counts = RetrievalCounts(watched.system)
+    counts = RetrievalCounts(watched.system, short_term)
     for caller in callers:
         for memory in await SearchStore(watched.database).page(caller, ALL, before=None, limit=100):
-            counts.note(caller.user_id, [ids.show(ids.MEMORY, memory.id)])
+            counts.note(caller, [ids.show(ids.MEMORY, memory.id)], [])
     return await explained(watched.system_pool, "UPDATE memory_scores", counts.flush())
 
 
@@ -200,14 +203,14 @@ IN_TEN_ROWS = {
 
 
 async def test_tables_of_ten_rows_are_read_as_they_are_and_sorted_only_where_asked(
-    watched: Watched, superuser: asyncpg.Connection
+    watched: Watched, superuser: asyncpg.Connection, short_term: ShortTermStore
 ) -> None:
     caller = await _user(watched, superuser, 10, in_graph=False)
     await superuser.execute("ANALYZE")
     plans = await plans_of(watched, caller)
     for name, which in FILTERS.items():
         plans[f"meaning {name}"] = await plan_of_meaning(watched, caller, "compared AS", which)
-    plans["counting"] = await plan_of_counting(watched, [caller])
+    plans["counting"] = await plan_of_counting(watched, short_term, [caller])
     assert {name: plan.scans for name, plan in plans.items()} == IN_TEN_ROWS
     assert {name: plan.joins for name, plan in plans.items() if plan.joins - LOOPS} == {}
     assert {name: plan.buffers for name, plan in plans.items() if plan.buffers > 60} == {}
@@ -315,10 +318,10 @@ async def test_where_the_graph_yields_too_little_the_users_own_index_reaches_eve
 
 
 async def test_counts_of_many_users_are_written_row_by_row(
-    watched: Watched, crowded: Crowded
+    watched: Watched, crowded: Crowded, short_term: ShortTermStore
 ) -> None:
     users = [*crowded.scanned, *crowded.in_graph]
-    plan = await plan_of_counting(watched, users)
+    plan = await plan_of_counting(watched, short_term, users)
     assert (plan.scans, plan.joins) == ({"Index Scan memory_scores_pkey"}, LOOPS)
     # A row is found twice by four pages, and written to one.
     assert plan.buffers <= 50 + 12 * sum(min(size, 100) for size in SIZES) * 2

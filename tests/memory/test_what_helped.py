@@ -15,6 +15,7 @@ from server.caller import Caller
 from server.database import SystemDatabase
 from server.memory.answers import Answers
 from server.memory.retrieval_counts import RetrievalCounts
+from server.memory.short_term import ShortTermStore
 from tests.conftest import FakeClock, bearer
 from tests.memory.calls import Stub, create
 from tests.memory.meanings import ask, texts
@@ -33,9 +34,11 @@ HELPED, IN_VAIN, NEVER = (
 
 
 @pytest_asyncio.fixture
-async def counts(system_database: SystemDatabase) -> AsyncIterator[RetrievalCounts]:
+async def counts(
+    system_database: SystemDatabase, short_term: ShortTermStore
+) -> AsyncIterator[RetrievalCounts]:
     """Written by themselves, as in the process that answers queries."""
-    counts = RetrievalCounts(system_database, every_seconds=0.01)
+    counts = RetrievalCounts(system_database, short_term, every_seconds=0.01)
     running = asyncio.create_task(counts.run())
     yield counts
     running.cancel()

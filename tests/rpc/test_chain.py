@@ -236,7 +236,7 @@ async def test_worker_method_is_for_workers_only(channel: grpc.aio.Channel) -> N
         as_worker(WORKER_ID + "x"),
     ]:
         # Nothing is sent: to grpc.aio, what it cannot write any more is an error of its own.
-        call = stub.Score(metadata=metadata)
+        call = stub.Score(metadata=metadata)  # type: ignore[call-arg]
         refusal = await refusal_of(call.read())
         assert (refusal.code, refusal.reason) == (
             grpc.StatusCode.PERMISSION_DENIED,
