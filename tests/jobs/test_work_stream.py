@@ -211,23 +211,25 @@ async def test_leases_that_overlap_are_of_different_jobs_and_within_the_credit(
     workers: rpc.WorkerServiceAsyncStub, system_database: SystemDatabase
 ) -> None:
     await enqueue_some(system_database, 4000)
-    room, leased = 1000, set[tuple[UUID, int]]()
+    room, leased, settled = 1000, set[tuple[UUID, int]](), 0
     async with working(workers, in_columns=True) as stream:
         await stream.say(credit=pb.Credit(jobs=room))
-        while len(leased) < 4000:
+        while settled < 4000:
             response = await stream.call.read()
             assert isinstance(response, pb.WorkResponse)
-            if not response.HasField("leased"):
-                continue
-            columns = response.leased.columns.leases
-            new = set(zip(ids.unpacked(columns.job_ids), columns.lease_tokens, strict=True))
-            assert not new & leased
-            leased |= new
-            room -= len(new)
-            assert room >= 0
-            await stream.say(settle=pb.Settle(done=columns))
-            await stream.say(credit=pb.Credit(jobs=len(new)))
-            room += len(new)
+            if response.HasField("leased"):
+                columns = response.leased.columns.leases
+                new = set(zip(ids.unpacked(columns.job_ids), columns.lease_tokens, strict=True))
+                assert not new & leased
+                leased |= new
+                room -= len(new)
+                assert room >= 0
+                await stream.say(settle=pb.Settle(done=columns))
+            else:
+                done = len(ids.unpacked(response.settled.job_id_column))
+                await stream.say(credit=pb.Credit(jobs=done))
+                room += done
+                settled += done
     assert len({job_id for job_id, _ in leased}) == 4000
 
 
