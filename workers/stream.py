@@ -261,8 +261,8 @@ class Worker:
         except Exception as error:
             log.warning("job failed", job=lease.job_id, kind=lease.kind, exc_info=error)
             outcome = _outcome(lease, failed=pb.Failed(error=_brief(error)))
-        seconds = metrics.seconds_of(lease.kind, str(outcome.WhichOneof("result")))
-        seconds.observe(time.perf_counter() - started)
+        how = "completed" if outcome is _DONE else str(outcome.WhichOneof("result"))
+        metrics.seconds_of(lease.kind, how).observe(time.perf_counter() - started)
         held.outcome = outcome
         self._ready[lease.job_id] = held
         self._called.set()
@@ -276,13 +276,17 @@ class Worker:
             lease.attempt,
             partial(self._report, held),
         )
+        handler = self._handlers[lease.kind]
+        if not lease.traceparent and not tracing.has_begun():
+            # To say what a span would hold costs more than a small job.
+            return await handler(task)
         with tracing.continued(
             f"job {lease.kind}",
             lease.traceparent,
             {"kimberly.job": lease.job_id, "kimberly.attempt": lease.attempt},
             kind=SpanKind.CONSUMER,
         ):
-            return await self._handlers[lease.kind](task)
+            return await handler(task)
 
     def _report(self, held: _Held, progress: float) -> None:
         held.progress = min(max(progress, 0.0), 1.0)
@@ -447,7 +451,9 @@ def _outcome(lease: _Lease, **result: Any) -> pb.Outcome:
 
 def _settle(ready: Mapping[str, _Held], *, in_columns: bool) -> pb.Settle:
     done = {job_id: held for job_id, held in ready.items() if held.outcome is _DONE}
-    outcomes = [held.outcome for held in ready.values() if held.outcome is not _DONE]
+    outcomes = [
+        held.outcome for held in ready.values() if held.outcome and held.outcome is not _DONE
+    ]
     if in_columns:
         column = bytes.fromhex("".join(done).replace(_JOB, ""))
         tokens = [held.token for held in done.values()]

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
+from itertools import repeat
 from typing import Final
 from uuid import UUID
 
@@ -251,29 +252,40 @@ class Queue:
         return len(rows)
 
     async def _complete(self, worker_id: str, outcomes: Sequence[Completed]) -> set[Held]:
+        results = [outcome.result_json for outcome in outcomes]
         rows = await self._database.fetch_alone(
             """
-            UPDATE jobs
-               SET state = CASE WHEN cancelled_at IS NULL THEN 'succeeded' ELSE 'cancelled' END,
-                   result = CASE WHEN cancelled_at IS NULL THEN outcome.result END,
-                   progress = CASE WHEN cancelled_at IS NULL THEN 1 ELSE progress END,
-                   finished_at = now(), worker_id = NULL, lease_expires_at = NULL
-              FROM unnest($1::uuid[], $2::bigint[], $3::jsonb[])
-                   WITH ORDINALITY AS outcome (id, token, result, place)
-             WHERE jobs.id = outcome.id AND lease_token = outcome.token
-               AND worker_id = $4
-            RETURNING outcome.place, cancelled_at IS NULL AS stands, kind, state,
-                      greatest(date_part('epoch', now() - run_at), 0) AS seconds
+            WITH ended AS (
+                UPDATE jobs
+                   SET state = CASE WHEN cancelled_at IS NULL THEN 'succeeded'
+                                    ELSE 'cancelled' END,
+                       result = CASE WHEN cancelled_at IS NULL THEN outcome.result END,
+                       progress = CASE WHEN cancelled_at IS NULL THEN 1 ELSE progress END,
+                       finished_at = now(), worker_id = NULL, lease_expires_at = NULL
+                  -- Where no job has a result, all are NULL: the array is empty.
+                  FROM unnest($1::uuid[], $2::bigint[], $3::jsonb[])
+                       WITH ORDINALITY AS outcome (id, token, result, place)
+                 WHERE jobs.id = outcome.id AND lease_token = outcome.token
+                   AND worker_id = $4
+                RETURNING outcome.place, kind, state,
+                          greatest(date_part('epoch', now() - run_at), 0) AS seconds
+            )
+            SELECT kind, state, array_agg(place) AS places, array_agg(seconds) AS seconds
+              FROM ended
+             GROUP BY kind, state
             """,
             [outcome.held.job_id for outcome in outcomes],
             [outcome.held.token for outcome in outcomes],
-            [outcome.result_json for outcome in outcomes],
+            results if any(results) else [],
             worker_id,
         )
-        metrics.count_finished((row["kind"], row["state"]) for row in rows)
-        standing = [row for row in rows if row["stands"]]
-        metrics.observe(metrics.DURATION, ((row["kind"], row["seconds"]) for row in standing))
-        return {outcomes[row["place"] - 1].held for row in standing}
+        standing: set[Held] = set()
+        for row in rows:
+            metrics.FINISHED.labels(row["kind"], row["state"]).inc(len(row["places"]))
+            if row["state"] == "succeeded":
+                metrics.observe(metrics.DURATION, zip(repeat(row["kind"]), row["seconds"]))
+                standing.update([outcomes[place - 1].held for place in row["places"]])
+        return standing
 
     async def _fail(self, worker_id: str, outcomes: Sequence[Failed]) -> set[Held]:
         rows = await self._database.fetch_alone(

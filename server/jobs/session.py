@@ -15,6 +15,8 @@ from server.jobs.requests import MOST_JOBS, beats_from, credit_from, outcomes_fr
 _UNREAD = 64
 """Messages that wait to be dealt with; more wait in the worker's flow control."""
 _LEASED_AT_ONCE = 500
+_WORTH_ANOTHER = 250
+"""Jobs that there must be room for, so that a lease begins before the last one has ended."""
 _SURELY_CLOSED_SECONDS = 0.1
 
 
@@ -50,7 +52,11 @@ class Session:
         self._beats: list[Beat] = []
         self._cancelled: set[Held] = set()
         self._writing: asyncio.Task[None] | None = None
-        self._leasing: asyncio.Task[None] | None = None
+        self._leasing: list[asyncio.Task[None]] = []
+        self._asked = 0
+        """Credit that leases under way may use up."""
+        self._is_backlog = False
+        """Whether the last lease found as many jobs as it asked for."""
         self._responses: list[pb.WorkResponse] = []
         self._read_failure: Exception | None = None
         self._store_failure: Exception | None = None
@@ -129,22 +135,37 @@ class Session:
 
     def close(self) -> None:
         """Stop what goes on."""
-        for task in (self._writing, self._leasing):
-            if task:
-                task.cancel()
+        for task in self._under_way():
+            task.cancel()
+
+    def _under_way(self) -> list[asyncio.Task[None]]:
+        return [task for task in (self._writing, *self._leasing) if task and not task.done()]
 
     def _begin(self) -> None:
         """Begin to write and to lease, where there is a reason to and it does not go on yet."""
         if (self._outcomes or self._beats or self._cancelled) and _is_over(self._writing):
             self._writing = self._tasks.create_task(self._answer_with(self._write()))
-        if not _is_over(self._leasing):
-            return
-        if self._is_draining:
+        self._leasing = [task for task in self._leasing if not task.done()]
+        if not self._is_draining:
+            while self._may_lease():
+                self._begin_to_lease()
+        elif not self._leasing:
             # Not before: what is leased now is still to be sent.
             self._drain()
-        elif self._may_have_more and self._credit:
-            self._may_have_more = False
-            self._leasing = self._tasks.create_task(self._answer_with(self._lease()))
+
+    def _may_lease(self) -> bool:
+        room = self._credit - self._asked
+        if not self._leasing:
+            return self._may_have_more and room > 0
+        # Two pass over each other's jobs. It is worth it where one would leave the database idle
+        # while it is on its way: each finds so many that it takes a while.
+        return self._is_backlog and len(self._leasing) == 1 and room >= _WORTH_ANOTHER
+
+    def _begin_to_lease(self) -> None:
+        limit = min(self._credit - self._asked, _LEASED_AT_ONCE)
+        self._asked += limit
+        self._may_have_more = False
+        self._leasing.append(self._tasks.create_task(self._answer_with(self._lease(limit))))
 
     async def _answer_with(self, work: Coroutine[Any, Any, list[pb.WorkResponse]]) -> None:
         """Have a turn send what comes of this, or fail as it did."""
@@ -162,7 +183,7 @@ class Session:
 
     async def _finish(self) -> None:
         """Wait for what goes on, then write the rest."""
-        if under_way := [task for task in (self._writing, self._leasing) if task]:
+        if under_way := self._under_way():
             await asyncio.wait(under_way)
         if not self._store_failure:
             await self._answer_with(self._write())
@@ -228,12 +249,13 @@ class Session:
             self._is_told = True
             self._responses.append(pb.WorkResponse(drain=pb.Drain()))
 
-    async def _lease(self) -> list[pb.WorkResponse]:
-        limit = min(self._credit, _LEASED_AT_ONCE)
+    async def _lease(self, limit: int) -> list[pb.WorkResponse]:
         leases = await self._queue.lease(self._worker_id, self._kinds, limit)
+        self._asked -= limit
+        self._credit -= len(leases)
+        self._is_backlog = len(leases) == limit
         if not leases:
             return []
-        self._credit -= len(leases)
         self._leases |= {lease.held for lease in leases}
         # Whoever has many waiting gets only some of them at a time.
         self._may_have_more = True

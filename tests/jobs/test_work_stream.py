@@ -207,14 +207,42 @@ async def test_worker_that_takes_columns_gets_and_settles_many_jobs_in_them(
     ]
 
 
+async def test_leases_that_overlap_are_of_different_jobs_and_within_the_credit(
+    workers: rpc.WorkerServiceAsyncStub, system_database: SystemDatabase
+) -> None:
+    await enqueue_some(system_database, 4000)
+    room, leased, settled = 1000, set[tuple[UUID, int]](), 0
+    async with working(workers, in_columns=True) as stream:
+        await stream.say(credit=pb.Credit(jobs=room))
+        while settled < 4000:
+            response = await stream.call.read()
+            assert isinstance(response, pb.WorkResponse)
+            if response.HasField("leased"):
+                columns = response.leased.columns.leases
+                new = set(zip(ids.unpacked(columns.job_ids), columns.lease_tokens, strict=True))
+                assert not new & leased
+                leased |= new
+                room -= len(new)
+                assert room >= 0
+                await stream.say(settle=pb.Settle(done=columns))
+            else:
+                done = len(ids.unpacked(response.settled.job_id_column))
+                await stream.say(credit=pb.Credit(jobs=done))
+                room += done
+                settled += done
+    assert len({job_id for job_id, _ in leased}) == 4000
+
+
 async def test_leases_in_columns_say_whose_trace_they_continue(
     workers: rpc.WorkerServiceAsyncStub,
     system_database: SystemDatabase,
     owner: asyncpg.Connection,
 ) -> None:
-    await enqueue_some(system_database, 2)
+    _, second = await enqueue_some(system_database, 2)
     trace = f"00-{'a' * 32}-{'b' * 16}-01"
-    await owner.execute("UPDATE jobs SET trace = $1 WHERE id = (SELECT max(id) FROM jobs)", trace)
+    await owner.execute(
+        "UPDATE jobs SET trace = $1 WHERE id = $2", trace, ids.parse(ids.JOB, second, "id")
+    )
     async with working(workers, in_columns=True) as stream:
         await stream.say(credit=pb.Credit(jobs=2))
         assert (await stream.hear("leased")).columns.traceparents == ["", trace]
