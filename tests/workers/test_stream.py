@@ -446,7 +446,7 @@ async def test_kind_that_always_fails_holds_up_no_other(
     # Kinds took turns: a job that failed and a job that was done, one after the other.
     began = [task.kind for task in handled.tasks]
     amid = began[began.index("count") :][: 2 * 50]
-    assert 40 <= amid.count("fail") <= 60
+    assert 30 <= amid.count("fail") <= 70
 
 
 @pytest.mark.alone
