@@ -45,6 +45,8 @@ STEPS = 30
 WORDS = ("apple", "boat", "cello", "desert")
 QUESTIONS = (("apple",), ("boat", "cello"))
 VECTORS = ((1.0, 0.0), (-0.6, 0.8))
+AGAIN = 4
+"""So many times a question is asked while others write: before, meanwhile and after."""
 PURPOSES = ("memory.store", "memory.embed", "memory.sensitive")
 T = TypeVar("T")
 
@@ -230,7 +232,7 @@ class Story(RuleBasedStateMachine):
         started = list(distinct.values())
         calls: list[Call] = [
             *(deed.call for deed in started),
-            *(partial(self._ask, q) for q in questions),
+            *(partial(self._asked, question, AGAIN if started else 1) for question in questions),
         ]
         outcomes = self.world.run(_settled(calls))
         done = [
@@ -248,7 +250,7 @@ class Story(RuleBasedStateMachine):
 
     def _move_many(self, who: int, work: Call, questions: Sequence[Question]) -> None:
         """Do what archives or restores many of a user's memories, and ask at once."""
-        calls: list[Call] = [work, *(partial(self._ask, question) for question in questions)]
+        calls: list[Call] = [work, *(partial(self._asked, one, AGAIN) for one in questions)]
         outcomes = self.world.run(_settled(calls))
         assert not isinstance(outcomes[0], str), outcomes[0]
         before, after = self.people, list(self.people)
@@ -265,12 +267,13 @@ class Story(RuleBasedStateMachine):
         possible: Sequence[Sequence[Person]],
         touched: Collection[str],
     ) -> None:
-        for question, outcome in zip(questions, outcomes, strict=True):
-            found = None
-            if outcome != "CONSENT_MISSING":
-                found = {match.memory.id: match.memory.content for match in outcome.matches}
+        for question, answers in zip(questions, outcomes, strict=True):
             expected = [question.answer(state, self.world.clock.now) for state in possible]
-            assert is_explained(found, expected, touched), (question, found, expected)
+            for answer in answers:
+                found = None
+                if answer != "CONSENT_MISSING":
+                    found = {match.memory.id: match.memory.content for match in answer.matches}
+                assert is_explained(found, expected, touched), (question, found, expected)
 
     def _ask_all(self, who: int) -> None:
         """Ask everything twice: only what comes again is kept."""
@@ -485,6 +488,10 @@ class Story(RuleBasedStateMachine):
             top_k=100,
             include_shared=question.with_shared,
         )
+
+    async def _asked(self, question: Question, times: int) -> list[Any]:
+        """Ask one time after the other, and return what each came to."""
+        return [await _reason_or_result(partial(self._ask, question)) for _ in range(times)]
 
     async def _forget(self, caller: Caller) -> None:
         """Have the next question answered anew."""
