@@ -76,6 +76,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "enqueue._unfinished": "a unique key says whose job it is",
     "jobs.queue.-": QUEUE,
     "jobs.queue._complete": QUEUE,
+    "jobs.queue._completed_before": QUEUE,
     "jobs.queue._fail": QUEUE,
     "jobs.queue._stop": QUEUE,
     "jobs.queue.admit": QUEUE,
