@@ -230,7 +230,7 @@ class Retrieval:
                 legs.begin("vector", self._meant(caller, question, model, limit)) if model else None
             )
             shown = (
-                legs.begin("shared", self._shared.query(*asked))
+                legs.begin("shared", self._shared.query(*asked, profile.language))
                 if question.include_shared
                 else None
             )

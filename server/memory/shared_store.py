@@ -11,10 +11,11 @@ from server import ids
 from server.caller import Caller
 from server.database import Database
 from server.errors import NotFound
-from server.memory import filters
+from server.memory import filters, ranking
 from server.memory.conversation import sparse
 from server.memory.model import Filter, Found, Memory
 from server.memory.rows import MEMORY_COLUMNS, memory_from
+from server.preferences import Language
 
 # How a memory is used and scored is its user's matter: others see what it says.
 _COLUMNS: Final = f"""
@@ -25,6 +26,8 @@ _SHOWN: Final = """
     FROM shown_memories WHERE user_id <> $1 AND (scope = 'public' OR acting_agent() IS NULL)
 """
 """What is shared is for the people of the tenant, what is public for their agents too."""
+_LOOKED_AT: Final = 2
+"""How many times as many rows are looked at as are wanted: some have none of the words."""
 
 
 class SharedStore:
@@ -73,26 +76,41 @@ class SharedStore:
         return [_memory(row) for row in rows]
 
     async def query(
-        self, caller: Caller, terms: Mapping[int, float], which: Filter, limit: int
+        self,
+        caller: Caller,
+        terms: Mapping[int, float],
+        which: Filter,
+        limit: int,
+        language: Language,
     ) -> list[Found]:
-        """Return the memories that the weighted terms match best, best first."""
+        """Return the memories that the weighted terms match best, best first.
+
+        A turn is matched by what it says alone: that the turns around it match, which its user
+        keeps to themselves, would tell what those say.
+        """
         if not terms:
             return []
         passing, parameters = filters.passing(which, 4)
         async with self._database.transaction(caller) as connection:
             rows = await connection.fetch(
                 f"""
-                SELECT {_COLUMNS}, -(terms <#> $2) AS lexical {_SHOWN} AND {passing}
+                SELECT {_COLUMNS} {_SHOWN} AND {passing}
                    AND (terms <#> $2) < 0
                  ORDER BY terms <#> $2, id
                  LIMIT $3
                 """,
                 caller.user_id,
                 sparse(terms),
-                limit,
+                limit * _LOOKED_AT,
                 *parameters,
             )
-        return [Found(_memory(row), row["lexical"]) for row in rows]
+        found = (Found(memory, _match(terms, memory, language)) for memory in map(_memory, rows))
+        by_match = sorted(found, key=lambda one: -one.lexical)
+        return [one for one in by_match[:limit] if one.lexical > 0]
+
+
+def _match(terms: Mapping[int, float], memory: Memory, language: Language) -> float:
+    return ranking.score(terms, ranking.weights(memory.content, language=language))
 
 
 def _memory(row: asyncpg.Record) -> Memory:

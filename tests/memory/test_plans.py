@@ -26,6 +26,7 @@ from server.memory.search_store import SearchStore
 from server.memory.shared_store import SharedStore
 from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
+from server.preferences import Language
 from tests.conftest import data_keys_of, new_caller
 from tests.memory.crowds import crowd, database_for, embed, fill, graph_made_anew
 from tests.memory.explained import Plan, explained
@@ -150,7 +151,9 @@ async def calls_of(watched: Watched, caller: Caller) -> Calls:
         "profile": ("SELECT terms", lambda: search.profile(caller)),
         "shared": (
             "shown_memories",
-            lambda: SharedStore(watched.database).query(colleague, WORDS, Filter(), 50),
+            lambda: SharedStore(watched.database).query(
+                colleague, WORDS, Filter(), 50, Language.ENGLISH
+            ),
         ),
         "surroundings": ("AS near", lambda: _surroundings(watched, caller)),
     }

@@ -43,6 +43,26 @@ async def found(memories: Stub, caller: Caller, query: str, *, shared: bool) -> 
     return sorted(match.memory.content for match in answer.matches)
 
 
+async def test_shared_turn_is_not_found_by_what_its_private_neighbours_say(
+    memories: Stub, caller: Caller, colleague: Caller
+) -> None:
+    """Whoever sees one turn would otherwise learn, word by word, what stands around it."""
+    for position, (content, scope) in enumerate(
+        [
+            ("the biopsy was benign", pb.SCOPE_PRIVATE),
+            ("let us meet on Friday", pb.SCOPE_SHARED),
+            ("the salary is a secret", pb.SCOPE_PRIVATE),
+        ]
+    ):
+        await create(
+            memories, colleague, content, scope=scope, session_id="call", session_position=position
+        )
+    for word in ("biopsy", "salary"):
+        assert len(await found(memories, colleague, word, shared=False)) == 3
+        assert await found(memories, caller, word, shared=True) == []
+    assert await found(memories, caller, "Friday", shared=True) == ["let us meet on Friday"]
+
+
 @pytest.mark.parametrize("scope", [pb.SCOPE_SHARED, pb.SCOPE_PUBLIC])
 async def test_shared_memory_is_read_listed_and_found_by_others_of_the_tenant(
     memories: Stub, caller: Caller, colleague: Caller, scope: pb.Scope.ValueType
