@@ -13,18 +13,18 @@ POLICIES: Final = CHECKOUT / "build" / "policies" / "bin"
 MODELS: Final = CHECKOUT / "build" / "models"
 PROMETHEUS: Final = CHECKOUT / "build" / "prometheus" / "usr" / "bin"
 _CHECKOV: Final = CHECKOUT / "kustomize" / "checkov.yaml"
-_NOT_OURS: Final = tuple(
-    rf"(^|/){name}(/|$)"
-    for name in ("build", "third_party", r"\.venv", r"\.mesh", r"\.[a-z]+_cache")
-)
-"""What of the checkout checkov need not look at, as expressions of paths."""
+_NOT_OURS: Final = ("build", "third_party", ".venv", ".mesh")
+"""What checkov need not look at: whatever has one of these in its path."""
 _NO_SECRETS: Final = (
+    # Whole names: what has build in its own is ours.
+    *(rf"(^|/){name}(/|$)" for name in ("build", "third_party", r"\.venv", r"\.mesh")),
+    r"(^|/)\.[a-z]+_cache(/|$)",
     # Names of secrets in Vault look as random as secrets do.
     r"^(\./)?kustomize/components/external-secrets/secrets\.yaml$",
     # Theirs look like secrets and open nothing. `deploy secrets check` looks at them, too.
     r"^(\./)?tests(/|$)",
 )
-"""Where checkov need not look for secrets."""
+"""Where checkov need not look for secrets, as expressions of paths."""
 _WORKFLOWS: Final = ".github/workflows"
 
 
@@ -49,14 +49,14 @@ class Tool:
         return [str(self.program), *self.arguments, *files]
 
 
-def _scanned(*frameworks: str, besides: Sequence[str] = ()) -> Tool:
+def _scanned(*frameworks: str, skipping: Sequence[str]) -> Tool:
     """Return checkov looking at the checkout, in ways that it calls frameworks."""
-    skipped = (word for path in (*_NOT_OURS, *besides) for word in ("--skip-path", path))
     return Tool(
         POLICIES / "checkov",
         (
-            *("--directory", ".", "--config-file", str(_CHECKOV)),
-            *(*skipped, "--framework", *frameworks),
+            *("--directory", ".", "--framework", *frameworks),
+            *(word for path in skipping for word in ("--skip-path", path)),
+            *("--config-file", str(_CHECKOV)),
         ),
     )
 
@@ -93,9 +93,9 @@ SLOW: Final = (
             *("--config-file", str(_CHECKOV)),
         ),
     ),
-    _scanned("dockerfile", "github_actions", "terraform"),
+    _scanned("dockerfile", "github_actions", "terraform", skipping=_NOT_OURS),
     # By itself it would look into files that hold configuration, and into no program.
-    _scanned("secrets", "--enable-secret-scan-all-files", besides=_NO_SECRETS),
+    _scanned("secrets", "--enable-secret-scan-all-files", skipping=_NO_SECRETS),
 )
 
 
