@@ -12,12 +12,19 @@ from local.layout import CHECKOUT
 POLICIES: Final = CHECKOUT / "build" / "policies" / "bin"
 MODELS: Final = CHECKOUT / "build" / "models"
 PROMETHEUS: Final = CHECKOUT / "build" / "prometheus" / "usr" / "bin"
-_NOT_OURS: Final = (
-    *("build", "third_party", ".venv", ".mesh"),
+_CHECKOV: Final = CHECKOUT / "kustomize" / "checkov.yaml"
+_NOT_OURS: Final = ("build", "third_party", ".venv", ".mesh")
+"""What checkov need not look at: whatever has one of these in its path."""
+_NO_SECRETS: Final = (
+    # Whole names: what has build in its own is ours.
+    *(rf"(^|/){name}(/|$)" for name in ("build", "third_party", r"\.venv", r"\.mesh")),
+    r"(^|/)\.[a-z]+_cache(/|$)",
     # Names of secrets in Vault look as random as secrets do.
-    "kustomize/components/external-secrets/secrets.yaml",
+    r"^(\./)?kustomize/components/external-secrets/secrets\.yaml$",
+    # Theirs look like secrets and open nothing. `deploy secrets check` looks at them, too.
+    r"^(\./)?tests(/|$)",
 )
-"""What checkov need not look at, as expressions."""
+"""Where checkov need not look for secrets, as expressions of paths."""
 _WORKFLOWS: Final = ".github/workflows"
 
 
@@ -40,6 +47,18 @@ class Tool:
         if self.pattern and not files:
             return []
         return [str(self.program), *self.arguments, *files]
+
+
+def _scanned(*frameworks: str, skipping: Sequence[str]) -> Tool:
+    """Return checkov looking at the checkout, in ways that it calls frameworks."""
+    return Tool(
+        POLICIES / "checkov",
+        (
+            *("--directory", ".", "--framework", *frameworks),
+            *(word for path in skipping for word in ("--skip-path", path)),
+            *("--config-file", str(_CHECKOV)),
+        ),
+    )
 
 
 FAST: Final = (
@@ -71,18 +90,12 @@ SLOW: Final = (
         POLICIES / "checkov",
         (
             *("--file", str(EVERY_DOCUMENT), "--framework", "kubernetes"),
-            *("--config-file", "kustomize/checkov.yaml"),
+            *("--config-file", str(_CHECKOV)),
         ),
     ),
-    Tool(
-        POLICIES / "checkov",
-        (
-            *("--directory", ".", "--framework"),
-            *("dockerfile", "github_actions", "secrets", "terraform"),
-            *(word for path in _NOT_OURS for word in ("--skip-path", path)),
-            *("--config-file", "kustomize/checkov.yaml"),
-        ),
-    ),
+    _scanned("dockerfile", "github_actions", "terraform", skipping=_NOT_OURS),
+    # By itself it would look into files that hold configuration, and into no program.
+    _scanned("secrets", "--enable-secret-scan-all-files", skipping=_NO_SECRETS),
 )
 
 

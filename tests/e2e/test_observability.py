@@ -320,11 +320,12 @@ async def test_what_was_done_is_seen_through_the_panels(prometheus: Prometheus) 
 
 
 async def test_kimberly_status_asks_it_for_the_last_minutes(
-    mesh: Mesh, prometheus: Prometheus
+    mesh: Mesh, prometheus: Prometheus, user: User
 ) -> None:
     there = ("--address", urlsplit(mesh.edge).netloc, "--ca", str(mesh.ca))
 
     async def said() -> dict[str, str]:
+        await user.grpc(pb.QueryMemoriesRequest(query="what was said in the last minutes"))
         code, output, errors = await status(*there, "--prometheus", prometheus.url)
         assert code == 0, errors
         return rows(output, "of all")
