@@ -319,6 +319,22 @@ async def test_what_was_done_is_seen_through_the_panels(prometheus: Prometheus) 
     await eventually(look, lambda series: seen(series) >= set(access.PROCESSES))
 
 
+async def test_a_mesh_that_is_well_pages_nobody(prometheus: Prometheus) -> None:
+    looked = await asyncio.to_thread(watch, prometheus.url, seconds=2, every_seconds=0.5)
+    assert looked >= 1
+
+
+async def test_a_release_whose_rules_are_not_watched_is_refused(
+    prometheus: Prometheus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.gate.paging", lambda: {("Unheard", "")})
+    with pytest.raises(Refused, match="not watched: Unheard"):
+        await asyncio.to_thread(watch, prometheus.url, seconds=0)
+
+
+# Last: a query that is slow while it is counted is an alert.
+
+
 async def test_kimberly_status_asks_it_for_the_last_minutes(
     mesh: Mesh, prometheus: Prometheus, user: User
 ) -> None:
@@ -333,16 +349,3 @@ async def test_kimberly_status_asks_it_for_the_last_minutes(
     told = await eventually(said, lambda told: "of the last 5 min" in told["queries"], seconds=30)
     assert "of the last 5 min" in told["calls"]
     assert "1 workers" in told["queue"]
-
-
-async def test_a_mesh_that_is_well_pages_nobody(prometheus: Prometheus) -> None:
-    looked = await asyncio.to_thread(watch, prometheus.url, seconds=2, every_seconds=0.5)
-    assert looked >= 1
-
-
-async def test_a_release_whose_rules_are_not_watched_is_refused(
-    prometheus: Prometheus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deploy.gate.paging", lambda: {("Unheard", "")})
-    with pytest.raises(Refused, match="not watched: Unheard"):
-        await asyncio.to_thread(watch, prometheus.url, seconds=0)
