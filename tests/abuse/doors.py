@@ -137,22 +137,40 @@ async def _tunnel(
 ) -> AsyncIterator[grpc.aio.Channel]:
     """Open a channel that goes through TLS: gRPC for Python insists on checking host names."""
 
+    carrying: set[asyncio.Task[None]] = set()
+
     async def carry(near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
-        far, forth = await asyncio.open_connection(
-            LOOPBACK, port, ssl=context, local_addr=(address, 0)
-        )
+        try:
+            far, forth = await asyncio.open_connection(
+                LOOPBACK, port, ssl=context, local_addr=(address, 0)
+            )
+        except OSError:
+            # The door was shut: the channel is to see that.
+            back.close()
+            return
         await asyncio.gather(_pump(near, forth), _pump(far, back))
 
-    server = await asyncio.start_unix_server(carry, socket)
+    def begin(near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        # Somebody has to hold it: else it may be garbage before it has ended.
+        task = asyncio.create_task(carry(near, back))
+        carrying.add(task)
+        task.add_done_callback(carrying.discard)
+
     # The edge serves no other host.
     options = (("grpc.default_authority", "localhost"),)
-    async with server, grpc.aio.insecure_channel(f"unix:{socket}", options=options) as channel:
-        yield channel
+    async with await asyncio.start_unix_server(begin, socket):
+        async with grpc.aio.insecure_channel(f"unix:{socket}", options=options) as channel:
+            yield channel
+        for task in carrying:
+            task.cancel()
+        await asyncio.gather(*carrying, return_exceptions=True)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while part := await reader.read(_PART):
-            writer.write(part)
-            await writer.drain()
-    writer.close()
+    try:
+        with contextlib.suppress(OSError):
+            while part := await reader.read(_PART):
+                writer.write(part)
+                await writer.drain()
+    finally:
+        writer.close()
