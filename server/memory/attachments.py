@@ -96,11 +96,12 @@ class Attachments:
         if attachment.state is AttachmentState.COMPLETE:
             return attachment
         key = object_name(caller, attachment_id).key
+        missing = "nothing was uploaded; PUT the bytes first"
         if attachment.upload_id:
-            await self._assemble(attachment, attachment.upload_id, key)
+            missing = await self._assemble(attachment, attachment.upload_id, key) or missing
         digest = await self._blobs.digest(key, longest=attachment.size_bytes)
         if digest is None:
-            raise UploadMismatch("nothing was uploaded; PUT the bytes first")
+            raise UploadMismatch(missing)
         if problem := _difference(attachment, digest):
             await self._blobs.remove_version(key, digest.version_id)
             raise UploadMismatch(problem)
@@ -187,23 +188,25 @@ class Attachments:
             )
             yield UploadPart(number, size_bytes, url)
 
-    async def _assemble(self, attachment: Attachment, upload_id: str, key: str) -> None:
-        """Make an object of the uploaded parts, unless an earlier attempt has done so.
+    async def _assemble(self, attachment: Attachment, upload_id: str, key: str) -> str:
+        """Make an object of the uploaded parts, unless another attempt has done so.
 
-        Raises:
-            UploadMismatch: A part is missing or has another size; all of them stay.
+        Returns:
+            Which parts are missing or have another size; all of them stay. It counts only where
+            there is no object: S3 drops the parts of an upload one by one once they became one.
         """
         parts = await self._blobs.parts(key, upload_id)
         if parts is None:
-            return
+            return ""
         there = {part.part_number: part.size for part in parts}
         wanted = dict(enumerate(part_sizes(attachment.size_bytes), 1))
         wrong = [number for number, size in wanted.items() if there.get(number) != size]
         if wrong:
             numbers = ", ".join(map(str, wrong))
-            raise UploadMismatch(f"parts that are missing or have another size: {numbers}")
+            return f"parts that are missing or have another size: {numbers}"
         own = [part for part in parts if part.part_number in wanted]
         await self._blobs.complete_upload(key, upload_id, own)
+        return ""
 
 
 def part_sizes(size_bytes: int) -> Iterator[int]:

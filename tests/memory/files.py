@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import httpx
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
+from minio.datatypes import Part
 
 from server import ids
 from server.blobs import Blobs, Digest
@@ -43,6 +44,8 @@ class BrokenBlobs(Blobs):
     """Method that has no effect."""
     held: Gate | None = None
     """Where whoever has read an object waits."""
+    drops_parts = False
+    """Whether S3 is dropping the parts of every upload, as it does once they became an object."""
 
     @classmethod
     def of(cls, blobs: Blobs) -> BrokenBlobs:
@@ -53,6 +56,9 @@ class BrokenBlobs(Blobs):
         upload_id = await super().begin_upload(key)
         self._break_after("begin_upload")
         return upload_id
+
+    async def parts(self, key: str, upload_id: str) -> list[Part] | None:
+        return [] if self.drops_parts else await super().parts(key, upload_id)
 
     async def complete_upload(self, key: str, upload_id: str, parts: list) -> None:  # type: ignore[type-arg]
         await super().complete_upload(key, upload_id, parts)

@@ -113,6 +113,21 @@ async def test_completing_again_and_at_the_same_time_changes_nothing(
         assert [row["action"] for row in actions] == ["attachment.create", "attachment.complete"]
 
 
+async def test_parts_that_go_because_they_became_an_object_are_not_missing(
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, blobs: BrokenBlobs
+) -> None:
+    announced = await announce(memories, caller, LARGE)
+    await upload(announced, LARGE)
+    blobs.drops_parts = True
+    refusal = await refusal_of(complete(memories, caller, announced))
+    assert refusal.message.endswith(": 1, 2")
+    blobs.drops_parts, blobs.lost = False, "complete_upload"
+    await refusal_of(complete(memories, caller, announced))
+    blobs.drops_parts = True
+    done = await complete(memories, caller, announced)
+    assert done.state == pb.ATTACHMENT_STATE_COMPLETE
+
+
 @pytest.mark.parametrize(
     ("size", "sizes"),
     [
