@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -27,12 +29,21 @@ REFRESH = "/kimberly.auth.v1.AuthService/RefreshToken"
 ATTEMPTS = 40
 SLOW = 0.1
 """Ten log-ins, and one more every ten seconds."""
+BURST, APART_SECONDS = 10, 10
+PATIENCE_SECONDS = 30
 
 
 @pytest.fixture
 def home() -> str:
     """An address of which nobody has called."""
     return ".".join(["10", *(str(byte) for byte in secrets.token_bytes(3))])
+
+
+@pytest.fixture
+def most() -> Callable[[], float]:
+    """Return how many log-ins a bucket can have let in since the test began."""
+    began = time.monotonic()
+    return lambda: BURST + (time.monotonic() - began) / APART_SECONDS
 
 
 class Nothing(grpc.GenericRpcHandler):  # type: ignore[type-arg] # generic in the stubs only
@@ -59,8 +70,8 @@ async def serving(parent: Path, turnstile: Turnstile) -> AsyncIterator[grpc.aio.
         PlainTokens(),
         worker_id=WORKER_ID,
         edge_id=EDGE_ID,
-        unary_seconds=5,
-        stream_seconds=5,
+        unary_seconds=PATIENCE_SECONDS,
+        stream_seconds=PATIENCE_SECONDS,
         turnstile=turnstile,
     )
     server = Server(directory / "s", layers, services=())
@@ -76,7 +87,9 @@ async def admitted(
 ) -> int:
     """Return how many of some calls pass that say this or that of themselves."""
     call = channel.unary_unary(method, bytes, bytes)
-    sent = [call(b"", metadata=said[n % len(said)], timeout=5) for n in range(ATTEMPTS)]
+    sent = [
+        call(b"", metadata=said[n % len(said)], timeout=PATIENCE_SECONDS) for n in range(ATTEMPTS)
+    ]
     answers = await asyncio.gather(*sent, return_exceptions=True)
     refused = [each for each in answers if isinstance(each, grpc.aio.AioRpcError)]
     assert {each.code() for each in refused} <= {grpc.StatusCode.RESOURCE_EXHAUSTED}
@@ -84,7 +97,7 @@ async def admitted(
 
 
 async def test_processes_share_the_bucket_of_an_address_and_a_restart_fills_none(
-    redis: Redis, tmp_path: Path, home: str
+    redis: Redis, tmp_path: Path, home: str, most: Callable[[], float]
 ) -> None:
     here = through_edge(home)
     async with AsyncExitStack() as stack:
@@ -93,59 +106,62 @@ async def test_processes_share_the_bucket_of_an_address_and_a_restart_fills_none
             for _ in range(2)
         ]
         counts = await asyncio.gather(*(admitted(channel, here) for channel in channels))
-        assert 10 <= sum(counts) <= 11
+        assert BURST <= sum(counts) <= most()
     async with serving(tmp_path, Turnstile(redis, scale=SLOW)) as channel:
-        assert await admitted(channel, here) <= 1
-        assert 10 <= await admitted(channel, through_edge("192.0.2.2")) <= 11
+        assert sum(counts) + await admitted(channel, here) <= most()
+        assert BURST <= await admitted(channel, through_edge("192.0.2.2")) <= most()
 
 
 async def test_what_is_dear_is_counted_together_and_apart_from_what_is_cheap(
-    redis: Redis, tmp_path: Path, home: str
+    redis: Redis, tmp_path: Path, home: str, most: Callable[[], float]
 ) -> None:
     here = through_edge(home)
     async with serving(tmp_path, Turnstile(redis, scale=SLOW)) as channel:
-        assert 10 <= await admitted(channel, here) <= 11
-        assert await admitted(channel, here, method=SIGN_UP) <= 1
+        count = await admitted(channel, here)
+        assert BURST <= count <= most()
+        assert count + await admitted(channel, here, method=SIGN_UP) <= most()
         assert await admitted(channel, here, method=REFRESH) == ATTEMPTS
 
 
 async def test_a_customer_of_ipv6_is_one_place_however_many_addresses_they_have(
-    redis: Redis, tmp_path: Path
+    redis: Redis, tmp_path: Path, most: Callable[[], float]
 ) -> None:
     site = f"2001:db8:{secrets.token_hex(2)}"
     addresses = [through_edge(f"{site}:2::{number:x}") for number in range(1, ATTEMPTS)]
     async with serving(tmp_path, Turnstile(redis, scale=SLOW)) as channel:
-        assert 10 <= await admitted(channel, *addresses) <= 11
-        assert 10 <= await admitted(channel, through_edge(f"{site}:3::1")) <= 11
+        assert BURST <= await admitted(channel, *addresses) <= most()
+        assert BURST <= await admitted(channel, through_edge(f"{site}:3::1")) <= most()
 
 
 async def test_only_the_edge_says_where_a_call_comes_from(
-    redis: Redis, tmp_path: Path, home: str
+    redis: Redis, tmp_path: Path, home: str, most: Callable[[], float]
 ) -> None:
     # Else a peer could use up somebody's bucket. Peers themselves are not counted.
     said = (*as_worker(), ("x-forwarded-for", home))
     claimed = [through_edge(f"192.0.2.{number}, {home}") for number in range(ATTEMPTS)]
     async with serving(tmp_path, Turnstile(redis, scale=SLOW)) as channel:
         assert await admitted(channel, said) == ATTEMPTS
-        assert 10 <= await admitted(channel, *claimed) <= 11
+        assert BURST <= await admitted(channel, *claimed) <= most()
 
 
 async def test_who_is_refused_is_told_when_to_come_back(
     redis: Redis, tmp_path: Path, home: str
 ) -> None:
+    began = time.monotonic()
     async with serving(tmp_path, Turnstile(redis, scale=SLOW)) as channel:
         await admitted(channel, through_edge(home))
         call = channel.unary_unary(LOG_IN, bytes, bytes)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(b"", metadata=through_edge(home), timeout=5)
+            await call(b"", metadata=through_edge(home), timeout=PATIENCE_SECONDS)
     trailing: Any = dict(cast("Any", caught.value.trailing_metadata()))
     status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     assert status.details[0].Unpack(info)
     assert info.reason == "RATE_LIMITED"
     assert status.details[1].Unpack(retry)
-    assert 9 < retry.retry_delay.ToTimedelta().total_seconds() <= 10
-    assert trailing["retry-after"] == "10"
+    delay = retry.retry_delay.ToTimedelta().total_seconds()
+    assert APART_SECONDS - (time.monotonic() - began) <= delay <= APART_SECONDS
+    assert trailing["retry-after"] == f"{math.ceil(delay)}"
 
 
 async def test_without_valkey_nobody_is_refused(tmp_path: Path, home: str) -> None:
