@@ -7,7 +7,6 @@ import json
 import os
 import ssl
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,7 +89,8 @@ class VaultServer:
     token: str = TOKEN
     unauthentic: int = 400
     """Status of a failed authentication; several versions of Vault say 500."""
-    pause_seconds: float = 0.0
+    answers: threading.Event = field(default_factory=threading.Event)
+    """Not set, it takes requests and lets them wait."""
     failures: deque[tuple[int, bytes]] = field(default_factory=deque)
     """Answers to the next requests, in place of the true ones. Status 0 hangs up."""
     seen: list[Seen] = field(default_factory=list)
@@ -156,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
     def _serve(self, body: Mapping[str, str]) -> None:
         vault = self.server.vault
         vault.seen.append(Seen(self.command, self.path, dict(self.headers)))
-        time.sleep(vault.pause_seconds)
+        vault.answers.wait()
         if vault.failures:
             self._send(*vault.failures.popleft())
             return
@@ -187,6 +187,7 @@ class Handler(BaseHTTPRequestHandler):
 def running(tls: ssl.SSLContext | None = None) -> Iterator[VaultServer]:
     """Run a Vault on a port of the loopback interface."""
     vault = VaultServer()
+    vault.answers.set()
     listener = Listener(vault, tls)
     vault.address = f"http{'s' if tls else ''}://127.0.0.1:{listener.server_port}"
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
@@ -194,6 +195,7 @@ def running(tls: ssl.SSLContext | None = None) -> Iterator[VaultServer]:
     try:
         yield vault
     finally:
+        vault.answers.set()
         listener.shutdown()
         listener.server_close()
         thread.join()

@@ -115,7 +115,7 @@ def get(channel: grpc.aio.Channel, memory_id: str, **options: Any) -> Any:
 
 async def until(holds: Callable[[], bool]) -> None:
     """Return when something holds that tells nobody."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not holds():  # noqa: ASYNC110 - nobody sets an event
             await asyncio.sleep(0.005)
 
@@ -169,7 +169,8 @@ async def test_call_ends_at_the_deadline_of_its_client(channel: grpc.aio.Channel
     started = asyncio.get_running_loop().time()
     refusal = await refusal_of(get(channel, "hang", timeout=0.2))
     assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert asyncio.get_running_loop().time() - started < 1
+    # Ours would come after ten seconds.
+    assert asyncio.get_running_loop().time() - started < 5
 
 
 async def test_calls_are_counted_as_they_ended(channel: grpc.aio.Channel) -> None:
@@ -276,8 +277,8 @@ async def test_whoever_was_erased_opens_nothing_with_a_token_that_is_still_good(
     layers = chain(
         PlainTokens(),
         worker_id=WORKER_ID,
-        unary_seconds=1,
-        stream_seconds=1,
+        unary_seconds=10,
+        stream_seconds=60,
         erased={CALLER.user_id},
     )
     server = Server(private / "s", layers, services=())
