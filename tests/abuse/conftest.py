@@ -44,25 +44,29 @@ from tests.mesh import (
 __all__ = ["channel", "http", "mesh", "pytest_runtest_teardown", "trust"]
 
 
-@pytest_asyncio.fixture(scope="session")
+# Of a module and no longer: their tokens are good for ten minutes, and all modules together may
+# take longer than that.
+
+
+@pytest_asyncio.fixture(scope="module")
 async def ann(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
     """Has something that others want."""
     return await sign_up(http, channel)
 
 
-@pytest_asyncio.fixture(scope="session")
+@pytest_asyncio.fixture(scope="module")
 async def bob(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
     """Wants it."""
     return await sign_up(http, channel)
 
 
-@pytest_asyncio.fixture(scope="session")
+@pytest_asyncio.fixture(scope="module")
 async def cy(mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User) -> User:
     """Wants it too, and is of Ann's tenant."""
     return await join(mesh, http, channel, ann)
 
 
-@pytest_asyncio.fixture(scope="session")
+@pytest_asyncio.fixture(scope="module")
 async def ann_at_bobs(
     mesh: Mesh, http: httpx.AsyncClient, channel: grpc.aio.Channel, ann: User, bob: User
 ) -> User:
@@ -70,7 +74,7 @@ async def ann_at_bobs(
     return await join_too(mesh, http, channel, ann, bob)
 
 
-@pytest_asyncio.fixture(scope="session")
+@pytest_asyncio.fixture(scope="module")
 async def principal(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
     """Lets agents act. Has no others: a user has room for few."""
     user = await sign_up(http, channel)
@@ -78,13 +82,13 @@ async def principal(http: httpx.AsyncClient, channel: grpc.aio.Channel) -> User:
     return user
 
 
-@pytest_asyncio.fixture(scope="session")
+@pytest_asyncio.fixture(scope="module")
 async def agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, principal: User) -> User:
     """An agent with every scope that agents can have."""
     return (await acting(http, channel, principal, sorted({*Scope} - {Scope.USER})))[0]
 
 
-@pytest_asyncio.fixture(scope="session")
+@pytest_asyncio.fixture(scope="module")
 async def narrow_agent(http: httpx.AsyncClient, channel: grpc.aio.Channel, principal: User) -> User:
     """An agent with a scope that opens nothing by itself."""
     return (await acting(http, channel, principal, [Scope.MEMORY_SENSITIVE]))[0]
@@ -106,7 +110,7 @@ async def doors(mesh: Mesh) -> AsyncIterator[Doors]:
     shutil.rmtree(directory)
 
 
-@pytest_asyncio.fixture(scope="session")
+@pytest_asyncio.fixture(scope="module")
 async def forger(mesh: Mesh, bob: User) -> Forger:
     """Bob, with the key that signs access tokens: what he forges fails for one reason only."""
     pool = await open_pool(mesh.stores.dsn(SYSTEM), size=1, name="forger")
