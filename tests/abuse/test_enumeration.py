@@ -40,8 +40,10 @@ from tests.transports import Grpc, Refused, Rest
 COMMANDS = Commands(
     service=("env", "KIMBERLY_SIGN_UP_CONFIRMS_EMAIL=true", sys.executable, "-m", "server")
 )
-SMALLEST_P = 1e-4
-"""Comes by chance once in 10 000."""
+SMALLEST_P = 1e-3
+SAMPLES = 2
+"""So often is sampled before a difference is believed: chance makes one in a thousand, and two in a
+row in one of a million."""
 ACCOUNTS = 400
 HASHED = 150
 """How often each kind is asked that costs a hash."""
@@ -192,9 +194,25 @@ async def test_who_has_the_account_is_told_and_who_tried_is_not(town: Town) -> N
 async def test_time_does_not_tell_who_has_an_account(
     town: Town, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Kolmogorov-Smirnov: a p of 0.0001 comes by chance once in 10 000."""
+    """By the test of Kolmogorov and Smirnov."""
     has, has_not = asking(town, what)
     count = HASHED if what in {"sign-up", "log-in"} else CHEAP
+    for _ in range(SAMPLES):
+        times = await sample(has, has_not, count)
+        p = kolmogorov_smirnov_p(*times)
+        middle = [statistics.median(each) for each in times]
+        with capsys.disabled():
+            sys.stdout.write(
+                f"\n{what}, {count} each: with an account {middle[0]:.2f} ms, without "
+                f"{middle[1]:.2f} ms, gap {middle[0] - middle[1]:+.2f} ms, KS p = {p:.3f} "
+            )
+        if p > SMALLEST_P:
+            break
+    assert p > SMALLEST_P
+
+
+async def sample(has: Ask, has_not: Ask, count: int) -> tuple[list[float], list[float]]:
+    """Ask both by turns and return how many milliseconds each took; all say the same."""
     times: dict[Ask, list[float]] = {has: [], has_not: []}
     seen = set()
     chance = random.Random(0)
@@ -205,14 +223,7 @@ async def test_time_does_not_tell_who_has_an_account(
             times[ask].append((time.perf_counter() - began) * 1000)
             seen.add((answer.status_code, answer.text, frozenset(answer.headers)))
     assert len(seen) == 1, seen
-    p = kolmogorov_smirnov_p(times[has], times[has_not])
-    middle = [statistics.median(each) for each in times.values()]
-    with capsys.disabled():
-        sys.stdout.write(
-            f"\n{what}, {count} each: with an account {middle[0]:.2f} ms, without {middle[1]:.2f} "
-            f"ms, gap {middle[0] - middle[1]:+.2f} ms, KS p = {p:.3f} "
-        )
-    assert p > SMALLEST_P
+    return times[has], times[has_not]
 
 
 def asking(town: Town, what: str) -> tuple[Ask, Ask]:

@@ -27,6 +27,7 @@ ROUNDS: Final = 250
 SAMPLES: Final = 3
 """So often is sampled before a difference is believed."""
 LEAST_CHANCE: Final = 0.01
+"""Three in a row that are less likely come by chance once in a million, in 16 tests as often."""
 READ: Final = {
     "GetMemory": 20,
     "GetAttachment": 5,
