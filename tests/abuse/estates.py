@@ -85,8 +85,14 @@ async def aim(user: User) -> str:
 async def work(user: User) -> str:
     """Have a job done and return its id."""
     await meditate(user)
-    job: str = (await user.grpc(jobs.ListJobsRequest(page_size=1))).jobs[0].id
-    return job
+
+    async def look() -> jobs.Job:
+        newest: jobs.Job = (await user.grpc(jobs.ListJobsRequest(page_size=1))).jobs[0]
+        return newest
+
+    # A meditation is over before its worker has settled the job.
+    job = await eventually(look, lambda job: job.state == jobs.JOB_STATE_SUCCEEDED)
+    return job.id
 
 
 async def schedule(user: User) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from local.mesh import Mesh
 from local.ports import LOOPBACK
 
-SECONDS = 5.0
+SECONDS = 15.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY = 0, 1, 3, 4, 7
 END_STREAM, END_HEADERS = 1, 4
