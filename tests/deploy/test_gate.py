@@ -178,7 +178,7 @@ def real(directory: Path) -> Iterator[str]:
             stderr=log,
         )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not is_ready(f"http://{address}"):
             assert time.monotonic() < deadline, (directory / "log").read_text()
             time.sleep(0.05)
@@ -189,10 +189,14 @@ def real(directory: Path) -> Iterator[str]:
 
 
 def is_ready(prometheus: str) -> bool:
+    """Tell whether it answers, and has evaluated once what it is to evaluate."""
     try:
-        return httpx.get(f"{prometheus}/-/ready").status_code == httpx.codes.OK
+        if httpx.get(f"{prometheus}/-/ready").status_code != httpx.codes.OK:
+            return False
+        groups = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
     except httpx.TransportError:
         return False
+    return all(rule["health"] != "unknown" for group in groups for rule in group["rules"])
 
 
 @needs_prometheus

@@ -74,7 +74,7 @@ class Pod:
         with grpc.insecure_channel(target) as channel:
             request = health_pb2.HealthCheckRequest(service=service)
             try:
-                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=2)
+                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=20)
             except grpc.RpcError as error:
                 return str(error.code().name)
             return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
@@ -194,7 +194,7 @@ def test_a_kubelet_sees_the_health_of_the_application_and_nothing_else(directory
             assert pod.health("/live") == 200
             with grpc.insecure_channel(f"127.0.1.2:{pods.HEALTH_PORT}") as channel:
                 watch = health_pb2_grpc.HealthStub(channel).Watch(
-                    health_pb2.HealthCheckRequest(), timeout=2
+                    health_pb2.HealthCheckRequest(), timeout=20
                 )
                 with pytest.raises(grpc.RpcError) as refused:
                     next(iter(watch))
@@ -237,7 +237,7 @@ def test_an_edge_that_is_about_to_end_asks_its_clients_to_connect_anew(directory
             assert drainer.stderr.readline() == "waiting for the end of the pod\n"
             assert not asked_to_leave()
             drainer.terminate()
-            assert drainer.wait(10) == 0
+            assert drainer.wait(60) == 0
         eventually(asked_to_leave)
         # It still serves whoever stays, until it is told to end itself.
         assert pod.health("/live") == 200

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -62,8 +63,14 @@ def mesh(directory: Path, authority: Authority, app: App) -> Iterator[Site]:
     with site.running(access.EDGE, access.WORKER, "jobs", "memory", "auth"):
         with rest(site) as client:
             eventually(lambda: expect(client.get("/healthz"), 200))
-            eventually(lambda: expect(client.get("/v1/user", headers=bearer(token())), 200))
+            # It sees of each process by itself that it is well.
+            for path in ("/v1/user", "/v1/memories/mem_1", "/v1/jobs/job_1"):
+                eventually(partial(expect_served, client, path))
         yield site
+
+
+def expect_served(client: httpx.Client, path: str) -> None:
+    expect(client.get(path, headers=bearer(token())), 200)
 
 
 @pytest.fixture

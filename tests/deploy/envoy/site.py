@@ -49,7 +49,7 @@ TOKENS = envoy.Tokens(issuer="https://auth.example")
 NOW = dt.datetime.now(dt.UTC)
 
 
-def eventually(check: Callable[[], T], seconds: float = 8.0) -> T:
+def eventually(check: Callable[[], T], seconds: float = 30.0) -> T:
     """Return what `check` returns once it does not raise."""
     deadline = time.monotonic() + seconds
     while True:
@@ -258,7 +258,7 @@ def expect(response: httpx.Response, status: int) -> None:
 def grpcurl(*arguments: str) -> subprocess.CompletedProcess[str]:
     binary = Path(sys.executable).with_name("grpcurl")
     return subprocess.run(
-        [str(binary), "-max-time", "5", *arguments], check=False, capture_output=True, text=True
+        [str(binary), "-max-time", "20", *arguments], check=False, capture_output=True, text=True
     )
 
 

@@ -93,14 +93,15 @@ def test_a_stream_comes_over_rest_as_lines_of_json_however_long_it_is(
 def test_a_stream_over_rest_outlasts_other_calls_and_is_not_held_back(
     client: httpx.Client,
 ) -> None:
-    began = time.monotonic()
     with client.stream("GET", "/v1/memories:watch", headers=bearer(token())) as response:
         expect_streamed(response)
-        arrived = [(json.loads(line), time.monotonic() - began) for line in response.iter_lines()]
+        arrived = [(json.loads(line), time.monotonic()) for line in response.iter_lines()]
     assert [line.get("cursor") for line, _ in arrived[:-1]] == [
         f"{second}" for second in range(WATCHED_SECONDS)
     ]
-    assert arrived[0][1] < 1, "the first line does not wait for the others"
+    # What is held back until the end comes all at once.
+    apart = arrived[-1][1] - arrived[0][1]
+    assert apart > WATCHED_SECONDS / 2, "the first line does not wait for the others"
     assert arrived[-1][0]["end"] == {"reason": "WATCH_END_REASON_AGE"}
 
 
@@ -203,7 +204,8 @@ def test_the_access_log_holds_the_method_and_neither_path_nor_query_nor_token(
 
     def logged() -> None:
         text = (mesh.directory / "edge.access").read_text()
-        lines = map(json.loads, text.splitlines())
+        # The last one may be half written.
+        lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
         routes = {line["request_id"]: line["route"] for line in lines}
         calls = [each.headers["x-request-id"] for each in (answered, nameless, wrong, refused)]
         assert [routes.get(call) for call in calls] == [GET_MEMORY, "rest", "rest", "rest"]

@@ -45,7 +45,7 @@ def connected(site: Site, caller: KeyPair | None) -> Iterator[ssl.SSLSocket]:
         trust.load_cert_chain(pem)
     address = ("127.0.0.1", site.ports["auth"])
     with (
-        socket.create_connection(address, timeout=5) as plain,
+        socket.create_connection(address, timeout=30) as plain,
         trust.wrap_socket(plain) as secure,
     ):
         yield secure
