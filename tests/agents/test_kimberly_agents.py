@@ -74,7 +74,7 @@ async def test_an_agent_is_registered_given_a_task_watched_and_ended(
         (Failed, 1, "dead"),
     ):
         asked = asyncio.create_task(kimberly(*run, "--watch", token=me))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (leases := await queue.lease("w", ["agents.summarize_session"], 1)):
                 pass
         for attempt in range(3 if outcome is Failed else 1):

@@ -17,7 +17,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         env={"PATH": os.defpath, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'client'}", **environment},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
 
@@ -68,7 +68,7 @@ def kimberly(*arguments: str, path: str) -> subprocess.CompletedProcess[str]:
         env={"PATH": os.defpath, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
 

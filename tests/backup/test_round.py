@@ -122,7 +122,7 @@ async def test_the_log_and_the_feed_go_on_after_a_restore(
         watching = Feed(feed)
         looking = asyncio.create_task(watching.run())
         with watching.watched(mine, lost[0].cursor) as watch:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await watch.called.wait()
             with pytest.raises(InvalidArgument, match="a restore undid"):
                 watch.check()
