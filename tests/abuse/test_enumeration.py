@@ -190,6 +190,7 @@ async def test_who_has_the_account_is_told_and_who_tried_is_not(town: Town) -> N
 
 
 @pytest.mark.alone
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("what", ["sign-up", "log-in", "reset", "refresh"])
 async def test_time_does_not_tell_who_has_an_account(
     town: Town, what: str, capsys: pytest.CaptureFixture[str]

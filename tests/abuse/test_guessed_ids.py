@@ -61,6 +61,7 @@ async def refusal(door: Transport, method: str, name: str) -> Refused:
     return refused.value
 
 
+@pytest.mark.timeout(400)
 async def test_ten_thousand_guesses_find_nothing(gil: User, door: Transport) -> None:
     # Next to an id that there is: ids begin with the time.
     his = ids.parse(ids.MEMORY, await keep(gil), "id")

@@ -98,7 +98,9 @@ async def test_the_audit_log_is_told_once_of_each_share_of_a_plan(
 ) -> None:
     for _ in range(12):
         await store.add({(caller, MAY): Usage(jobs=100)})
-    events = await owner.fetch("SELECT resource FROM audit_events WHERE action = 'quota.threshold'")
+    events = await owner.fetch(
+        "SELECT resource FROM audit_events WHERE action = 'quota.threshold' ORDER BY id"
+    )
     assert [event["resource"] for event in events] == ["usage/jobs/80", "usage/jobs/100"]
 
 
