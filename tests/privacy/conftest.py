@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -235,6 +236,14 @@ def erasing(work: grpc.aio.Channel) -> Erasing:
 def exporting(work: grpc.aio.Channel) -> Exporting:
     """The worker's side of exports."""
     return Exporting(work, metadata=as_worker())
+
+
+async def until_waiting(owner: asyncpg.Connection, count: int) -> None:
+    """Return once so many transactions wait for the lock of an erasure."""
+    statement = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    async with asyncio.timeout(30):
+        while await owner.fetchval(statement) < count:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
 
 
 def task_of(caller: Caller) -> Task:

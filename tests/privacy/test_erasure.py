@@ -28,7 +28,7 @@ from server.privacy.erasure_store import ErasureStore
 from server.signed_words import WordForged
 from tests.conftest import Urls, as_worker, bearer
 from tests.database.rows import TENANT_TABLES
-from tests.privacy.conftest import PASSWORD, Everything, Privacy, task_of
+from tests.privacy.conftest import PASSWORD, Everything, Privacy, task_of, until_waiting
 from tests.refusals import refusal_of
 from workers.erasure import Erasing
 
@@ -304,22 +304,20 @@ async def test_once_it_is_asked_for_the_user_writes_nothing_and_nobody_logs_in(
 
 
 async def test_an_erasure_waits_for_who_writes_and_who_comes_then_is_refused(
-    database: Database, erasures: ErasureStore, caller: Caller
+    database: Database, erasures: ErasureStore, caller: Caller, owner: asyncpg.Connection
 ) -> None:
     writing = database.transaction(caller)
     connection = await writing.__aenter__()
     await audit.record(connection, caller, "memory.create", "mem_1")
     begun = asyncio.create_task(erasures.begin(caller))
-    await asyncio.sleep(0.2)
-    assert not begun.done()
+    await until_waiting(owner, 1)
 
     async def late() -> None:
         async with database.transaction(caller) as other:
             await audit.record(other, caller, "memory.create", "mem_2")
 
     waiting = asyncio.create_task(late())
-    await asyncio.sleep(0.2)
-    assert not waiting.done()
+    await until_waiting(owner, 2)
     await writing.__aexit__(None, None, None)
     await begun
     with pytest.raises(AccountErased):
@@ -341,7 +339,7 @@ async def test_without_the_lock_who_wrote_meanwhile_comes_after_the_erasure(
     try:
         async with database.transaction(caller) as connection:
             await audit.record(connection, caller, "memory.create", "mem_1")
-            await asyncio.wait_for(erasures.begin(caller), 3)
+            await asyncio.wait_for(erasures.begin(caller), 10)
             before = await owner.fetchval("SELECT count(*) FROM audit_events")
         assert await owner.fetchval("SELECT count(*) FROM audit_events") == before + 1
     finally:
