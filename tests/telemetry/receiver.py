@@ -29,7 +29,14 @@ class Seen:
     attributes: Mapping[str, str]
     text: str = field(repr=False)
     """All that it holds, however it holds it."""
-    seconds: float
+    began: float
+    """Seconds since 1970, as its end."""
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.ended - self.began
 
 
 class Receiver(rpc.TraceServiceServicer):
@@ -95,7 +102,8 @@ def _seen(span: trace_pb2.Span, service: str) -> Seen:
         span.name,
         _values(span.attributes),
         str(span),
-        (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
+        span.start_time_unix_nano / 1e9,
+        span.end_time_unix_nano / 1e9,
     )
 
 

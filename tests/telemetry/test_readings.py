@@ -63,11 +63,12 @@ async def test_what_the_short_term_tier_holds_is_told(redis: Redis) -> None:
     await reading.held()
     before = told("memory_bytes", tier="short_term")
     assert before is not None
-    await redis.set(f"{KEY_PREFIX}readings", b"x" * 1_000_000, ex=60)
+    await redis.set(f"{KEY_PREFIX}readings", b"x" * 4_000_000, ex=60)
     await reading.held()
     after = told("memory_bytes", tier="short_term")
     assert after is not None
-    assert after >= before + 1_000_000
+    # Not to the byte: connections of other tests may just have ended.
+    assert after >= before + 3_000_000
     await redis.delete(f"{KEY_PREFIX}readings")
 
 

@@ -120,12 +120,14 @@ async def test_a_meditation_is_one_tree_from_the_edge_to_the_worker(
     (stored,) = [span for span in trace if span.name == "store batch"]
     assert job in ancestors(trace, stored), depicted(trace)
     (opening,) = [span for span in trace if span.name == SCORE]
-    assert opening.seconds < 0.1
+    # It does not last as long as the stream, in which all the rest happens.
+    (scored,) = [span for span in trace if span.name == "score batch"]
+    assert opening.ended <= scored.began, depicted(trace)
     # Those of Envoys end with the stream, and so with the job; streams of leases have none.
     above = ancestors(trace, opening)
     streams = above[: above.index(job)]
     assert {span.service for span in streams} == {"worker-sidecar", "memory-sidecar"}
-    assert all(span.seconds < job.seconds + 1 for span in streams), depicted(trace)
+    assert all(span.seconds < job.seconds + 10 for span in streams), depicted(trace)
     assert not [span for span in receiver.spans if WORK in span.name]
 
 
@@ -179,7 +181,9 @@ async def test_logs_say_which_trace_they_belong_to(
 
     def lines_of(process: str) -> list[dict[str, str]]:
         text = (mesh.layout.logs / f"{process}.log").read_text()
-        lines = [json.loads(line) for line in text.splitlines() if wanted in line]
+        # The last one may be half written.
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        lines = [json.loads(line) for line in whole if wanted in line]
         return [line for line in lines if line["trace_id"] == wanted]
 
     assert all(line["span_id"] in spans for line in lines_of("memory"))
