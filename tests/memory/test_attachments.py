@@ -173,6 +173,7 @@ async def test_large_file_with_other_bytes_is_refused_and_removed(
         assert await left_of(blobs, key_of(caller, announced.attachment)) == []
 
 
+@pytest.mark.alone
 async def test_largest_file_is_checked_within_a_deadline_and_in_little_memory(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller
 ) -> None:
