@@ -224,7 +224,7 @@ def address_of(mesh: Mesh) -> str:
 
 
 async def eventually(
-    look: Callable[[], Awaitable[T]], holds: Callable[[T], bool], seconds: float = 15.0
+    look: Callable[[], Awaitable[T]], holds: Callable[[T], bool], seconds: float = 60.0
 ) -> T:
     """Look until what is seen holds, and return it."""
     deadline = time.monotonic() + seconds

@@ -120,7 +120,7 @@ class Haystack:
         async with httpx.AsyncClient(verify=trusted, trust_env=False) as client:
             await client.get(f"{self._mesh.edge}/healthz", headers={"user-agent": last})
         log = self._mesh.layout.logs / "edge.log"
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while last not in log.read_text():  # noqa: ASYNC110 - another process writes it
                 await asyncio.sleep(0.1)
 
