@@ -134,7 +134,8 @@ async def used(memories: Stub, caller: Caller) -> tuple[int, int]:
 
 async def fsynced(doomed: Doomed) -> None:
     """Return when what was written so far outlives a crash."""
-    await doomed.operator.execute_command("WAITAOF", 1, 0, 5_000)  # type: ignore[no-untyped-call]
+    (here, _) = await doomed.operator.execute_command("WAITAOF", 1, 0, 60_000)  # type: ignore[no-untyped-call]
+    assert here == 1
 
 
 # --- it crashes
