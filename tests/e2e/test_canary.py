@@ -225,7 +225,7 @@ class Canary:
                     request_id=f"attach {about}",
                 )
             )
-            async with httpx.AsyncClient(trust_env=False) as http:
+            async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
                 for _ in range(2):  # two versions
                     (await http.put(announced.upload_url, content=data)).raise_for_status()
             await self._call(pb.CompleteAttachmentRequest(id=announced.attachment.id))

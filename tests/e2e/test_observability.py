@@ -193,7 +193,7 @@ async def prometheus(
     with (directory / "log").open("wb") as log:
         child = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
     try:
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             running = Prometheus(f"http://{address}", http)
 
             async def evaluated() -> bool:

@@ -62,7 +62,7 @@ async def test_attachment_travels_by_presigned_urls(
     done = await complete(memories, caller, announced)
     assert done.state == pb.ATTACHMENT_STATE_COMPLETE
     url = (await memories.GetAttachment(request, metadata=metadata)).download_url
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
         downloaded = await http.get(url)
         assert downloaded.content == DATA
         assert downloaded.headers["content-disposition"].startswith("attachment;")

@@ -45,7 +45,7 @@ from server.memory.store import MemoryStore
 from server.processes.kinds import KINDS
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
-from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker, data_keys_of
+from tests.conftest import PATIENT_SECONDS, WORKER_ID, PlainTokens, Urls, as_worker, data_keys_of
 from tests.maintenance import tidying_of
 from workers.meditation import Meditation
 from workers.stream import Handler, Worker
@@ -116,7 +116,9 @@ class Mesh:
         self._server: Server | None = None
 
     async def start(self) -> None:
-        layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=10, stream_seconds=60)
+        layers = chain(
+            PlainTokens(), worker_id=WORKER_ID, unary_seconds=PATIENT_SECONDS, stream_seconds=60
+        )
         self._server = Server(self._socket, layers, services=())
         jobs_pb2_grpc.add_WorkerServiceServicer_to_server(self.service, self._server.grpc)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self.scoring, self._server.grpc)
