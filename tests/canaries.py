@@ -10,6 +10,8 @@ something is found has failed.
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,6 +44,7 @@ _BEGINNING: Final = 12
 """Characters by which what was said is looked up. Shorter texts are words that everybody says."""
 _LONGEST: Final = 60
 _AROUND: Final = 60
+_SECRETS: Final = "secrets"
 _LOGS: Final = "log"
 """What local/layout.py calls a directory of logs, and tests of pods the log of one."""
 
@@ -79,16 +82,17 @@ class Watch:
 
     def look_into(self, directory: Path) -> None:
         """Look through the logs under a directory, for the secrets beside them too."""
-        for secret in directory.rglob("secrets/*"):
-            if secret.is_file() and secret.stat().st_size < 1000:
-                self._keep(secret.read_text(errors="replace").strip())
-        for file in directory.rglob("*"):
-            if _LOGS in (file.name, file.parent.name) and file.is_file():
-                self.look(str(file), file.read_text(errors="replace"))
+        files = list(_files_under(directory))
+        for secret in files:
+            if secret.parent.name == _SECRETS:
+                self._keep(_text_of(secret, shorter_than=1000).strip())
+        for file in files:
+            if _LOGS in (file.name, file.parent.name):
+                self.look(str(file), _text_of(file))
 
     def look_at_metrics(self, mesh: Mesh) -> None:
         """Look through what every process of a mesh tells Prometheus."""
-        with httpx.Client(timeout=5, trust_env=False) as client:
+        with httpx.Client(timeout=60, trust_env=False) as client:
             for process, urls in mesh.describe()["metrics"].items():
                 for url in urls:
                     self.look(f"metrics of {process}", client.get(url).text)
@@ -117,6 +121,22 @@ class Watch:
             for said in self._said.get(text[at : at + _BEGINNING], ()):
                 if text.startswith(said, at):
                     yield f"what was said ({said!r})", at
+
+
+def _files_under(directory: Path) -> Iterator[Path]:
+    """Yield all files that stay: processes that still end take away their own meanwhile."""
+    for parent, _, names in os.walk(directory):
+        yield from (Path(parent, name) for name in names)
+
+
+def _text_of(file: Path, *, shorter_than: float = math.inf) -> str:
+    """Return what a file holds; nothing if it is none, too long, or gone by now."""
+    try:
+        if file.is_file() and file.stat().st_size < shorter_than:
+            return file.read_text(errors="replace")
+    except FileNotFoundError:
+        pass
+    return ""
 
 
 WATCH: Final = Watch()

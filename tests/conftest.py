@@ -4,7 +4,7 @@ import asyncio
 import datetime as dt
 import functools
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ import pytest_asyncio
 from local.layout import Layout
 from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
 from local.servers import BUCKET, Stores
-from server import ids
+from server import cache, ids
+from server import database as pools
 from server.access import EDGE, WORKER, Role, Scope, spiffe_id
 from server.blobs import Blobs
 from server.cache import Redis, open_cache
@@ -54,6 +55,8 @@ __all__ = [
 HERE = Path(__file__).parent
 WITH_ENVOYS = ("abuse", "deploy", "e2e", "telemetry")
 """Linux gives a user 128 watchers of files, and each Envoy takes four: one process has them all."""
+PATIENT_SECONDS = 30.0
+"""Longer than a machine that runs the tests stands still."""
 DATABASE = "test"
 MASTER_KEY = bytes(range(32))
 WORKER_ID = spiffe_id("kimberly.local", "test", WORKER)
@@ -67,6 +70,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         directory = item.path.relative_to(HERE).parts[0]
         together = "envoys" if directory in WITH_ENVOYS else str(item.path)
         item.add_marker(pytest.mark.xdist_group(together))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unhurried() -> Iterator[None]:
+    """Have nobody refused because a busy machine made others wait longer than they should."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "_PATIENCE_SECONDS", PATIENT_SECONDS)
+        patch.setattr(pools, "_ACQUIRE_SECONDS", PATIENT_SECONDS)
+        for limit in ("lock_timeout", "statement_timeout"):
+            patch.setitem(pools._SETTINGS, limit, f"{PATIENT_SECONDS:.0f}s")
+        yield
 
 
 @pytest_asyncio.fixture(scope="session")
@@ -348,7 +362,7 @@ async def serve(gate: Gate | None) -> AsyncIterator[Serve]:
             PlainTokens(),
             worker_id=WORKER_ID,
             edge_id=EDGE_ID,
-            unary_seconds=10,
+            unary_seconds=PATIENT_SECONDS,
             stream_seconds=60,
             gate=gate,
         )

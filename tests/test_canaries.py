@@ -107,7 +107,7 @@ def test_a_run_that_leaks_has_failed(where: str, processes: int, scratch: Path) 
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     assert "3 passed" in done.stdout

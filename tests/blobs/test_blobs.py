@@ -45,7 +45,7 @@ def upload_url(blobs: Blobs, key: str, lifetime: timedelta = MINUTE) -> str:
 
 async def test_url_takes_the_bytes_it_was_made_for_and_no_others(blobs: Blobs, key: str) -> None:
     url = upload_url(blobs, key)
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
         for other in (DATA + b"x", DATA[:-1], b"", b"x" * len(DATA)):
             assert (await http.put(url, content=other)).is_client_error
         assert await versions_of(blobs, key) == []
@@ -66,7 +66,7 @@ async def test_url_is_bound_to_its_key_method_size_and_time(blobs: Blobs, key: s
         f"{url}&partNumber=1",
     ]
     assert len({*altered, url}) == len(altered) + 1
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
         refusals = [await http.put(each, content=DATA) for each in altered]
         refusals += [await http.get(url), await http.delete(url)]
 
@@ -80,7 +80,7 @@ async def test_url_is_bound_to_its_key_method_size_and_time(blobs: Blobs, key: s
 
 async def test_url_stops_working(blobs: Blobs, key: str) -> None:
     url = upload_url(blobs, key, timedelta(seconds=1))
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
         answer = await http.put(url, content=DATA)
         while answer.is_success:
             answer = await http.put(url, content=DATA)
@@ -90,7 +90,7 @@ async def test_url_stops_working(blobs: Blobs, key: str) -> None:
 async def test_part_url_is_bound_to_its_size_and_number(blobs: Blobs, key: str) -> None:
     upload_id = await blobs.begin_upload(key)
     url = blobs.part_url(key, MINUTE, upload_id=upload_id, number=1, size_bytes=len(DATA))
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
         assert (await http.put(url, content=DATA + b"x")).status_code == 403
         second = url.replace("partNumber=1", "partNumber=2")
         assert (await http.put(second, content=DATA)).status_code == 403
@@ -130,7 +130,7 @@ async def test_download_gives_the_version_it_was_made_for(blobs: Blobs, key: str
     first = await blobs.put(key, b"first", "text/plain")
     await blobs.put(key, b"second", "text/plain")
     url = blobs.download_url(key, MINUTE, file_name="a.txt", version_id=first)
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
         assert (await http.get(url)).content == b"first"
 
 

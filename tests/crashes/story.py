@@ -28,7 +28,7 @@ PART: Final = 16 * 1024 * 1024
 LARGE: Final = PART + 1
 """One byte more than what is uploaded in one piece."""
 
-_KNOWN_SECONDS: Final = 20.0
+_KNOWN_SECONDS: Final = 60.0
 _AGAIN_SECONDS: Final = 0.02
 _CALL_SECONDS: Final = 6.0
 _UNKNOWN: Final = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}

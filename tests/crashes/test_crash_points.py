@@ -19,6 +19,7 @@ from tests.crashes.trials import Trials, some_faults
 from tests.crashes.victim import served
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 async def test_whatever_dies_or_is_cut_off_all_that_was_acknowledged_is_there_once(
     stores: Stores, urls: Urls, master_key: Path, database: Database, reader: Reader

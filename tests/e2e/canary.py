@@ -117,10 +117,10 @@ class Haystack:
         """Wait until the edge has written down all that it was asked so far."""
         last = f"canary/{uuid4().hex}"
         trusted = ssl.create_default_context(cafile=str(self._mesh.ca))
-        async with httpx.AsyncClient(verify=trusted, trust_env=False) as client:
+        async with httpx.AsyncClient(verify=trusted, trust_env=False, timeout=60) as client:
             await client.get(f"{self._mesh.edge}/healthz", headers={"user-agent": last})
         log = self._mesh.layout.logs / "edge.log"
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while last not in log.read_text():  # noqa: ASYNC110 - another process writes it
                 await asyncio.sleep(0.1)
 

@@ -240,7 +240,7 @@ async def test_a_file_goes_up_and_comes_down(call: Transport) -> None:
     memory = await keep(call, "notes of the boat trip")
     announced = await call(announcement(memory))
     assert announced.attachment.state == pb.ATTACHMENT_STATE_PENDING
-    async with httpx.AsyncClient() as s3:
+    async with httpx.AsyncClient(timeout=60) as s3:
         assert (await s3.put(announced.upload_url, content=FILE)).is_success
         await call(pb.CompleteAttachmentRequest(id=announced.attachment.id))
         shown = await call(pb.GetAttachmentRequest(id=announced.attachment.id))
@@ -253,7 +253,7 @@ async def test_a_file_goes_up_and_comes_down(call: Transport) -> None:
 async def test_another_file_than_announced_is_not_taken(call: Transport) -> None:
     memory = await keep(call, "notes of the boat trip")
     announced = await call(announcement(memory))
-    async with httpx.AsyncClient() as s3:
+    async with httpx.AsyncClient(timeout=60) as s3:
         await s3.put(announced.upload_url, content=FILE[::-1])
     complete = pb.CompleteAttachmentRequest(id=announced.attachment.id)
     refusal = await refusal_of(call, complete)

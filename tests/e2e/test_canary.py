@@ -225,7 +225,7 @@ class Canary:
                     request_id=f"attach {about}",
                 )
             )
-            async with httpx.AsyncClient(trust_env=False) as http:
+            async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
                 for _ in range(2):  # two versions
                     (await http.put(announced.upload_url, content=data)).raise_for_status()
             await self._call(pb.CompleteAttachmentRequest(id=announced.attachment.id))
@@ -295,7 +295,7 @@ class Canary:
         mask = FieldMask(paths=["language"])
         await self._call(users.UpdateSettingsRequest(settings=settings, update_mask=mask))
         await self._call(pb.MeditateRequest())
-        await eventually(self._house.unfinished_jobs, lambda left: not left, seconds=30)
+        await eventually(self._house.unfinished_jobs, lambda left: not left)
 
     async def fall_silent(self) -> None:
         """Delete everything that the API lets a user delete, and wait for the schedules."""
@@ -379,7 +379,7 @@ async def test_whoever_is_erased_is_found_nowhere_but_in_the_audit_log(
             return error.refusal.reason
         return ""
 
-    assert await eventually(refusal, bool, seconds=5) == "ACCOUNT_ERASED"
+    assert await eventually(refusal, bool, seconds=30) == "ACCOUNT_ERASED"
     with pytest.raises(Refused):
         await user.grpc(auth.RefreshTokenRequest(refresh_token=user.tokens.refresh_token))
     stranger = Rest(user.rest.http, ""), Grpc(user.grpc.channel)

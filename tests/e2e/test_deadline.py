@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import asyncpg
 import grpc
 import httpx
+import pytest
 import pytest_asyncio
 from google.protobuf import json_format
 from kimberly.memory.v1 import memory_pb2 as pb
@@ -18,6 +19,7 @@ from local.mesh import Mesh
 from local.postgres import SUPERUSER
 from tests.mesh import User, bearer
 
+pytestmark = pytest.mark.alone
 DEADLINE_SECONDS = 0.5
 ASKED = pb.QueryMemoriesRequest(
     query="olive", embedding=pb.QueryEmbedding(model="tiny", values=[1, 0])

@@ -62,7 +62,7 @@ async def live(user: User) -> None:
             sha256=hashlib.sha256(FILE).hexdigest(),
         )
     )
-    async with httpx.AsyncClient(trust_env=False) as s3:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as s3:
         (await s3.put(announced.upload_url, content=FILE)).raise_for_status()
     await call(pb.CompleteAttachmentRequest(id=announced.attachment.id))
     settings = users.Settings(language=users.LANGUAGE_GERMAN)
@@ -80,7 +80,7 @@ async def exported(user: User) -> dict[str, bytes]:
     ready = await eventually(
         look, lambda told: told.export.state == privacy.EXPORT_STATE_READY, seconds=60
     )
-    async with httpx.AsyncClient(trust_env=False) as s3:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as s3:
         data = (await s3.get(ready.download_url)).raise_for_status().content
     assert hashlib.sha256(data).hexdigest() == ready.export.sha256
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -121,7 +121,7 @@ async def test_an_export_holds_all_that_the_api_shows_and_the_same(
     }
     (transcript,) = lines(files["transcripts.jsonl"])
     answer = await user.grpc(pb.GetTranscriptRequest(session_id="a walk"))
-    async with httpx.AsyncClient(trust_env=False) as s3:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as s3:
         said = (await s3.get(answer.download_url)).raise_for_status().content
     assert files[f"transcripts/{transcript['id']}"] == said
     (attachment,) = lines(files["attachments.jsonl"])

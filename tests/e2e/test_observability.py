@@ -121,7 +121,7 @@ async def used(mesh: Mesh, http: httpx.AsyncClient, channel: Any) -> None:
     async def look() -> Any:
         return (await call(pb.GetMeditationRequest(id=run.id))).meditation
 
-    await eventually(look, lambda one: one.state == pb.MEDITATION_STATE_SUCCEEDED, seconds=30)
+    await eventually(look, lambda one: one.state == pb.MEDITATION_STATE_SUCCEEDED)
     owner = await asyncpg.connect(mesh.stores.dsn(SUPERUSER))
     try:
         await compare_vectors(call, owner)
@@ -193,7 +193,7 @@ async def prometheus(
     with (directory / "log").open("wb") as log:
         child = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
     try:
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             running = Prometheus(f"http://{address}", http)
 
             async def evaluated() -> bool:
@@ -346,6 +346,6 @@ async def test_kimberly_status_asks_it_for_the_last_minutes(
         assert code == 0, errors
         return rows(output, "of all")
 
-    told = await eventually(said, lambda told: "of the last 5 min" in told["queries"], seconds=30)
+    told = await eventually(said, lambda told: "of the last 5 min" in told["queries"])
     assert "of the last 5 min" in told["calls"]
     assert "1 workers" in told["queue"]

@@ -36,7 +36,7 @@ async def test_paraphrase_is_found_once_the_user_chose_a_model(call: Transport, 
         answer: pb.QueryMemoriesResponse = await call(QUESTION)
         return answer
 
-    answer = await eventually(look, lambda answer: bool(answer.matches), seconds=30)
+    answer = await eventually(look, lambda answer: bool(answer.matches))
     (best,) = answer.matches
     assert (answer.semantic_model, best.memory.content) == (NARROW, BREAD)
     assert (best.lexical, best.reason) == (0, "is close in meaning")

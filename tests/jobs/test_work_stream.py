@@ -118,10 +118,10 @@ async def test_doorbell_is_heard_again_after_its_connection_was_cut(
         with doorbell.heard_by(rung.set):
             for _ in range(2):
                 # It rings when it has connected: something may have come before.
-                await asyncio.wait_for(rung.wait(), 5)
+                await asyncio.wait_for(rung.wait(), 30)
                 rung.clear()
                 await owner.execute("SELECT pg_notify('jobs', '')")
-                await asyncio.wait_for(rung.wait(), 5)
+                await asyncio.wait_for(rung.wait(), 30)
                 rung.clear()
                 await owner.execute(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -141,7 +141,7 @@ async def test_worker_that_vanishes_hands_nothing_back(
         async with working(workers) as stream:
             await stream.lease()
     # A stream that hands back is not over before it has.
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while REGISTRY.get_sample_value("workers_connected"):  # noqa: ASYNC110 - it is no event
             await asyncio.sleep(0.01)
     rows = await owner.fetch("SELECT state, attempt FROM jobs")

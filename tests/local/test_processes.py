@@ -30,7 +30,7 @@ async def never() -> bool:
     return False
 
 
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what it waits for is no event
             await asyncio.sleep(0.01)
@@ -90,6 +90,7 @@ async def test_missing_program_fails_by_name(tmp_path: Path) -> None:
         await run_once(program)
 
 
+@pytest.mark.alone
 async def test_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     program = shell(tmp_path, "trap '' TERM; while :; do sleep 0.1; done", stop_seconds=0.2)
     async with supervise(tmp_path / "children") as supervisor:

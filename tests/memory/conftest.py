@@ -19,6 +19,8 @@ from server.blobs import Blobs
 from server.cache import Redis
 from server.database import Database, SystemDatabase
 from server.kms.local import LocalKms
+from server.memory import answers as kept_answers
+from server.memory import legs, objects
 from server.memory.agent_reads import AgentReads
 from server.memory.answers import Answers
 from server.memory.attachment_store import AttachmentStore
@@ -63,6 +65,19 @@ URL_LIFETIME = timedelta(minutes=15)
 
 
 @pytest.fixture
+def patience_seconds() -> float:
+    """How long queries wait for parts that they can do without: longer than a machine is busy."""
+    return 30.0
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch, patience_seconds: float) -> None:
+    monkeypatch.setattr(legs, "PATIENCE_SECONDS", patience_seconds)
+    monkeypatch.setattr(kept_answers, "_PATIENCE_SECONDS", patience_seconds)
+    monkeypatch.setattr(objects, "_PATIENCE_SECONDS", patience_seconds)
+
+
+@pytest.fixture
 def store(database: Database) -> MemoryStore:
     return MemoryStore(database, data_keys_of(database))
 
@@ -85,8 +100,8 @@ def embeddings(database: Database, scanned: int) -> EmbeddingStore:
 
 @pytest_asyncio.fixture
 async def feed(system_database: SystemDatabase) -> AsyncIterator[Feed]:
-    """The look-out for changes. It loses patience soon."""
-    feed = Feed(ChangeStore(system_database), poll_seconds=0.02, patience_seconds=0.3)
+    """The look-out for changes."""
+    feed = Feed(ChangeStore(system_database), poll_seconds=0.02, patience_seconds=60)
     running = asyncio.create_task(feed.run())
     yield feed
     running.cancel()

@@ -133,7 +133,7 @@ async def graph_made_anew(owner: asyncpg.Connection, dimension: int) -> AsyncIte
 async def embed(
     owner: asyncpg.Connection, caller: Caller, model: str, dimension: int, *, in_graph: bool
 ) -> None:
-    """Give every memory of a user a random direction."""
+    """Give every memory of a user a random direction: the same ones after the same setseed."""
     await owner.execute(
         """
         INSERT INTO embedding_models (tenant_id, user_id, model, dimension, in_graph)
@@ -152,8 +152,8 @@ async def embed(
         SELECT $1, $2, $3, id, $4, $5, content_hash,
                (SELECT l2_normalize(array_agg(random_normal())::vector)
                   FROM generate_series(1, $4) WHERE id IS NOT NULL)::halfvec
-          FROM memories
-         WHERE user_id = $2
+          FROM (SELECT id, content_hash FROM memories
+                 WHERE user_id = $2 ORDER BY occurred_at, content_hash OFFSET 0) AS memories
         """,
         caller.tenant_id,
         caller.user_id,

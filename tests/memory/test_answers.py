@@ -291,7 +291,7 @@ async def test_answers_are_kept_as_they_come(
     await create(memories, caller, "tea at four")
     running = asyncio.create_task(answers.run())
     await ask(memories, caller, "tea")
-    await until(lambda: redis.exists(answers_module._key(caller, "answers")), 5)
+    await until(lambda: redis.exists(answers_module._key(caller, "answers")), 30)
     running.cancel()
     await asyncio.wait([running])
 

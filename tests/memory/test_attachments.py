@@ -62,7 +62,7 @@ async def test_attachment_travels_by_presigned_urls(
     done = await complete(memories, caller, announced)
     assert done.state == pb.ATTACHMENT_STATE_COMPLETE
     url = (await memories.GetAttachment(request, metadata=metadata)).download_url
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
         downloaded = await http.get(url)
         assert downloaded.content == DATA
         assert downloaded.headers["content-disposition"].startswith("attachment;")
@@ -173,6 +173,7 @@ async def test_large_file_with_other_bytes_is_refused_and_removed(
         assert await left_of(blobs, key_of(caller, announced.attachment)) == []
 
 
+@pytest.mark.alone
 async def test_largest_file_is_checked_within_a_deadline_and_in_little_memory(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller
 ) -> None:

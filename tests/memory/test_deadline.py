@@ -23,10 +23,17 @@ from tests.memory.calls import Stub, create
 from tests.memory.meanings import decide, of, texts, upload
 from tests.memory.test_embedding_jobs import choose
 
+pytestmark = pytest.mark.alone
 HALF_A_SECOND = 0.5
 ASKED = pb.QueryMemoriesRequest(
     query="olive", embedding=pb.QueryEmbedding(model="tiny", values=[1, 0]), include_shared=True
 )
+
+
+@pytest.fixture
+def patience_seconds() -> float:
+    """That of production."""
+    return PATIENCE_SECONDS
 
 
 @pytest_asyncio.fixture
@@ -104,6 +111,20 @@ async def test_what_others_share_is_left_out_when_it_is_late(
         ("olive tree", 1.0)
     ]
     assert late(await asked(memories, caller, 5)) == IN_TIME
+
+
+@pytest.mark.parametrize("seconds", [HALF_A_SECOND, 5])
+async def test_late_vectors_leave_the_answer_to_the_words(
+    memories: Stub, caller: Caller, owner: asyncpg.Connection, seconds: float
+) -> None:
+    async with held(owner, "LOCK TABLE embeddings"):
+        answer = await asked(memories, caller, seconds)
+    assert late(answer) == IN_TIME | {"semantic": True}
+    found = [(match.memory.content, match.semantic, match.reason) for match in answer.matches]
+    assert sorted(found) == [("olive oil", 0, "shares olive"), ("olive tree", 0, "shares olive")]
+    answer = await asked(memories, caller, 5)
+    assert late(answer) == IN_TIME
+    assert {match.memory.content: match.semantic for match in answer.matches}["olive tree"] == 1
 
 
 async def test_all_that_is_late_is_given_up_at_one_instant(

@@ -231,7 +231,7 @@ async def test_the_doorbell_rings_for_workers_that_wait(
     await choose(database, caller)
     assert not rung.is_set()
     await consent(system_database, caller)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await rung.wait()
 
 
@@ -576,7 +576,7 @@ async def insert(connection: Any, caller: Caller, text: str) -> None:
 async def waiting_for_a_lock(owner: asyncpg.Connection) -> None:
     """Return when somebody waits for another one's advisory lock."""
     waiting = "SELECT true FROM pg_locks WHERE locktype = 'advisory' AND NOT granted LIMIT 1"
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not await owner.fetchval(waiting):
             pass
 

@@ -247,25 +247,6 @@ async def test_query_that_contradicts_itself_is_refused_by_field(
     assert refusal.fields == (field,)
 
 
-async def test_late_vectors_leave_the_answer_to_the_words(
-    memories: rpc.MemoryServiceAsyncStub, caller: Caller, owner: asyncpg.Connection
-) -> None:
-    memory = await create(memories, caller, "olive tree")
-    await upload(memories, caller, of(memory, (1, 0)))
-    request = pb.QueryMemoriesRequest(
-        query="olive", embedding=pb.QueryEmbedding(model="tiny", values=[1, 0])
-    )
-    async with owner.transaction():
-        await owner.execute("LOCK TABLE embeddings")
-        for seconds in (0.5, 5):
-            answer = await memories.QueryMemories(request, metadata=bearer(caller), timeout=seconds)
-            assert answer.semantic_late
-            assert [(m.memory.content, m.semantic) for m in answer.matches] == [("olive tree", 0)]
-            assert answer.matches[0].reason == "shares olive"
-    answer = await memories.QueryMemories(request, metadata=bearer(caller))
-    assert (answer.semantic_late, answer.matches[0].semantic) == (False, 1.0)
-
-
 def expected_order(
     lexical: dict[str, float],
     semantic: dict[str, float],

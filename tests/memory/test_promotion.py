@@ -322,7 +322,7 @@ async def test_write_that_waits_for_a_promotion_is_made_to_the_durable_memory(
 
 async def waiting(owner: asyncpg.Connection, count: int) -> None:
     """Return when so many transactions wait for locks."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await owner.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < count:
             await owner.execute("SELECT pg_sleep(0.01)")
 

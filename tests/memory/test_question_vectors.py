@@ -130,13 +130,13 @@ async def test_consent_that_is_withdrawn_counts_for_answers_that_are_kept_too(
     assert (answer.semantic_model, answer.semantic_late, texts(answer)) == ("", False, [])
 
 
+@pytest.mark.parametrize("patience_seconds", [0.5])
 async def test_late_vectors_leave_the_answer_to_the_words(
     memories: Stub, caller: Caller, owner: asyncpg.Connection
 ) -> None:
     async with owner.transaction():
         await owner.execute("LOCK TABLE embeddings")
-        request = pb.QueryMemoriesRequest(query="the bank, or a kitten napping")
-        answer = await memories.QueryMemories(request, metadata=bearer(caller), timeout=0.5)
+        answer = await ask(memories, caller, "the bank, or a kitten napping")
     assert (answer.semantic_model, answer.semantic_late, texts(answer)) == ("", True, [BANK])
 
 

@@ -33,7 +33,7 @@ from tests.refusals import refusal_of
 from tests.users import conftest as of_users
 from tests.users.conftest import Users
 from tests.workers import conftest as of_workers
-from tests.workers.conftest import Mesh, until
+from tests.workers.conftest import Mesh, let_lapse, until
 from workers.reindexing import REINDEX, Reindexing
 from workers.stream import Handler
 
@@ -257,6 +257,7 @@ async def test_what_a_killed_worker_began_is_done_by_the_next(
     async with mesh.working(house.handlers(page_size=1)):
         await until(has_begun)
     assert await house.jobs() == ["running"]
+    await let_lapse(house.owner)
     async with mesh.working(house.handlers()):
         await until(house.are_done)
     after = await terms(house.owner)

@@ -79,7 +79,7 @@ async def test_counts_are_written_every_few_seconds_and_at_the_end(
     async def is_written() -> bool:
         return await counted(owner) == {"tea at four": 1}
 
-    await until(is_written, 5)
+    await until(is_written, 30)
     counts.note(caller, [memory.id], [])
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -110,7 +110,7 @@ async def test_counts_wait_for_a_database_that_is_out_of_reach(
         await counts.flush()
         return await counted(owner) == {"tea at four": 1}
 
-    await until(is_written, 5)
+    await until(is_written, 30)
 
 
 async def test_row_that_is_locked_is_waited_for(

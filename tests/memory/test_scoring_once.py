@@ -196,7 +196,7 @@ async def test_write_that_waited_for_a_change_of_the_text_sees_it(
             "UPDATE memory_scores SET sentiment = NULL, text_version = text_version + 1"
         )
         await stream.answer(batch)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             is_waiting = False
             while not is_waiting:
                 is_waiting = await owner.fetchval("SELECT true FROM pg_locks WHERE NOT granted")

@@ -18,6 +18,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import grpc
+import pytest
 import pytest_asyncio
 from kimberly.memory.v1 import memory_pb2 as pb
 from redis.asyncio import Redis as Client
@@ -52,7 +53,7 @@ class Doomed:
         pid = self.process.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while self.process.pid == pid:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
 
@@ -133,7 +134,8 @@ async def used(memories: Stub, caller: Caller) -> tuple[int, int]:
 
 async def fsynced(doomed: Doomed) -> None:
     """Return when what was written so far outlives a crash."""
-    await doomed.operator.execute_command("WAITAOF", 1, 0, 5_000)  # type: ignore[no-untyped-call]
+    (here, _) = await doomed.operator.execute_command("WAITAOF", 1, 0, 60_000)  # type: ignore[no-untyped-call]
+    assert here == 1
 
 
 # --- it crashes
@@ -181,7 +183,7 @@ async def test_crash_in_the_middle_of_an_end_leaves_nothing_twice_and_nothing_ou
 async def started(call: Awaitable[Any], connection: Any) -> Any:
     """Start a call and return when it waits for a lock."""
     task = asyncio.ensure_future(call)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
             await connection.execute("SELECT pg_sleep(0.01)")
     return task
@@ -316,6 +318,7 @@ async def test_without_redis_durable_memories_are_written_read_found_and_listed(
     assert "kiwi again" in {match.memory.content for match in answer.matches}
 
 
+@pytest.mark.parametrize("patience_seconds", [4.0])
 async def test_redis_that_hangs_leaves_the_other_legs_their_time(
     memories: Stub, caller: Caller, doomed: Doomed, database: Database
 ) -> None:
@@ -330,7 +333,7 @@ async def test_redis_that_hangs_leaves_the_other_legs_their_time(
         request = pb.QueryMemoriesRequest(
             query="kiwi", embedding=pb.QueryEmbedding(model="tiny", values=[1, 0])
         )
-        answer = await memories.QueryMemories(request, metadata=bearer(caller), timeout=0.5)
+        answer = await memories.QueryMemories(request, metadata=bearer(caller))
     finally:
         os.kill(pid, signal.SIGCONT)
     assert (answer.short_term_late, answer.semantic_late) == (True, False)

@@ -54,7 +54,7 @@ async def read(
     answer = await memories.GetTranscript(
         pb.GetTranscriptRequest(session_id=session_id), metadata=bearer(caller)
     )
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
         return answer.transcript, (await http.get(answer.download_url)).content
 
 

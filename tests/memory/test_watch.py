@@ -23,6 +23,7 @@ from server.database import Database, SystemDatabase
 from server.memory.change_store import KINDS, Cursor
 from server.memory.watching import STREAMS, WAITING, Feed, cursor_to
 from tests.conftest import bearer, new_caller
+from tests.faults.reach import until
 from tests.memory.test_update_and_delete import create
 from tests.refusals import refusal_of
 
@@ -41,7 +42,7 @@ async def watching(
     include_memories: bool = False,
 ) -> AsyncIterator[Stream]:
     request = pb.WatchMemoriesRequest(cursor=cursor, include_memories=include_memories)
-    stream = memories.WatchMemories(request, metadata=bearer(caller), timeout=30)
+    stream = memories.WatchMemories(request, metadata=bearer(caller), timeout=60)
     try:
         yield stream
     finally:
@@ -49,7 +50,7 @@ async def watching(
 
 
 async def next_of(stream: Stream) -> pb.WatchMemoriesResponse:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         response: Any = await stream.read()
     assert isinstance(response, pb.WatchMemoriesResponse)
     return response
@@ -196,7 +197,7 @@ async def test_silence_is_broken_by_marks_whose_cursor_moves_on(
 
 
 async def test_a_reader_that_takes_nothing_is_cut_and_can_go_on(
-    memories: rpc.MemoryServiceAsyncStub, caller: Caller
+    memories: rpc.MemoryServiceAsyncStub, caller: Caller, feed: Feed
 ) -> None:
     count = 2 * WAITING
     texts = [f"{number} {'x' * 4500}" for number in range(count)]
@@ -209,10 +210,14 @@ async def test_a_reader_that_takes_nothing_is_cut_and_can_go_on(
             ]
             yield pb.ImportMemoriesRequest(first_index=start, memories=kept)
 
+    async def is_cut() -> bool:
+        return not feed._watches
+
+    patience_seconds, feed._patience_seconds = feed._patience_seconds, 0.3
     async with watching(memories, caller, include_memories=True) as stream:
         start = await caught_up(stream)
         await memories.ImportMemories(chunks(), metadata=bearer(caller))
-        await asyncio.sleep(1)
+        await until(is_cut, 30)
         told: list[pb.WatchMemoriesResponse] = []
 
         refusal = await refusal_of(to_the_end(stream, told))
@@ -224,6 +229,7 @@ async def test_a_reader_that_takes_nothing_is_cut_and_can_go_on(
     before = [change.memory.content for change in heard]
     assert before == texts[: len(before)], "what was sent before the cut is in order"
     last = told[-1].cursor if told else start
+    feed._patience_seconds = patience_seconds
     async with watching(memories, caller, last, include_memories=True) as stream:
         after = [
             response.change.memory.content

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
@@ -44,15 +45,20 @@ from server.memory.store import MemoryStore
 from server.processes.kinds import KINDS
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
-from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker, data_keys_of
+from tests.conftest import PATIENT_SECONDS, WORKER_ID, PlainTokens, Urls, as_worker, data_keys_of
 from tests.maintenance import tidying_of
 from workers.meditation import Meditation
 from workers.stream import Handler, Worker
 
+LEASE_SECONDS = 30.0
+"""Longer than a busy machine stands still: no lease lapses where a test does not want it."""
+lapse_soon = pytest.mark.parametrize("mesh", [1.0], indirect=True)
+"""For tests that wait until leases lapse. Theirs may also lapse under who still works."""
+
 
 async def until(condition: Callable[[], Awaitable[Any]]) -> None:
     """Return when something that tells nobody, such as a row, is as it should be."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             if await condition():
                 return
@@ -60,19 +66,33 @@ async def until(condition: Callable[[], Awaitable[Any]]) -> None:
             await asyncio.sleep(0.005)
 
 
+async def let_lapse(owner: asyncpg.Connection) -> None:
+    """Have the leases of a worker that was killed be over, for the next sweep to find."""
+    await owner.execute("UPDATE jobs SET lease_expires_at = now() WHERE state = 'running'")
+
+
 class Mesh:
     """Worker, scoring and embedding service on one Unix socket."""
 
     def __init__(
-        self, database: SystemDatabase, users: Database, redis: Redis, urls: Urls, socket: Path
+        self,
+        database: SystemDatabase,
+        users: Database,
+        redis: Redis,
+        urls: Urls,
+        socket: Path,
+        *,
+        lease_seconds: float,
     ) -> None:
         self.database = database
         self.users = users
-        self.queue = Queue(database, self.lease_seconds)
+        self.lease_seconds = lease_seconds
+        self.queue = Queue(database, lease_seconds)
+        self.doorbell = Doorbell(urls.system)
         self.service = WorkerService(
             self.queue,
-            Doorbell(urls.system),
-            lease_seconds=self.lease_seconds,
+            self.doorbell,
+            lease_seconds=lease_seconds,
             session_seconds=600,
         )
         self.scoring = ScoringService(
@@ -95,10 +115,10 @@ class Mesh:
         self._socket = socket
         self._server: Server | None = None
 
-    lease_seconds = 1.0
-
     async def start(self) -> None:
-        layers = chain(PlainTokens(), worker_id=WORKER_ID, unary_seconds=10, stream_seconds=60)
+        layers = chain(
+            PlainTokens(), worker_id=WORKER_ID, unary_seconds=PATIENT_SECONDS, stream_seconds=60
+        )
         self._server = Server(self._socket, layers, services=())
         jobs_pb2_grpc.add_WorkerServiceServicer_to_server(self.service, self._server.grpc)
         scoring_pb2_grpc.add_ScoringServiceServicer_to_server(self.scoring, self._server.grpc)
@@ -170,10 +190,20 @@ def socket() -> Iterator[Path]:
 
 @pytest_asyncio.fixture
 async def mesh(
-    system_database: SystemDatabase, database: Database, redis: Redis, urls: Urls, socket: Path
+    request: pytest.FixtureRequest,
+    system_database: SystemDatabase,
+    database: Database,
+    redis: Redis,
+    urls: Urls,
+    socket: Path,
 ) -> AsyncIterator[Mesh]:
-    mesh = Mesh(system_database, database, redis, urls, socket)
-    running = asyncio.create_task(mesh.service.run())
+    lease_seconds = getattr(request, "param", LEASE_SECONDS)
+    mesh = Mesh(system_database, database, redis, urls, socket, lease_seconds=lease_seconds)
+    listening = asyncio.Event()
+    with mesh.doorbell.heard_by(listening.set):
+        running = asyncio.create_task(mesh.service.run())
+        # What is cancelled earlier is learnt by the next heartbeat, and that is far away.
+        await listening.wait()
     await mesh.start()
     yield mesh
     await mesh.break_down()

@@ -27,7 +27,7 @@ from server.users.store import SettingsChange, UserStore
 from tests.conftest import FakeClock, as_worker, data_keys_of, new_caller
 from tests.deciding import decide
 from tests.shipped_models import NARROW, WIDE
-from tests.workers.conftest import Mesh, until
+from tests.workers.conftest import Mesh, let_lapse, until
 from workers.embedding import EMBED, Embedding
 from workers.stream import Handler
 
@@ -295,6 +295,7 @@ async def test_another_worker_goes_on_where_one_was_killed(
         await choose(database, caller, WIDE)
         await killed.reached.wait()
         assert await counts(owner) == {WIDE: 8}
+    await let_lapse(owner)
     async with mesh.working(embedding({WIDE: heir}, batch_size=4)):
         await idle(owner)
     killed.opened.set()

@@ -24,7 +24,7 @@ def test_missing_variable_is_named(tmp_path: Path) -> None:
         env={"PYTHONPATH": "client", "KIMBERLY_CONCURRENCY": "none"},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
     assert finished.returncode == 78
@@ -45,7 +45,7 @@ def test_models_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
     assert finished.returncode == 78
@@ -71,4 +71,4 @@ async def test_process_ends_well_on_sigterm(
         assert line, "the process ended"
     assert json.loads(line)["models"] == ([WIDE, NARROW] if has_models else [])
     process.send_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(process.wait(), 20) == 0
+    assert await asyncio.wait_for(process.wait(), 100) == 0

@@ -25,7 +25,7 @@ from server.memory.model import Draft, Source, Tier
 from server.memory.scoring_store import ScoringStore
 from server.preferences import PRESETS, USUAL_WEIGHTS
 from tests.conftest import FakeClock, as_worker, data_keys_of, new_caller
-from tests.workers.conftest import Mesh, meditating, until
+from tests.workers.conftest import Mesh, let_lapse, meditating, until
 from tests.workers.test_scoring import Memory, reference
 from workers.meditation import Meditation
 from workers.sentiment import sentiments
@@ -57,7 +57,7 @@ async def chooses(
 
 async def finished(meditations: MeditationStore, caller: Caller, run_id: UUID) -> Run:
     """Return a run when it has ended."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             run = await meditations.get(caller, run_id)
             if run.state is MeditationState.SUCCEEDED:
@@ -183,6 +183,7 @@ async def test_killed_worker_leaves_a_shard_that_another_resumes(
         await until(lambda: owner.fetchval("SELECT scored FROM meditation_shards"))
     scored = await owner.fetchval("SELECT scored FROM meditation_shards")
     assert 0 < scored < 200
+    await let_lapse(owner)
     async with mesh.working(meditating(batch_size=50)):
         run = await finished(meditations, caller, run.id)
     assert run.scored == 200
@@ -273,6 +274,7 @@ async def test_scores_after_a_crash_are_bit_equal_to_those_of_an_undisturbed_run
             """
             async with mesh.working(meditating(batch_size=1)):
                 await until(partial(owner.fetchval, begun))
+            await let_lapse(owner)
         async with mesh.working(meditating(batch_size=7)):
             await until(
                 lambda: owner.fetchval("SELECT bool_and(state = 'succeeded') FROM meditations")

@@ -8,13 +8,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
 import pytest
 from kimberly.jobs.v1 import jobs_pb2 as pb
-from structlog.testing import capture_logs
 
 from server.cache import Redis
 from server.enqueue import NewJob, enqueue_all
@@ -22,7 +21,7 @@ from server.jobs.doorbell import Doorbell
 from server.jobs.worker_service import WorkerService
 from tests.conftest import Urls
 from tests.faults.figures import percentile
-from tests.workers.conftest import Mesh, until
+from tests.workers.conftest import Mesh, lapse_soon, let_lapse, until
 from workers import stream
 from workers.stream import Handler, Task
 
@@ -37,6 +36,8 @@ async def enqueue(mesh: Mesh, *kinds: str, max_attempts: int = 5) -> list[UUID]:
 
 SAMPLES = 300
 """Of so many, the 99th percentile is the third from the end."""
+often_heard = pytest.mark.parametrize("mesh", [6.0], indirect=True)
+"""For tests that wait for heartbeats: they come every two seconds, and no lease lapses."""
 COUNTED = "SELECT count(*) FILTER (WHERE kind = 'count' AND state = 'succeeded') = 50 FROM jobs"
 
 
@@ -89,7 +90,7 @@ async def test_worker_does_jobs_and_settles_them(
     await enqueue(mesh, *["count"] * 50)
     async with mesh.working(handled.all) as (worker, running):
         await enqueue(mesh, "wait")
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         # Kinds take turns: the last job came before some of the others.
         await until(lambda: owner.fetchval(COUNTED))
         worker.drain()
@@ -149,7 +150,7 @@ async def test_drained_worker_finishes_what_it_holds(
 ) -> None:
     await enqueue(mesh, "wait", "wait")
     async with mesh.working(handled.all, concurrency=1) as (worker, running):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         worker.drain()
         handled.go_on.set()
         await running
@@ -161,7 +162,7 @@ async def test_drained_worker_hands_back_what_takes_too_long(
 ) -> None:
     await enqueue(mesh, "wait")
     async with mesh.working(handled.all, drain_seconds=0) as (worker, running):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         worker.drain()
         await running
     assert handled.stopped.is_set()
@@ -171,14 +172,14 @@ async def test_drained_worker_hands_back_what_takes_too_long(
 async def test_idle_worker_drains_at_once(mesh: Mesh, handled: Handled) -> None:
     async with mesh.working(handled.all) as (worker, running):
         worker.drain()
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 30)
 
 
 async def test_worker_drains_while_no_service_answers(mesh: Mesh, handled: Handled) -> None:
     await mesh.break_down()
     async with mesh.working(handled.all) as (worker, running):
         worker.drain()
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 30)
 
 
 async def test_failing_job_is_reported_without_what_it_was_about(
@@ -187,7 +188,7 @@ async def test_failing_job_is_reported_without_what_it_was_about(
     await enqueue(mesh, "fail", max_attempts=1)
     await enqueue(mesh, "count")
     async with mesh.working(handled.all) as (worker, running):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         worker.drain()
         await running
     row = await owner.fetchrow("SELECT state, error FROM jobs WHERE kind = 'fail'")
@@ -199,7 +200,7 @@ async def test_no_more_jobs_run_at_once_than_there_is_room_for(
 ) -> None:
     await enqueue(mesh, *["wait"] * 3)
     async with mesh.working(handled.all, concurrency=2):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         await enqueue(mesh, "count")
         async with mesh.working({"count": handled.count}) as (other, done):
             await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'succeeded'"))
@@ -211,10 +212,9 @@ async def test_no_more_jobs_run_at_once_than_there_is_room_for(
 async def test_work_goes_on_over_a_broken_stream(
     mesh: Mesh, handled: Handled, owner: asyncpg.Connection
 ) -> None:
-    mesh.lease_seconds = 30
     await enqueue(mesh, "wait")
     async with mesh.working(handled.all) as (worker, running):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         await mesh.break_down()
         handled.go_on.set()
         await mesh.start()
@@ -224,11 +224,12 @@ async def test_work_goes_on_over_a_broken_stream(
     assert len(handled.tasks) == 1
 
 
+@pytest.mark.parametrize("mesh", [4.0], indirect=True)
 async def test_heartbeats_keep_a_long_job_alive_while_a_thread_computes(
     mesh: Mesh, handled: Handled, owner: asyncpg.Connection
 ) -> None:
     def compute() -> None:
-        until = time.perf_counter() + 2 * mesh.lease_seconds
+        until = time.perf_counter() + 1.5 * mesh.lease_seconds
         while time.perf_counter() < until:
             sum(range(1000))
 
@@ -239,21 +240,22 @@ async def test_heartbeats_keep_a_long_job_alive_while_a_thread_computes(
         return {}
 
     await enqueue(mesh, "long")
-    async with mesh.working({"long": long}) as (worker, running):
-        await asyncio.wait_for(handled.started.wait(), 10)
+    async with mesh.working({"long": long}, drain_seconds=60) as (worker, running):
+        await asyncio.wait_for(handled.started.wait(), 30)
         worker.drain()
         await running
     assert await states(owner) == [("succeeded", 1)]
 
 
+@lapse_soon
 async def test_worker_whose_heartbeats_do_not_get_through_stops_the_work(
     mesh: Mesh, handled: Handled, owner: asyncpg.Connection
 ) -> None:
     await enqueue(mesh, "wait")
     async with mesh.working(handled.all):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         await mesh.break_down()
-        await asyncio.wait_for(handled.stopped.wait(), 10 * mesh.lease_seconds)
+        await asyncio.wait_for(handled.stopped.wait(), 30)
 
 
 async def test_job_of_a_killed_worker_is_done_by_another(
@@ -261,25 +263,27 @@ async def test_job_of_a_killed_worker_is_done_by_another(
 ) -> None:
     await enqueue(mesh, "wait")
     async with mesh.working(handled.all):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
+    await let_lapse(owner)
     handled.go_on.set()
     handled.started.clear()
     async with mesh.working(handled.all) as (worker, running):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         worker.drain()
         await running
     assert await states(owner) == [("succeeded", 2)]
     assert handled.tasks[0].lease_token < handled.tasks[1].lease_token
 
 
+@often_heard
 async def test_worker_stops_work_that_passed_to_another(
     mesh: Mesh, handled: Handled, owner: asyncpg.Connection
 ) -> None:
     await enqueue(mesh, "wait")
     async with mesh.working(handled.all):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         await owner.execute("UPDATE jobs SET lease_token = lease_token + 1000")
-        await asyncio.wait_for(handled.stopped.wait(), 10)
+        await asyncio.wait_for(handled.stopped.wait(), 30)
     assert (await states(owner))[0][0] == "running"
 
 
@@ -288,45 +292,68 @@ async def test_worker_returns_after_the_service_asked_it_to_connect_again(
 ) -> None:
     async with mesh.working(handled.all) as (worker, running):
         await enqueue(mesh, "wait")
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         mesh.service.drain()
         handled.go_on.set()
         await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'succeeded'"))
         mesh.service._is_draining = False
         handled.started.clear()
         await enqueue(mesh, "wait")
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         worker.drain()
         await running
 
 
 WORKERS = 50
+Pause = Callable[[int, float], float]
 
 
-async def arrivals(mesh: Mesh, handlers: Mapping[str, Handler]) -> list[float]:
-    """Return when each of many workers was back after the service was away from all at once."""
+class Waited(NamedTuple):
+    """The last pause of a worker."""
+
+    until: float
+    seconds: float
+    failures: int
+
+
+async def pauses(mesh: Mesh, handlers: Mapping[str, Handler], pause_seconds: Pause) -> list[float]:
+    """Return how long each of many workers waited last when the service was away from all at once.
+
+    In order. What a worker waits is what sets it apart from the others: how close together they
+    arrive tells as much of the machine.
+    """
     loop, came = asyncio.get_running_loop(), list[float]()
+    waited: dict[asyncio.Task[None] | None, Waited] = {}
+
+    def noted(failures: int, chance: float) -> float:
+        pause = pause_seconds(failures, chance)
+        waited[asyncio.current_task()] = Waited(loop.time() + pause, pause, failures)
+        return pause
+
+    async def have_failed_often() -> bool:
+        """Tell whether everybody waits as long as it gets."""
+        return len(waited) == WORKERS and min(each.failures for each in waited.values()) >= 5
+
     async with contextlib.AsyncExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(stream, "_pause_seconds", noted)
         for _ in range(WORKERS):
             await stack.enter_async_context(mesh.working(handlers))
         await until(lambda: connected(mesh, WORKERS))
-        with capture_logs() as said:
-            await mesh.break_down()
-            await until(lambda: failed_often(said))
+        await mesh.break_down()
+        await until(have_failed_often)
         await mesh.start()
         while len(came) < WORKERS:
             came += [loop.time()] * (len(mesh.service._sessions) - len(came))
             await asyncio.sleep(0.002)
-    return came
+    over = sorted(each.until for each in waited.values())
+    # Nobody comes before the pause is over.
+    assert all(early <= late for early, late in zip(over, came, strict=True))
+    return sorted(each.seconds for each in waited.values())
 
 
 async def connected(mesh: Mesh, workers: int) -> bool:
     return len(mesh.service._sessions) == workers
-
-
-async def failed_often(said: list[Any]) -> bool:
-    """Whether everybody waits as long as it gets."""
-    return bool(sum(each.get("failures", 0) >= 5 for each in said) >= WORKERS)
 
 
 def most_within(seconds: float, moments: list[float]) -> int:
@@ -337,20 +364,18 @@ def most_within(seconds: float, moments: list[float]) -> int:
 async def test_workers_that_lost_their_service_do_not_all_come_back_at_one_instant(
     mesh: Mesh, handled: Handled
 ) -> None:
-    came = await arrivals(mesh, handled.all)
+    waited = await pauses(mesh, handled.all, stream._pause_seconds)
     # Over two seconds: in a twentieth of them comes a twentieth of them, give or take.
-    assert came[-1] - came[0] > 1
-    assert most_within(0.1, came) < WORKERS // 3
+    assert waited[-1] - waited[0] > 1
+    assert most_within(0.1, waited) < WORKERS // 3
 
 
-async def test_without_chance_they_would(
-    mesh: Mesh, handled: Handled, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stream, "_pause_seconds", partial(_without_chance, stream._pause_seconds))
-    assert most_within(0.1, await arrivals(mesh, handled.all)) > WORKERS // 2
+async def test_without_chance_they_would(mesh: Mesh, handled: Handled) -> None:
+    without_chance = partial(_without_chance, stream._pause_seconds)
+    assert most_within(0.1, await pauses(mesh, handled.all, without_chance)) == WORKERS
 
 
-def _without_chance(pause: Callable[[int, float], float], failures: int, _chance: float) -> float:
+def _without_chance(pause: Pause, failures: int, _chance: float) -> float:
     return pause(failures, 1)
 
 
@@ -376,9 +401,9 @@ async def test_worker_is_told_that_its_job_is_cancelled_and_stops(
     cancelled, other = await enqueue(mesh, "wait", "wait")
     async with mesh.working(handled.all) as (worker, running):
         await until(lambda: owner.fetchval("SELECT count(*) = 2 FROM jobs WHERE attempt = 1"))
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         await cancel(mesh, cancelled)
-        await asyncio.wait_for(handled.stopped.wait(), 10)
+        await asyncio.wait_for(handled.stopped.wait(), 30)
         await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'cancelled'"))
         worker.drain()
         handled.go_on.set()
@@ -387,14 +412,15 @@ async def test_worker_is_told_that_its_job_is_cancelled_and_stops(
     assert {row["id"]: row["state"] for row in rows} == {cancelled: "cancelled", other: "succeeded"}
 
 
+@often_heard
 async def test_heartbeat_tells_of_a_cancellation_that_was_not_heard(
     mesh: Mesh, handled: Handled, owner: asyncpg.Connection
 ) -> None:
     await enqueue(mesh, "wait")
     async with mesh.working(handled.all):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         await owner.execute("UPDATE jobs SET cancelled_at = now()")
-        await asyncio.wait_for(handled.stopped.wait(), 10)
+        await asyncio.wait_for(handled.stopped.wait(), 30)
         await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'cancelled'"))
 
 
@@ -409,7 +435,7 @@ async def test_result_of_a_handler_that_will_not_stop_does_not_stand(
 
     (job_id,) = await enqueue(mesh, "stubborn")
     async with mesh.working({"stubborn": stubborn}):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         await cancel(mesh, job_id)
         await until(lambda: owner.fetchval("SELECT true FROM jobs WHERE state = 'cancelled'"))
     assert await owner.fetchval("SELECT result FROM jobs") is None
@@ -439,7 +465,7 @@ async def test_kind_that_always_fails_holds_up_no_other(
     """With room for one job at a time; what fails is there first, and has most of the jobs."""
     await enqueue(mesh, *["fail"] * 200, max_attempts=2)
     async with mesh.working(handled.all, concurrency=1):
-        await asyncio.wait_for(handled.started.wait(), 10)
+        await asyncio.wait_for(handled.started.wait(), 30)
         await enqueue(mesh, *["count"] * 50)
         await until(lambda: owner.fetchval(COUNTED))
         assert await owner.fetchval("SELECT count(*) FROM jobs WHERE kind = 'fail' AND due") >= 100
@@ -450,6 +476,7 @@ async def test_kind_that_always_fails_holds_up_no_other(
 
 
 @pytest.mark.alone
+@lapse_soon
 async def test_poison_job_is_given_up_and_others_do_not_notice(
     mesh: Mesh, handled: Handled, owner: asyncpg.Connection
 ) -> None:
@@ -485,6 +512,7 @@ async def test_poison_job_is_given_up_and_others_do_not_notice(
     assert percentile(meanwhile, 0.99) < percentile(usual, 0.99) * 2 + 0.05
 
 
+@lapse_soon
 async def test_two_replicas_and_four_workers_go_on_whichever_of_them_dies(
     mesh: Mesh,
     urls: Urls,
@@ -493,7 +521,8 @@ async def test_two_replicas_and_four_workers_go_on_whichever_of_them_dies(
     redis: Redis,
     socket: Path,
 ) -> None:
-    replica = Mesh(mesh.database, mesh.users, redis, urls, socket.with_name("replica"))
+    beside = socket.with_name("replica")
+    replica = Mesh(mesh.database, mesh.users, redis, urls, beside, lease_seconds=mesh.lease_seconds)
     sweeping = asyncio.create_task(replica.service.run())
     await replica.start()
 

@@ -28,7 +28,7 @@ from server.memory.store import MemoryStore
 from tests.acting import EVERYTHING, READ_WRITE, let_agents, new_agent
 from tests.conftest import as_worker, bearer, data_keys_of, new_caller
 from tests.refusals import refusal_of
-from tests.workers.conftest import Mesh, until
+from tests.workers.conftest import Mesh, let_lapse, until
 from workers.digest import Digest
 from workers.stream import Handler
 from workers.summarizing import SUMMARIZE, Summarizing
@@ -106,7 +106,7 @@ async def look(agents: Any, agent: Caller, task: pb.AgentTask) -> pb.AgentTask:
 
 
 async def ended(agents: Any, agent: Caller, task: pb.AgentTask) -> pb.AgentTask:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (found := await look(agents, agent, task)).HasField("finish_time"):
             pass
     return found
@@ -290,7 +290,8 @@ async def test_a_worker_that_is_killed_half_way_leaves_one_summary(
 
     task = await run(agents, agent)
     async with mesh.working(dying):
-        await asyncio.wait_for(kept.wait(), 20)
+        await asyncio.wait_for(kept.wait(), 60)
+    await let_lapse(owner)
     (first,) = await summaries(owner, agent)
     # Meanwhile the conversation goes on: the second attempt would choose otherwise.
     user = Caller(agent.tenant_id, agent.user_id)
@@ -324,7 +325,7 @@ async def test_a_task_that_runs_can_be_cancelled(
 
     async with mesh.working({SUMMARIZE: endless}):
         task = await run(agents, agent)
-        await asyncio.wait_for(begun.wait(), 20)
+        await asyncio.wait_for(begun.wait(), 60)
         request = pb.CancelAgentTaskRequest(id=task.id)
         user = Caller(agent.tenant_id, agent.user_id)
         await agents.CancelAgentTask(request, metadata=bearer(user))
