@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from itertools import repeat
-from typing import Final
+from typing import Final, assert_never
 from uuid import UUID
 
 import asyncpg
@@ -23,6 +23,8 @@ from server.jobs.retries import LADDER, part_of_delay
 
 _LAPSED: Final = "the worker stopped answering"
 _AT_ONCE: Final = 1000
+_REMEMBERED: Final = 10
+"""Failures of a job that a worker may tell again."""
 _NEVER_FULL: Final = 2**31 - 1
 _ANYWHERE: Final = UUID(int=0)
 
@@ -127,17 +129,17 @@ class Queue:
 
         The others are lost, and nothing is written about them. A failed job waits to be tried
         again, or is dead after its last attempt. One whose end was asked for is cancelled, and
-        no other outcome of it stands. A worker that did not hear that a job was completed may
-        complete it again: that stands already.
+        no other outcome of it stands. A worker that did not hear that an outcome was written may
+        tell it again, whatever has become of the job since: that stands already.
         """
         completed = [outcome for outcome in outcomes if isinstance(outcome, Completed)]
         failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
         stopped = [outcome for outcome in outcomes if isinstance(outcome, Stopped)]
         standing = await self._complete(worker_id, completed) if completed else set()
-        if again := [outcome.held for outcome in completed if outcome.held not in standing]:
-            standing |= await self._completed_before(again)
         standing |= await self._fail(worker_id, failed) if failed else set()
-        return standing | (await self._stop(worker_id, stopped) if stopped else set())
+        standing |= await self._stop(worker_id, stopped) if stopped else set()
+        again = [outcome for outcome in outcomes if outcome.held not in standing]
+        return standing | (await self._told_before(again) if again else set())
 
     async def release(self, worker_id: str, leases: Sequence[Held]) -> set[Held]:
         """Give back leases whose work was not done: their jobs wait again, no attempt is lost."""
@@ -308,7 +310,10 @@ class Queue:
                SET state = ended.next, error = ended.error,
                    finished_at = CASE WHEN ended.next <> 'waiting' THEN now() END,
                    run_at = CASE ended.next WHEN 'waiting' THEN next_run_at ELSE run_at END,
-                   due = ended.next <> 'waiting', worker_id = NULL, lease_expires_at = NULL
+                   due = ended.next <> 'waiting', worker_id = NULL, lease_expires_at = NULL,
+                   failed_leases = CASE WHEN ended.stands
+                                        THEN (lease_token || failed_leases)[:$7]
+                                        ELSE failed_leases END
               FROM ended
              WHERE jobs.id = ended.id
             RETURNING ended.place, ended.stands, kind, state
@@ -319,6 +324,7 @@ class Queue:
             worker_id,
             LADDER,
             [part_of_delay(random.random()) for _ in outcomes],  # noqa: S311 - no secret
+            _REMEMBERED,
         )
         metrics.count_finished(
             (row["kind"], "failed" if row["state"] == "waiting" else row["state"]) for row in rows
@@ -344,18 +350,33 @@ class Queue:
         metrics.count_finished((row["kind"], "cancelled") for row in rows)
         return {Held(row["id"], row["lease_token"]) for row in rows}
 
-    async def _completed_before(self, leases: Sequence[Held]) -> set[Held]:
+    async def _told_before(self, outcomes: Sequence[Outcome]) -> set[Held]:
         rows = await self._database.fetch_alone(
             """
-            SELECT id, lease_token
+            SELECT id, told.token
               FROM jobs
-              JOIN unnest($1::uuid[], $2::bigint[]) AS lease (id, token) USING (id)
-             WHERE lease_token = lease.token AND state = 'succeeded'
+              JOIN unnest($1::uuid[], $2::bigint[], $3::text[]) AS told (id, token, state)
+             USING (id)
+             WHERE CASE told.state WHEN 'failed' THEN told.token = ANY (failed_leases)
+                        ELSE lease_token = told.token AND jobs.state = told.state END
             """,
-            [held.job_id for held in leases],
-            [held.token for held in leases],
+            [outcome.held.job_id for outcome in outcomes],
+            [outcome.held.token for outcome in outcomes],
+            [_left_behind(outcome) for outcome in outcomes],
         )
-        return {Held(row["id"], row["lease_token"]) for row in rows}
+        return {Held(row["id"], row["token"]) for row in rows}
+
+
+def _left_behind(outcome: Outcome) -> str:
+    """Return the state that a job is in which ended so; a failed one may be in any."""
+    match outcome:
+        case Completed():
+            return "succeeded"
+        case Failed():
+            return "failed"
+        case Stopped():
+            return "cancelled"
+    assert_never(outcome)
 
 
 async def _take_turns(connection: Connection, kinds: Sequence[str]) -> None:
