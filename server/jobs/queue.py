@@ -5,9 +5,11 @@ knows: a lease that passed on, or was never the worker's, meets no row. Only run
 worker; no statement says so besides, lest the planner should read all running jobs to find one.
 """
 
+import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from itertools import repeat
 from typing import Final, assert_never
@@ -15,8 +17,9 @@ from uuid import UUID
 
 import asyncpg
 
-from server.database import Connection, SystemDatabase
+from server.database import ACQUIRE_SECONDS, Connection, SystemDatabase
 from server.enqueue import DOORBELL
+from server.errors import StoreUnavailable
 from server.jobs import metrics
 from server.jobs.model import Beat, Completed, Extended, Failed, Held, Lease, Outcome, Stopped
 from server.jobs.retries import LADDER, part_of_delay
@@ -53,6 +56,10 @@ class Queue:
         self._database = database
         self._lease_seconds = lease_seconds
         self._limits = dict(limits or {})
+        # However slow it is to lease, there is a connection left to settle with; however slow
+        # both are, there is one for heartbeats and for what else a process asks of the database.
+        self._leasing = asyncio.Semaphore(max(database.connections - 2, 1))
+        self._changing = asyncio.Semaphore(max(database.connections - 1, 1))
         self._places: dict[str, UUID] = {}
         """The lane whose turn was the last, by kind. Each replica goes round by itself."""
 
@@ -74,18 +81,24 @@ class Queue:
         limited = sorted(self._limits.keys() & set(kinds))
         places = [self._places.get(kind, _ANYWHERE) for kind in kinds]
         arguments = (worker_id, kinds, rooms, places, limit, self._lease_seconds)
-        if limited:
-            async with self._database.transaction() as connection:
-                await _take_turns(connection, limited)
-                rows = await connection.fetch(LEASE, *arguments)
-        else:
-            rows = await self._database.fetch_alone(LEASE, *arguments)
+        async with _place_in(self._leasing), _place_in(self._changing):
+            rows = await self._lease(limited, arguments)
         self._move_on(rows)
         metrics.observe(metrics.START_DELAY, ((row["kind"], row["delay"]) for row in rows))
         return [
             Lease(Held(job_id, token), kind, payload, attempt, trace or "")
             for job_id, token, kind, payload, attempt, trace, _, _ in rows
         ]
+
+    async def _lease(
+        self, limited: Sequence[str], arguments: Sequence[object]
+    ) -> list[asyncpg.Record]:
+        if not limited:
+            return await self._database.fetch_alone(LEASE, *arguments)
+        async with self._database.transaction() as connection:
+            await _take_turns(connection, limited)
+            rows: list[asyncpg.Record] = await connection.fetch(LEASE, *arguments)
+        return rows
 
     def _move_on(self, rows: Sequence[asyncpg.Record]) -> None:
         """Note, for each kind, how far round the ring of lanes this has come."""
@@ -132,6 +145,10 @@ class Queue:
         no other outcome of it stands. A worker that did not hear that an outcome was written may
         tell it again, whatever has become of the job since: that stands already.
         """
+        async with _place_in(self._changing):
+            return await self._settle(worker_id, outcomes)
+
+    async def _settle(self, worker_id: str, outcomes: Sequence[Outcome]) -> set[Held]:
         completed = [outcome for outcome in outcomes if isinstance(outcome, Completed)]
         failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
         stopped = [outcome for outcome in outcomes if isinstance(outcome, Stopped)]
@@ -143,6 +160,10 @@ class Queue:
 
     async def release(self, worker_id: str, leases: Sequence[Held]) -> set[Held]:
         """Give back leases whose work was not done: their jobs wait again, no attempt is lost."""
+        async with _place_in(self._changing):
+            return await self._release(worker_id, leases)
+
+    async def _release(self, worker_id: str, leases: Sequence[Held]) -> set[Held]:
         rows = await self._database.fetch_alone(
             """
             UPDATE jobs
@@ -365,6 +386,24 @@ class Queue:
             [_left_behind(outcome) for outcome in outcomes],
         )
         return {Held(row["id"], row["token"]) for row in rows}
+
+
+@asynccontextmanager
+async def _place_in(room: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Wait for a place and keep it.
+
+    Raises:
+        StoreUnavailable: There was none for as long as one waits for a connection.
+    """
+    try:
+        async with asyncio.timeout(ACQUIRE_SECONDS):
+            await room.acquire()
+    except TimeoutError as error:
+        raise StoreUnavailable("the database") from error
+    try:
+        yield
+    finally:
+        room.release()
 
 
 def _left_behind(outcome: Outcome) -> str:
