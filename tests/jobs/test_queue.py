@@ -322,6 +322,16 @@ async def test_unique_key_admits_one_unfinished_job(
     assert await enqueue_one(system_database, unique_key="k") != first
 
 
+async def test_however_many_of_one_batch_have_a_unique_key_it_makes_one_job(
+    system_database: SystemDatabase,
+) -> None:
+    jobs = [NewJob("test", unique_key="k")] * 10 + [NewJob("test", unique_key="other")] * 10
+    async with system_database.transaction() as connection:
+        job_ids = await enqueue_all(connection, jobs)
+    assert (len(set(job_ids[:10])), len(set(job_ids[10:]))) == (1, 1)
+    assert job_ids[0] != job_ids[10]
+
+
 async def test_concurrent_enqueues_of_a_unique_key_make_one_job(
     system_database: SystemDatabase,
 ) -> None:
