@@ -23,7 +23,7 @@ from server.metering import ledger
 type_codecs = pgvector.asyncpg.register_vector
 
 
-_ACQUIRE_SECONDS = 5.0
+ACQUIRE_SECONDS = 5.0
 _OUT_OF_REACH = (
     OSError,
     TimeoutError,
@@ -161,7 +161,7 @@ class Database:
                 rows = await connection.fetch(*given)
             return rows
         with _translated():
-            async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
                 with _traced(connection):
                     rows = await connection.fetch(*given)
         return rows
@@ -176,7 +176,7 @@ class Database:
             StoreUnavailable: PostgreSQL does not answer. Whether it was committed is not known.
         """
         with _translated():
-            async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
                 with _traced(connection):
                     rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
         return rows
@@ -211,6 +211,11 @@ class SystemDatabase:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
+    @property
+    def connections(self) -> int:
+        """How many there are at most."""
+        return self._pool.get_max_size()
+
     def transaction(self) -> AbstractAsyncContextManager[Connection]:
         """Open a transaction that sees all tenants.
 
@@ -226,7 +231,7 @@ class SystemDatabase:
             StoreUnavailable: As in `Database.transaction`.
         """
         with _translated():
-            async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
                 with _traced(connection):
                     rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
         return rows
@@ -235,7 +240,7 @@ class SystemDatabase:
 @asynccontextmanager
 async def _transaction(pool: asyncpg.Pool, opening: str) -> AsyncIterator[Connection]:
     with _translated():
-        async with pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+        async with pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
             with _traced(connection):
                 try:
                     await connection.execute(opening)

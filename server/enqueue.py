@@ -120,15 +120,16 @@ async def _insert(
     )
     found = {new[row["id"]][0]: row["id"] for row in inserted}
     namesakes = {
-        job.unique_key: index
+        index: job.unique_key
         for index, job in new.values()
         if job.unique_key and index not in found
     }
     return found | await _unfinished(connection, namesakes)
 
 
-async def _unfinished(connection: Connection, indexes: Mapping[str, int]) -> dict[int, UUID]:
-    if not indexes:
+async def _unfinished(connection: Connection, unique_keys: Mapping[int, str]) -> dict[int, UUID]:
+    """Return ids by index."""
+    if not unique_keys:
         return {}
     rows = await connection.fetch(
         """
@@ -136,6 +137,7 @@ async def _unfinished(connection: Connection, indexes: Mapping[str, int]) -> dic
           FROM jobs
          WHERE unique_key = ANY ($1) AND state IN ('waiting', 'running')
         """,
-        list(indexes),
+        list(set(unique_keys.values())),
     )
-    return {indexes[row["unique_key"]]: row["id"] for row in rows}
+    found = {row["unique_key"]: row["id"] for row in rows}
+    return {index: found[key] for index, key in unique_keys.items() if key in found}

@@ -11,10 +11,10 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, Final, NamedTuple
 
 import grpc
@@ -29,6 +29,7 @@ from workers import metrics
 log = structlog.get_logger()
 
 _MOST_CREDIT: Final = 1000
+_MOST_IN_MESSAGE: Final = 1000
 _MOST_HELD: Final = 2000
 """Leases and credit together, more of which the service does not take."""
 _STREAM_SECONDS: Final = 900.0
@@ -39,6 +40,10 @@ _JOB: Final = "job_"
 _DIGITS: Final = 32
 """Of an id, after that."""
 _NOTHING: Final = "{}"
+_LONGEST_RESULT: Final = 64 * 1024
+_NUL: Final = "\\u0000"
+"""As JSON has it."""
+_BACKSLASH: Final = "\\\\"
 _BROKEN = (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError)
 
 
@@ -350,9 +355,10 @@ class Worker:
         for held in ours.values():
             held.sent_on = session
         session.settling += len(ours)
-        await session.call.write(
-            pb.WorkRequest(settle=_settle(ours, in_columns=session.in_columns))
-        )
+        for some in _messages_of(ours):
+            await session.call.write(
+                pb.WorkRequest(settle=_settle(some, in_columns=session.in_columns))
+            )
 
     def _has_nothing_more(self, session: _Session) -> bool:
         """Tell whether we are to stop, and all is said or the time for it is over."""
@@ -393,14 +399,16 @@ class Worker:
         beating = {
             job_id: held for job_id, held in self._held.items() if held.sent_on is not session
         }
-        leases = [
-            pb.LeaseProgress(job_id=job_id, lease_token=held.token, progress=held.progress)
-            for job_id, held in beating.items()
-        ]
-        sent_at = _now()
-        await session.call.write(pb.WorkRequest(heartbeat=pb.Heartbeat(leases=leases)))
-        for held in beating.values():
-            held.expires_at = sent_at + session.lease_seconds
+        # One without leases, too: it says that we are here.
+        for some in list(_messages_of(beating)) or [{}]:
+            leases = [
+                pb.LeaseProgress(job_id=job_id, lease_token=held.token, progress=held.progress)
+                for job_id, held in some.items()
+            ]
+            sent_at = _now()
+            await session.call.write(pb.WorkRequest(heartbeat=pb.Heartbeat(leases=leases)))
+            for held in some.values():
+                held.expires_at = sent_at + session.lease_seconds
 
     async def _wait(self, until: float) -> None:
         if self._give_up_at is not None:
@@ -439,10 +447,29 @@ def _leases(leased: pb.Leased) -> list[_Lease]:
     )
 
 
+def _messages_of(leases: Mapping[str, _Held]) -> Iterator[dict[str, _Held]]:
+    """Cut leases into as many as the service takes in one message.
+
+    After a stream broke there may be more: those that it carried the outcomes of, and others.
+    """
+    rest = iter(leases.items())
+    while some := dict(islice(rest, _MOST_IN_MESSAGE)):
+        yield some
+
+
 def _completed(lease: _Lease, result: Mapping[str, Any]) -> pb.Outcome:
+    """Return that a job is done.
+
+    Raises:
+        ValueError: The service does not take the result: the attempt has failed. Said all the
+            same, it would end the stream, on which others' outcomes are said.
+    """
     if not result:
         return _DONE
-    return _outcome(lease, completed=pb.Completed(result_json=json.dumps(result)))
+    text = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    if len(text.encode()) > _LONGEST_RESULT or _NUL in text.replace(_BACKSLASH, ""):
+        raise ValueError
+    return _outcome(lease, completed=pb.Completed(result_json=text))
 
 
 def _outcome(lease: _Lease, **result: Any) -> pb.Outcome:

@@ -5,24 +5,29 @@ knows: a lease that passed on, or was never the worker's, meets no row. Only run
 worker; no statement says so besides, lest the planner should read all running jobs to find one.
 """
 
+import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from itertools import repeat
-from typing import Final
+from typing import Final, assert_never
 from uuid import UUID
 
 import asyncpg
 
-from server.database import Connection, SystemDatabase
+from server.database import ACQUIRE_SECONDS, Connection, SystemDatabase
 from server.enqueue import DOORBELL
+from server.errors import StoreUnavailable
 from server.jobs import metrics
 from server.jobs.model import Beat, Completed, Extended, Failed, Held, Lease, Outcome, Stopped
 from server.jobs.retries import LADDER, part_of_delay
 
 _LAPSED: Final = "the worker stopped answering"
 _AT_ONCE: Final = 1000
+_REMEMBERED: Final = 10
+"""Failures of a job that a worker may tell again."""
 _NEVER_FULL: Final = 2**31 - 1
 _ANYWHERE: Final = UUID(int=0)
 
@@ -51,6 +56,10 @@ class Queue:
         self._database = database
         self._lease_seconds = lease_seconds
         self._limits = dict(limits or {})
+        # However slow it is to lease, there is a connection left to settle with; however slow
+        # both are, there is one for heartbeats and for what else a process asks of the database.
+        self._leasing = asyncio.Semaphore(max(database.connections - 2, 1))
+        self._changing = asyncio.Semaphore(max(database.connections - 1, 1))
         self._places: dict[str, UUID] = {}
         """The lane whose turn was the last, by kind. Each replica goes round by itself."""
 
@@ -72,18 +81,24 @@ class Queue:
         limited = sorted(self._limits.keys() & set(kinds))
         places = [self._places.get(kind, _ANYWHERE) for kind in kinds]
         arguments = (worker_id, kinds, rooms, places, limit, self._lease_seconds)
-        if limited:
-            async with self._database.transaction() as connection:
-                await _take_turns(connection, limited)
-                rows = await connection.fetch(LEASE, *arguments)
-        else:
-            rows = await self._database.fetch_alone(LEASE, *arguments)
+        async with _place_in(self._leasing), _place_in(self._changing):
+            rows = await self._lease(limited, arguments)
         self._move_on(rows)
         metrics.observe(metrics.START_DELAY, ((row["kind"], row["delay"]) for row in rows))
         return [
             Lease(Held(job_id, token), kind, payload, attempt, trace or "")
             for job_id, token, kind, payload, attempt, trace, _, _ in rows
         ]
+
+    async def _lease(
+        self, limited: Sequence[str], arguments: Sequence[object]
+    ) -> list[asyncpg.Record]:
+        if not limited:
+            return await self._database.fetch_alone(LEASE, *arguments)
+        async with self._database.transaction() as connection:
+            await _take_turns(connection, limited)
+            rows: list[asyncpg.Record] = await connection.fetch(LEASE, *arguments)
+        return rows
 
     def _move_on(self, rows: Sequence[asyncpg.Record]) -> None:
         """Note, for each kind, how far round the ring of lanes this has come."""
@@ -127,20 +142,28 @@ class Queue:
 
         The others are lost, and nothing is written about them. A failed job waits to be tried
         again, or is dead after its last attempt. One whose end was asked for is cancelled, and
-        no other outcome of it stands. A worker that did not hear that a job was completed may
-        complete it again: that stands already.
+        no other outcome of it stands. A worker that did not hear that an outcome was written may
+        tell it again, whatever has become of the job since: that stands already.
         """
+        async with _place_in(self._changing):
+            return await self._settle(worker_id, outcomes)
+
+    async def _settle(self, worker_id: str, outcomes: Sequence[Outcome]) -> set[Held]:
         completed = [outcome for outcome in outcomes if isinstance(outcome, Completed)]
         failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
         stopped = [outcome for outcome in outcomes if isinstance(outcome, Stopped)]
         standing = await self._complete(worker_id, completed) if completed else set()
-        if again := [outcome.held for outcome in completed if outcome.held not in standing]:
-            standing |= await self._completed_before(again)
         standing |= await self._fail(worker_id, failed) if failed else set()
-        return standing | (await self._stop(worker_id, stopped) if stopped else set())
+        standing |= await self._stop(worker_id, stopped) if stopped else set()
+        again = [outcome for outcome in outcomes if outcome.held not in standing]
+        return standing | (await self._told_before(again) if again else set())
 
     async def release(self, worker_id: str, leases: Sequence[Held]) -> set[Held]:
         """Give back leases whose work was not done: their jobs wait again, no attempt is lost."""
+        async with _place_in(self._changing):
+            return await self._release(worker_id, leases)
+
+    async def _release(self, worker_id: str, leases: Sequence[Held]) -> set[Held]:
         rows = await self._database.fetch_alone(
             """
             UPDATE jobs
@@ -308,7 +331,10 @@ class Queue:
                SET state = ended.next, error = ended.error,
                    finished_at = CASE WHEN ended.next <> 'waiting' THEN now() END,
                    run_at = CASE ended.next WHEN 'waiting' THEN next_run_at ELSE run_at END,
-                   due = ended.next <> 'waiting', worker_id = NULL, lease_expires_at = NULL
+                   due = ended.next <> 'waiting', worker_id = NULL, lease_expires_at = NULL,
+                   failed_leases = CASE WHEN ended.stands
+                                        THEN (lease_token || failed_leases)[:$7]
+                                        ELSE failed_leases END
               FROM ended
              WHERE jobs.id = ended.id
             RETURNING ended.place, ended.stands, kind, state
@@ -319,6 +345,7 @@ class Queue:
             worker_id,
             LADDER,
             [part_of_delay(random.random()) for _ in outcomes],  # noqa: S311 - no secret
+            _REMEMBERED,
         )
         metrics.count_finished(
             (row["kind"], "failed" if row["state"] == "waiting" else row["state"]) for row in rows
@@ -344,18 +371,51 @@ class Queue:
         metrics.count_finished((row["kind"], "cancelled") for row in rows)
         return {Held(row["id"], row["lease_token"]) for row in rows}
 
-    async def _completed_before(self, leases: Sequence[Held]) -> set[Held]:
+    async def _told_before(self, outcomes: Sequence[Outcome]) -> set[Held]:
         rows = await self._database.fetch_alone(
             """
-            SELECT id, lease_token
+            SELECT id, told.token
               FROM jobs
-              JOIN unnest($1::uuid[], $2::bigint[]) AS lease (id, token) USING (id)
-             WHERE lease_token = lease.token AND state = 'succeeded'
+              JOIN unnest($1::uuid[], $2::bigint[], $3::text[]) AS told (id, token, state)
+             USING (id)
+             WHERE CASE told.state WHEN 'failed' THEN told.token = ANY (failed_leases)
+                        ELSE lease_token = told.token AND jobs.state = told.state END
             """,
-            [held.job_id for held in leases],
-            [held.token for held in leases],
+            [outcome.held.job_id for outcome in outcomes],
+            [outcome.held.token for outcome in outcomes],
+            [_left_behind(outcome) for outcome in outcomes],
         )
-        return {Held(row["id"], row["lease_token"]) for row in rows}
+        return {Held(row["id"], row["token"]) for row in rows}
+
+
+@asynccontextmanager
+async def _place_in(room: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Wait for a place and keep it.
+
+    Raises:
+        StoreUnavailable: There was none for as long as one waits for a connection.
+    """
+    try:
+        async with asyncio.timeout(ACQUIRE_SECONDS):
+            await room.acquire()
+    except TimeoutError as error:
+        raise StoreUnavailable("the database") from error
+    try:
+        yield
+    finally:
+        room.release()
+
+
+def _left_behind(outcome: Outcome) -> str:
+    """Return the state that a job is in which ended so; a failed one may be in any."""
+    match outcome:
+        case Completed():
+            return "succeeded"
+        case Failed():
+            return "failed"
+        case Stopped():
+            return "cancelled"
+    assert_never(outcome)
 
 
 async def _take_turns(connection: Connection, kinds: Sequence[str]) -> None:

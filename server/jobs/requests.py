@@ -129,11 +129,12 @@ def _result(text: str) -> str | None:
         raise InvalidArgument(field, f"must have at most {_LONGEST_RESULT} characters")
     try:
         value = _DECODER.decode(text)
+        # A number like 1e999 has become an infinite one, which is none in JSON.
+        canonical = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(field, "must be JSON") from error
     if not isinstance(value, dict):
         raise InvalidArgument(field, "must be a JSON object")
-    canonical = json.dumps(value, ensure_ascii=False)
     try:
         canonical.encode()
     except UnicodeEncodeError as error:

@@ -132,11 +132,14 @@ class Planner:
                 if self._count:
                     self._count(due.caller)
                 log.info("schedule ticked", schedule=str(due.id), job=str(job_id))
-        except StoreUnavailable:
+        except (StoreUnavailable, TimeoutError):
             raise
         except Problem as problem:
             # One whose user is being erased holds up nobody else's.
             log.warning("schedule did not tick", schedule=str(due.id), reason=problem.reason)
+        except Exception as error:
+            # Nor does one that cannot be read any more, or whose user keeps something locked.
+            log.exception("schedule did not tick", schedule=str(due.id), exc_info=error)
 
 
 def _pause(seconds: float | None) -> float:

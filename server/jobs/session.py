@@ -1,7 +1,7 @@
 """One worker's stream: what it may still be sent, and what it holds."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence, Set
 from typing import Any
 
 from kimberly.jobs.v1 import jobs_pb2 as pb
@@ -23,9 +23,10 @@ _SURELY_CLOSED_SECONDS = 0.1
 class Session:
     """Keeps the state of one stream between its turns.
 
-    Writing and leasing go on beside the turns and beside each other: neither looks at what the
-    other writes, and each waits for a disk. What arrives meanwhile is written together: the slower
-    the database, the more outcomes share one statement.
+    Settling, leasing and heartbeats go on beside the turns and beside each other: none looks at
+    what the others write, and each waits for a disk. What arrives meanwhile is written together:
+    the slower the database, the more outcomes share one statement. However slow that is, leases
+    are kept alive.
     """
 
     def __init__(
@@ -51,7 +52,10 @@ class Session:
         self._outcomes: list[Outcome] = []
         self._beats: list[Beat] = []
         self._cancelled: set[Held] = set()
-        self._writing: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._extending: asyncio.Task[None] | None = None
+        self._ending: set[Held] = set()
+        """What is being settled."""
         self._leasing: list[asyncio.Task[None]] = []
         self._asked = 0
         """Credit that leases under way may use up."""
@@ -139,12 +143,17 @@ class Session:
             task.cancel()
 
     def _under_way(self) -> list[asyncio.Task[None]]:
-        return [task for task in (self._writing, *self._leasing) if task and not task.done()]
+        tasks = (self._settling, self._extending, *self._leasing)
+        return [task for task in tasks if task and not task.done()]
 
     def _begin(self) -> None:
         """Begin to write and to lease, where there is a reason to and it does not go on yet."""
-        if (self._outcomes or self._beats or self._cancelled) and _is_over(self._writing):
-            self._writing = self._tasks.create_task(self._answer_with(self._write()))
+        if self._beats and _is_over(self._extending):
+            self._extending = self._tasks.create_task(self._answer_with(self._extend()))
+        # Not beside heartbeats that came before: two statements that change the same jobs may wait
+        # for each other.
+        if self._outcomes and _is_over(self._settling) and _is_over(self._extending):
+            self._settling = self._tasks.create_task(self._answer_with(self._settle()))
         self._leasing = [task for task in self._leasing if not task.done()]
         if not self._is_draining:
             while self._may_lease():
@@ -178,7 +187,7 @@ class Session:
         self._called.set()
 
     def _collect(self) -> list[pb.WorkResponse]:
-        responses, self._responses = self._responses, []
+        responses, self._responses = self._responses + self._cancel(), []
         return responses
 
     async def _finish(self) -> None:
@@ -189,7 +198,7 @@ class Session:
             await self._answer_with(self._write())
 
     async def _write(self) -> list[pb.WorkResponse]:
-        return [*await self._settle(), *await self._extend(), *self._cancel()]
+        return [*await self._settle(), *await self._extend()]
 
     def _take_in(self) -> None:
         while not self._unread.empty():
@@ -214,15 +223,22 @@ class Session:
         if not self._outcomes:
             return []
         outcomes, self._outcomes = self._outcomes, []
-        held = {outcome.held for outcome in outcomes}
+        held = self._ending = {outcome.held for outcome in outcomes}
         standing = await self._queue.settle(self._worker_id, outcomes)
+        self._ending = set()
         self._leases -= held
         self._beats = [beat for beat in self._beats if beat.held not in held]
         if self._queue.is_limited(self._kinds):
             # There may be room now, where there was none.
             self._may_have_more = True
-        settled = [pb.WorkResponse(settled=self._settled(standing))] if standing else []
-        return [*settled, *_lost(held - standing)]
+        told = self._without_heirs(standing)
+        settled = [pb.WorkResponse(settled=self._settled(told))] if told else []
+        return [*settled, *_lost(self._without_heirs(held - standing))]
+
+    def _without_heirs(self, leases: Set[Held]) -> Set[Held]:
+        """Leave out leases whose jobs the worker holds anew: it is told of jobs, not of leases."""
+        anew = {held.job_id for held in self._leases} if leases else set()
+        return {held for held in leases if held.job_id not in anew}
 
     def _settled(self, held: Collection[Held]) -> pb.Settled:
         if self._in_columns:
@@ -232,13 +248,14 @@ class Session:
     async def _extend(self) -> list[pb.WorkResponse]:
         if not self._beats:
             return []
-        beats, self._beats = self._beats, []
+        beats = [beat for beat in self._beats if beat.held not in self._ending]
+        self._beats = []
         extended = await self._queue.extend(self._worker_id, beats)
         # A worker that comes back on a new stream brings its leases with it.
         self._leases |= {beat.held for beat in beats}
         self._leases -= extended.lost
         self._cancelled |= extended.cancelled
-        return _lost(extended.lost)
+        return _lost(self._without_heirs(extended.lost))
 
     def _cancel(self) -> list[pb.WorkResponse]:
         held, self._cancelled = self._cancelled & self._leases, set()

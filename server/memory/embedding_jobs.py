@@ -1,5 +1,6 @@
 """Jobs that give a user's memories vectors: which memories lack one, and under which lease."""
 
+import enum
 from collections.abc import Set
 from dataclasses import dataclass
 from datetime import datetime
@@ -60,14 +61,54 @@ class Gap(NamedTuple):
     content_hash: bytes
 
 
+# A new vector takes the place of that of an earlier text: it needs no room.
+_FITTING: Final = f"""
+    {_MISSING}
+     AND ($3 OR EXISTS (
+         SELECT FROM embeddings AS former
+          WHERE former.tenant_id = $1 AND former.user_id = $2
+            AND former.model = settings.embedding_model AND former.memory_id = memory.id
+         ))
+"""
+
+
+class Bound(enum.Enum):
+    """What of a plan a job has met."""
+
+    MADE_IN_MONTH = "made in month"
+    """How many vectors a local model makes in a month."""
+    KEPT = "kept"
+    """How many vectors a user keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What a job leaves to another one."""
+
+    bound: Bound
+    """Why."""
+    texts: int
+    """How many lack a vector."""
+    resumes_at: datetime
+    """When the other job looks at them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finish:
     """What came of looking for the last time."""
 
     is_done: bool = True
     """Whether the job is; otherwise texts were written or changed meanwhile."""
-    resumes_at: datetime | None = None
-    """When another job goes on with what the month's budget did not suffice for."""
+    rest: Rest | None = None
+
+
+class _Allowance(NamedTuple):
+    """What a plan allows for now."""
+
+    to_make: int
+    """Vectors."""
+    to_keep: int
+    """Vectors beside those that are kept."""
 
 
 class EmbeddingJobs:
@@ -113,11 +154,11 @@ class EmbeddingJobs:
         Args:
             job: Whose user's memories are read.
             after: Memory to go on after.
-            limit: How many texts at most; long ones are fewer, and those beyond what is left of
-                the user's budget are left out. All are for one model.
+            limit: How many texts at most; long ones are fewer, and those beyond what the user's
+                plan allows are left out. All are for one model.
         """
         async with self._database.transaction(job.caller) as connection:
-            left = await _left(connection, job.caller)
+            allowed = await _allowed(connection, job.caller)
             rows = await connection.fetch(
                 f"""
                 SELECT model, id, content_hash, content
@@ -126,18 +167,19 @@ class EmbeddingJobs:
                          FROM (
                               SELECT settings.embedding_model AS model, memory.id,
                                      memory.content_hash, memory.content
-                                FROM {_MISSING} AND memory.id > $3
+                                FROM {_FITTING} AND memory.id > $4
                                ORDER BY memory.id
-                               LIMIT $4
+                               LIMIT $5
                               ) AS next
                        ) AS text
-                 WHERE total - octet_length(content) < $5
+                 WHERE total - octet_length(content) < $6
                  ORDER BY id
                 """,  # noqa: S608 - a constant
                 job.caller.tenant_id,
                 job.caller.user_id,
+                allowed.to_keep > 0,
                 after,
-                min(limit, left),
+                min(limit, allowed.to_make, allowed.to_keep or limit),
                 _TEXT_BYTES,
             )
         return [(Gap(row["model"], row["id"], row["content_hash"]), row["content"]) for row in rows]
@@ -146,7 +188,8 @@ class EmbeddingJobs:
         """Look for the last time, and hand back the key of the job if there is no more to do now.
 
         Whatever is written later asks for a job of its own; see `server.embedding_requests`. What
-        the budget of the month did not suffice for gets one that runs when the next month begins.
+        the budget of the month did not suffice for gets one that runs when the next month begins;
+        what there was no room for, one that looks again a day later.
 
         Args:
             job: The job.
@@ -157,21 +200,22 @@ class EmbeddingJobs:
         """
         async with self._database.transaction(job.caller) as connection:
             await wait_for_writes(connection, job.caller)
+            allowed = await _allowed(connection, job.caller)
             rows = await connection.fetch(
                 f"""
                 SELECT settings.embedding_model, memory.id, memory.content_hash
-                  FROM {_MISSING}
-                 LIMIT $3
+                  FROM {_FITTING}
+                 LIMIT $4
                 """,  # noqa: S608 - a constant
                 job.caller.tenant_id,
                 job.caller.user_id,
+                allowed.to_keep > 0,
                 len(hopeless) + 1,
             )
-            is_missing = any(Gap(*row) not in hopeless for row in rows)
-            if is_missing and await _left(connection, job.caller):
+            if allowed.to_make and any(Gap(*row) not in hopeless for row in rows):
                 return Finish(is_done=False)
             await _release(connection, job)
-            return Finish(resumes_at=await _postpone(connection, job) if is_missing else None)
+            return Finish(rest=await _leave(connection, job, allowed, hopeless))
 
 
 async def hold(connection: Connection, job: EmbeddingJob, model: str) -> bool:
@@ -223,12 +267,19 @@ async def spend(connection: Connection, caller: Caller, vectors: int) -> None:
     )
 
 
-async def _left(connection: Connection, caller: Caller) -> int:
-    """Return how many vectors may be made for a user until the month ends."""
-    left: int = await connection.fetchval(
-        "SELECT embeddings_left($1, $2)", caller.tenant_id, caller.user_id
+async def _allowed(connection: Connection, caller: Caller) -> _Allowance:
+    row = await connection.fetchrow(
+        """
+        SELECT embeddings_left($1, $2) AS to_make,
+               greatest((SELECT vectors FROM quotas_of($1, $2))
+                        - (SELECT count(*)
+                             FROM embeddings
+                            WHERE tenant_id = $1 AND user_id = $2), 0) AS to_keep
+        """,
+        caller.tenant_id,
+        caller.user_id,
     )
-    return left
+    return _Allowance(**row)
 
 
 async def _release(connection: Connection, job: EmbeddingJob) -> None:
@@ -245,14 +296,48 @@ async def _release(connection: Connection, job: EmbeddingJob) -> None:
         raise LeaseLost
 
 
-async def _postpone(connection: Connection, job: EmbeddingJob) -> datetime:
-    """Ask for a job as the next month begins, and tell the audit log why."""
+async def _leave(
+    connection: Connection, job: EmbeddingJob, allowed: _Allowance, hopeless: Set[Gap]
+) -> Rest | None:
+    """Ask for a job for what still lacks a vector, unless that is nothing but what is hopeless."""
+    models, memory_ids, hashes = zip(*hopeless, strict=True) if hopeless else ((), (), ())
+    texts: int = await connection.fetchval(
+        f"""
+        SELECT count(*)
+          FROM {_MISSING}
+           AND (settings.embedding_model, memory.id, memory.content_hash) NOT IN (
+               SELECT * FROM unnest($3::text[], $4::uuid[], $5::bytea[]))
+        """,  # noqa: S608 - a constant
+        job.caller.tenant_id,
+        job.caller.user_id,
+        models,
+        memory_ids,
+        hashes,
+    )
+    if not texts:
+        return None
+    bound = Bound.KEPT if allowed.to_make else Bound.MADE_IN_MONTH
+    return Rest(bound, texts, await _postpone(connection, job, bound))
+
+
+async def _postpone(connection: Connection, job: EmbeddingJob, bound: Bound) -> datetime:
+    """Ask for a job for when there may be more allowed.
+
+    As the next month begins, of which the audit log is told; or tomorrow: who deletes vectors
+    tells nobody what they make room for.
+    """
+    is_month = bound is Bound.MADE_IN_MONTH
     resumes_at: datetime = await connection.fetchval(
-        "SELECT (this_month() + interval '1 month') AT TIME ZONE 'UTC'"
+        """
+        SELECT CASE WHEN $1 THEN (this_month() + interval '1 month') AT TIME ZONE 'UTC'
+                    ELSE now() + interval '1 day' END
+        """,
+        is_month,
     )
     await ask_for_embedding_later(connection, job.caller, resumes_at)
-    resource = "usage/embeddings/100"
-    await audit.record_all(
-        connection, job.caller, "quota.threshold", [resource], actor=audit.SYSTEM
-    )
+    if is_month:
+        resource = "usage/embeddings/100"
+        await audit.record_all(
+            connection, job.caller, "quota.threshold", [resource], actor=audit.SYSTEM
+        )
     return resumes_at

@@ -1,8 +1,8 @@
 """Serves kimberly.embedding.v1.EmbeddingService: feeds embedding workers, keeps their vectors."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
 import numpy as np
@@ -10,8 +10,8 @@ from kimberly.embedding.v1 import embedding_pb2 as pb
 from kimberly.embedding.v1 import embedding_pb2_grpc as rpc
 
 from server import ids
-from server.errors import ConsentMissing, InvalidArgument, StateConflict
-from server.memory.embedding_jobs import START, EmbeddingJob, EmbeddingJobs, Finish, Gap
+from server.errors import ConsentMissing, InvalidArgument, QuotaExceeded, StateConflict
+from server.memory.embedding_jobs import START, Bound, EmbeddingJob, EmbeddingJobs, Finish, Gap
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.embeddings import Floats, Upload, read_embedding
 
@@ -32,12 +32,19 @@ class _Work:
     @property
     def stopped(self) -> str:
         """Why it left something undone, in words; empty: it did not."""
-        if self.finish.resumes_at is None:
+        rest = self.finish.rest
+        if rest is None:
             return ""
         return (
-            "what the plan gives of embeddings in a month is used up: it goes on "
-            f"{self.finish.resumes_at:%Y-%m-%d}, or as soon as there is a larger plan"
+            f"{_WHY[rest.bound]}: it goes on {rest.resumes_at:%Y-%m-%d}, or as soon as there is a "
+            f"larger plan; texts without a vector until then: {rest.texts}"
         )
+
+
+_WHY: Final[Mapping[Bound, str]] = {
+    Bound.MADE_IN_MONTH: "what the plan gives of embeddings in a month is used up",
+    Bound.KEPT: "the plan keeps no more vectors",
+}
 
 
 class EmbeddingService(rpc.EmbeddingServiceServicer):
@@ -98,6 +105,9 @@ class EmbeddingService(rpc.EmbeddingServiceServicer):
             refused = await self._embeddings.keep(job.caller, uploads, job)
         except ConsentMissing:
             # Withdrawn just now: nothing is missing any more.
+            return 0
+        except QuotaExceeded:
+            # Others were uploaded meanwhile; the next look finds how much room they left.
             return 0
         return len(uploads) - len(refused)
 

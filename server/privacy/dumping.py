@@ -70,7 +70,7 @@ DUMPS: Final[Mapping[str, Dump]] = {
     "user_schedules": Dump(_BY_ID, ids={"id": ids.SCHEDULE, "last_job_id": ids.JOB}),
     "jobs": Dump(
         _BY_ID,
-        without=("lease_token", "lease_expires_at", "worker_id", "unique_key"),
+        without=("lease_token", "lease_expires_at", "worker_id", "unique_key", "failed_leases"),
         ids={"id": ids.JOB},
     ),
     "exports": Dump(_BY_ID, without=("version_id",), ids={"id": ids.EXPORT, "job_id": ids.JOB}),

@@ -45,6 +45,10 @@ class Without:
         self.missed = {guard for guard, _ in removed}
         """Comparisons that no statement held so far."""
 
+    @property
+    def connections(self) -> int:
+        return self._database.connections
+
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator["Unguarded"]:
         async with self._database.transaction() as connection:

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+from prometheus_client import REGISTRY
 
 from server.caller import Caller
 from server.database import Database, SystemDatabase, open_pool
@@ -143,6 +144,61 @@ async def test_outcome_counts_once_and_stands_whenever_it_is_told_again(
     assert await row(owner, job_id) == settled
 
 
+FATES = ["it waits", "it runs again", "it failed again", "it is done", "it is dead"]
+
+
+@pytest.mark.parametrize("since", FATES)
+async def test_failure_counts_once_and_stands_whenever_it_is_told_again(
+    since: str, queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    fate = FATES.index(since)
+    job_id = await enqueue_one(system_database, max_attempts=1 if since == "it is dead" else 5)
+    (lease,) = await queue.lease("a", ["test"], 1)
+    assert await queue.settle("a", [Failed(lease.held, "it broke")]) == {lease.held}
+    if fate in {1, 2, 3}:
+        await come_due(queue, owner)
+        (later,) = await queue.lease("b", ["test"], 1)
+        if fate > 1:
+            how = Completed(later.held, None) if fate == 3 else Failed(later.held, "it broke anew")
+            assert await queue.settle("b", [how]) == {later.held}
+    before = await row(owner, job_id)
+    failures = REGISTRY.get_sample_value("worker_failures_total", {"reason": "handler"})
+    assert failures
+    assert await queue.settle("a", [Failed(lease.held, "told again")]) == {lease.held}
+    assert await row(owner, job_id) == before
+    assert REGISTRY.get_sample_value("worker_failures_total", {"reason": "handler"}) == failures
+    # It did not end so.
+    assert await queue.settle("a", [Completed(lease.held, None)]) == set()
+    assert await row(owner, job_id) == before
+
+
+async def test_only_the_latest_failures_of_a_job_are_remembered(
+    queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    await enqueue_one(system_database, max_attempts=100)
+    held: list[Held] = []
+    for _ in range(12):
+        (lease,) = await queue.lease("a", ["test"], 1)
+        await queue.settle("a", [Failed(lease.held, "it broke")])
+        held.append(lease.held)
+        await come_due(queue, owner)
+    assert await queue.settle("a", [Failed(each, "") for each in held]) == set(held[2:])
+
+
+@pytest.mark.parametrize("gone", ["lapsed", "released"])
+async def test_failure_is_not_told_again_of_what_ended_otherwise(
+    gone: str, queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    await enqueue_one(system_database)
+    (lease,) = await queue.lease("a", ["test"], 1)
+    if gone == "lapsed":
+        await let_lapse(owner)
+        await queue.reclaim()
+    else:
+        await queue.release("a", [lease.held])
+    assert await queue.settle("a", [Failed(lease.held, "it broke")]) == set()
+
+
 async def test_lease_of_another_worker_is_out_of_reach(
     queue: Queue, system_database: SystemDatabase
 ) -> None:
@@ -264,6 +320,16 @@ async def test_unique_key_admits_one_unfinished_job(
     assert await enqueue_one(system_database, unique_key="k") == first
     await queue.settle("a", [Completed(lease.held, None)])
     assert await enqueue_one(system_database, unique_key="k") != first
+
+
+async def test_however_many_of_one_batch_have_a_unique_key_it_makes_one_job(
+    system_database: SystemDatabase,
+) -> None:
+    jobs = [NewJob("test", unique_key="k")] * 10 + [NewJob("test", unique_key="other")] * 10
+    async with system_database.transaction() as connection:
+        job_ids = await enqueue_all(connection, jobs)
+    assert (len(set(job_ids[:10])), len(set(job_ids[10:]))) == (1, 1)
+    assert job_ids[0] != job_ids[10]
 
 
 async def test_concurrent_enqueues_of_a_unique_key_make_one_job(
@@ -475,6 +541,8 @@ async def test_cancelled_job_is_settled_as_stopped_by_its_worker_alone(
     assert (await row(owner, job_id))["state"] == "running"
     assert await queue.settle("a", [Stopped(lease.held)]) == {lease.held}
     assert (await row(owner, job_id))["state"] == "cancelled"
+    assert await queue.settle("a", [Stopped(lease.held)]) == {lease.held}
+    assert await queue.settle("a", [Failed(lease.held, "")]) == set()
 
 
 @pytest.mark.parametrize("gone", ["lapsed", "released"])

@@ -354,6 +354,18 @@ async def test_schedule_of_a_user_who_is_erased_holds_up_no_other(
     assert (await schedules.get(embedded, made.id)).last_job_id
 
 
+async def test_schedule_that_cannot_be_read_any_more_holds_up_no_other(
+    planner_of: Plan, schedules: ScheduleStore, embedded: Caller, owner: asyncpg.Connection
+) -> None:
+    await schedule(schedules, embedded, kind="meditation.run")
+    await owner.execute("UPDATE user_schedules SET time_zone = 'Nowhere/Any_More'")
+    made = await schedule(schedules, embedded)
+    await make_users_due(owner)
+    await planner_of().tick_for_users()
+    assert await owner.fetchval("SELECT array_agg(kind) FROM jobs") == [KIND]
+    assert (await schedules.get(embedded, made.id)).last_job_id
+
+
 async def test_scheduled_run_is_as_its_payload_says(
     planner_of: Plan, schedules: ScheduleStore, caller: Caller, owner: asyncpg.Connection
 ) -> None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from uuid import UUID
 
 import asyncpg
 import grpc
 import pytest
+import pytest_asyncio
 from kimberly.jobs.v1 import jobs_pb2 as pb
 from kimberly.jobs.v1 import jobs_pb2_grpc as rpc
 from prometheus_client import REGISTRY
 
 from server import ids
 from server.caller import Caller
-from server.database import Database, SystemDatabase
+from server.database import Database, SystemDatabase, open_pool
 from server.enqueue import NewJob, enqueue, enqueue_all
 from server.jobs.doorbell import Doorbell
 from server.jobs.queue import Queue
 from server.jobs.worker_service import WorkerService
 from tests.conftest import Serve, Urls, as_worker, bearer
-from tests.jobs.conftest import Stream, completed, failed, working
+from tests.jobs.conftest import LEASE_SECONDS, Stream, completed, failed, working
 from tests.refusals import refusal_of
 
 
@@ -416,6 +419,172 @@ async def test_two_replicas_share_the_jobs_of_two_workers(
     await asyncio.wait([running])
 
 
+# --- what is slow
+
+
+POOL = 4
+
+
+@pytest_asyncio.fixture
+async def small(serve: Serve, urls: Urls) -> AsyncIterator[rpc.WorkerServiceAsyncStub]:
+    """A service as it is deployed, with few connections, of which none loses patience.
+
+    It does one job of the kind "slow" at a time.
+    """
+    patient = {"lock_timeout": "0", "statement_timeout": "0"}
+    async with await open_pool(urls.system, size=POOL, name="small", settings=patient) as pool:
+        queue = Queue(SystemDatabase(pool), LEASE_SECONDS, {"slow": 1})
+        service = WorkerService(
+            queue, Doorbell(urls.system), lease_seconds=LEASE_SECONDS, session_seconds=600
+        )
+        running = asyncio.create_task(service.run())
+        channel = await serve(
+            lambda server: rpc.add_WorkerServiceServicer_to_server(service, server)
+        )
+        yield rpc.WorkerServiceStub(channel)
+        running.cancel()
+        await asyncio.wait([running])
+
+
+@asynccontextmanager
+async def holding(urls: Urls, *statements: tuple[str, object]) -> AsyncIterator[None]:
+    """Hold what these statements lock."""
+    connection = await asyncpg.connect(urls.superuser)
+    try:
+        async with connection.transaction():
+            for statement, argument in statements:
+                await connection.execute(statement, argument)
+            yield
+    finally:
+        await connection.close()
+
+
+TURNS = ("SELECT pg_advisory_xact_lock(hashtextextended('jobs/' || $1, 0))", "slow")
+"""Whoever leases jobs of the kind waits."""
+
+
+async def stuck(owner: asyncpg.Connection, statements: int) -> None:
+    """Return when so many statements of the small service wait for somebody else's lock."""
+    async with asyncio.timeout(10):
+        while statements > await owner.fetchval(
+            """
+            SELECT count(*)
+              FROM pg_stat_activity
+             WHERE application_name = 'small' AND wait_event_type = 'Lock'
+            """
+        ):
+            pass
+
+
+@asynccontextmanager
+async def busy(
+    stub: rpc.WorkerServiceAsyncStub, streams: int, *kinds: str
+) -> AsyncIterator[list[Stream]]:
+    """Open streams of workers that each have room for a job."""
+    async with AsyncExitStack() as stack:
+        opened = [
+            await stack.enter_async_context(working(stub, *kinds, worker_id=f"busy worker {n:020}"))
+            for n in range(streams)
+        ]
+        for stream in opened:
+            await stream.say(credit=pb.Credit(jobs=1))
+        yield opened
+
+
+async def beat(stream: Stream, owner: asyncpg.Connection, lease: pb.Lease) -> None:
+    """Send heartbeats, one after the other, each when the one before was written."""
+    for number in range(1, 11):
+        progress = pb.LeaseProgress(
+            job_id=lease.job_id, lease_token=lease.lease_token, progress=number / 10
+        )
+        await stream.say(heartbeat=pb.Heartbeat(leases=[progress]))
+        job_id = ids.parse(ids.JOB, lease.job_id, "id")
+        async with asyncio.timeout(10):
+            while number != await owner.fetchval(
+                "SELECT round(progress * 10) FROM jobs WHERE id = $1", job_id
+            ):
+                pass
+
+
+async def test_however_many_wait_for_a_lease_outcomes_and_heartbeats_get_through(
+    small: rpc.WorkerServiceAsyncStub,
+    urls: Urls,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    await enqueue_some(system_database, 5)
+    async with working(small) as stream, holding(urls, TURNS):
+        leases = [await stream.lease() for _ in range(5)]
+        async with busy(small, 2 * POOL, "slow"):
+            await stuck(owner, POOL - 2)
+            for lease in leases[1:]:
+                await beat(stream, owner, lease)
+                await stream.settle(completed(lease))
+                assert (await stream.hear("settled")).job_ids == [lease.job_id]
+
+
+async def test_however_many_wait_to_settle_heartbeats_get_through(
+    small: rpc.WorkerServiceAsyncStub,
+    urls: Urls,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    await enqueue_some(system_database)
+    locked = "SELECT FROM jobs WHERE worker_id LIKE $1 FOR UPDATE"
+    async with working(small) as stream:
+        lease = await stream.lease()
+        await enqueue_some(system_database, 2 * POOL)
+        async with busy(small, 2 * POOL) as others:
+            theirs = [(await other.hear("leased")).leases[0] for other in others]
+            async with holding(urls, (locked, "busy%")):
+                for other, held in zip(others, theirs, strict=True):
+                    await other.settle(completed(held))
+                await stuck(owner, POOL - 1)
+                await beat(stream, owner, lease)
+            for other, held in zip(others, theirs, strict=True):
+                assert (await other.hear("settled")).job_ids == [held.job_id]
+
+
+async def test_heartbeats_of_a_worker_do_not_wait_for_what_it_settles(
+    small: rpc.WorkerServiceAsyncStub,
+    urls: Urls,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    await enqueue_some(system_database, 2)
+    async with working(small) as stream:
+        done, goes_on = [await stream.lease() for _ in range(2)]
+        locked = "SELECT FROM jobs WHERE lease_token = $1 FOR UPDATE"
+        async with holding(urls, (locked, done.lease_token)):
+            await stream.settle(completed(done))
+            await stuck(owner, 1)
+            await beat(stream, owner, goes_on)
+        assert (await stream.hear("settled")).job_ids == [done.job_id]
+
+
+async def test_outcome_told_again_says_nothing_about_the_lease_that_followed(
+    workers: rpc.WorkerServiceAsyncStub,
+    system_database: SystemDatabase,
+    owner: asyncpg.Connection,
+) -> None:
+    """The worker is told of jobs, not of leases: it would drop the one that it works on."""
+    (job_id,) = await enqueue_some(system_database)
+    async with working(workers) as stream:
+        first = await stream.lease()
+        await stream.settle(failed(first))
+        await stream.hear("settled")
+        await owner.execute("UPDATE jobs SET run_at = now()")
+        second = await stream.lease()
+        await stream.settle(failed(first), completed(first))
+        old = pb.LeaseProgress(job_id=job_id, lease_token=first.lease_token)
+        await stream.say(heartbeat=pb.Heartbeat(leases=[old]))
+        await stream.settle(completed(second))
+        assert (await stream.hear("settled")).job_ids == [job_id]
+        await stream.settle(failed(first))
+        assert (await stream.hear("settled")).job_ids == [job_id]
+    assert await state(owner, job_id) == "succeeded"
+
+
 JOB = ids.show(ids.JOB, UUID(int=1))
 
 
@@ -463,7 +632,14 @@ JOB = ids.show(ids.JOB, UUID(int=1))
                 },
                 "settle.outcomes[0].completed.result_json",
             )
-            for text in ("[1]", "{", '{"a": "\\u0000"}', '{"a": "\\ud800"}', '{"a": NaN}')
+            for text in (
+                "[1]",
+                "{",
+                '{"a": "\\u0000"}',
+                '{"a": "\\ud800"}',
+                '{"a": NaN}',
+                '{"a": 1e999}',
+            )
         ),
     ],
 )

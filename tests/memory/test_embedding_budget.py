@@ -101,7 +101,8 @@ async def test_job_stops_where_the_budget_does_and_says_why(
     assert done.kept == 3
     assert done.stopped == (
         "what the plan gives of embeddings in a month is used up: it goes on "
-        f"{next_month():%Y-%m-%d}, or as soon as there is a larger plan"
+        f"{next_month():%Y-%m-%d}, or as soon as there is a larger plan; "
+        "texts without a vector until then: 2"
     )
     assert sorted(await vectors(owner)) == ["one", "three", "two"]
     assert await used(billing, chooser) == [Usage(embeddings=3)]

@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 from kimberly.jobs.v1 import jobs_pb2 as pb
 
+from server import ids
 from server.cache import Redis
 from server.enqueue import NewJob, enqueue_all
 from server.jobs.doorbell import Doorbell
@@ -118,6 +119,84 @@ class Former(WorkerService):
             if response.HasField("welcome"):
                 response.welcome.ClearField("columns")
             yield response
+
+
+class Overheard(WorkerService):
+    """A service that notes what it settles, and may keep that from the worker."""
+
+    is_mute = True
+    settled = 0
+
+    async def Work(
+        self, request_iterator: AsyncIterator[pb.WorkRequest], context: Any
+    ) -> AsyncIterator[pb.WorkResponse]:
+        async for response in super().Work(request_iterator, context):
+            if response.HasField("settled"):
+                self.settled += len(response.settled.job_id_column) // ids.BYTES
+            if not (self.is_mute and response.HasField("settled")):
+                yield response
+
+
+async def test_all_that_a_worker_did_not_hear_of_is_told_again_on_the_next_stream(
+    mesh: Mesh, urls: Urls, owner: asyncpg.Connection
+) -> None:
+    """That may be more than the service takes in one message."""
+
+    async def do_nothing(_task: Task) -> Mapping[str, Any]:
+        return {}
+
+    await mesh.break_down()
+    service = Overheard(mesh.queue, Doorbell(urls.system), lease_seconds=60, session_seconds=600)
+    mesh.queue._lease_seconds = 60
+    mesh.service = service
+    serving = asyncio.create_task(service.run())
+    await mesh.start()
+
+    async def settled(jobs: int) -> bool:
+        return service.settled == jobs
+
+    await enqueue(mesh, *["nothing"] * 1500)
+    async with mesh.working({"nothing": do_nothing}, concurrency=1000):
+        await until(lambda: settled(1500))
+        await mesh.break_down()
+        service.is_mute = False
+        await mesh.start()
+        await until(lambda: settled(3000))
+    assert await states(owner) == [("succeeded", 1)] * 1500
+    serving.cancel()
+    await asyncio.wait([serving])
+
+
+@pytest.mark.parametrize(
+    "result", [{"n": float("nan")}, {"n": "\0"}, {"n": "\ud800"}, {"n": "x" * 70_000}, {"n": {1}}]
+)
+async def test_result_that_the_service_does_not_take_fails_its_own_job_only(
+    mesh: Mesh, handled: Handled, owner: asyncpg.Connection, result: Mapping[str, Any]
+) -> None:
+    async def odd(task: Task) -> Mapping[str, Any]:
+        return result
+
+    await enqueue(mesh, "odd", *["count"] * 5, max_attempts=1)
+    async with mesh.working({**handled.all, "odd": odd}):
+        await until(lambda: owner.fetchval("SELECT bool_and(finished_at IS NOT NULL) FROM jobs"))
+    rows = await owner.fetch("SELECT kind, state, count(*) FROM jobs GROUP BY kind, state")
+    assert sorted(map(tuple, rows)) == [("count", "succeeded", 5), ("odd", "dead", 1)]
+    error = await owner.fetchval("SELECT error FROM jobs WHERE kind = 'odd'")
+    assert error in {"ValueError", "TypeError", "UnicodeEncodeError"}
+
+
+async def test_result_with_any_other_character_is_taken(
+    mesh: Mesh, owner: asyncpg.Connection
+) -> None:
+    text = "\\u0000 ü 😀 \x01"
+
+    async def odd(task: Task) -> Mapping[str, Any]:
+        return {"text": text}
+
+    await enqueue(mesh, "odd", max_attempts=1)
+    async with mesh.working({"odd": odd}):
+        await until(lambda: owner.fetchval("SELECT bool_and(finished_at IS NOT NULL) FROM jobs"))
+    assert await owner.fetchval("SELECT result ->> 'text' FROM jobs") == text
 
 
 async def test_worker_works_for_a_server_that_knows_no_columns(
