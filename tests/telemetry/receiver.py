@@ -30,6 +30,8 @@ class Seen:
     text: str = field(repr=False)
     """All that it holds, however it holds it."""
     seconds: float
+    links: frozenset[tuple[bytes, bytes]]
+    """Trace and span of what it is linked to."""
 
 
 class Receiver(rpc.TraceServiceServicer):
@@ -96,6 +98,7 @@ def _seen(span: trace_pb2.Span, service: str) -> Seen:
         _values(span.attributes),
         str(span),
         (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
+        frozenset((link.trace_id, link.span_id) for link in span.links),
     )
 
 
