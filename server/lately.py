@@ -10,7 +10,6 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
-from prometheus_client.utils import floatToGoString
 
 WINDOW_SECONDS: Final = 300.0
 _EVERY_SECONDS: Final = 30.0
@@ -66,7 +65,7 @@ class Lately(Collector):
         counts = self._counts()
         for what in dict.fromkeys(what for what, _ in counts):
             buckets = [
-                (floatToGoString(end), count - before.get((what, end), 0.0))
+                ("+Inf" if math.isinf(end) else str(end), count - before.get((what, end), 0.0))
                 for (of, end), count in sorted(counts.items())
                 if of == what
             ]

@@ -39,5 +39,8 @@ class BatchTraces:
         self, name: str, operation: str, seconds: float, jobs: int, traced: Iterable[str]
     ) -> None:
         # Named as OpenTelemetry names what is done with messages.
-        attributes = {"messaging.operation.type": operation, "messaging.batch.message_count": jobs}
+        attributes: tracing.Attributes = {
+            "messaging.operation.type": operation,
+            "messaging.batch.message_count": jobs,
+        }
         tracing.batch_has_been(name, seconds, (self._stream, *traced), attributes)
