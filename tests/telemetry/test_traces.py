@@ -122,7 +122,7 @@ async def test_a_meditation_is_one_tree_from_the_edge_to_the_worker(
     (stored,) = [span for span in trace if span.name == "store batch"]
     assert job in ancestors(trace, stored), depicted(trace)
     (opening,) = [span for span in trace if span.name == SCORE]
-    assert opening.seconds < 0.1
+    assert opening.ended <= stored.began
     # Those of Envoys end with the stream, and so with the job; streams of leases have none.
     above = ancestors(trace, opening)
     streams = above[: above.index(job)]
@@ -150,7 +150,7 @@ async def test_a_batch_of_leases_is_a_trace_of_its_own_linked_to_its_stream_and_
             openings = {(s.trace, s.id): s for s in receiver.spans if s.name.endswith(WORK)}
             (stream,) = batch.links & openings.keys()
             assert openings[stream].service == "jobs"
-            assert openings[stream].seconds < 0.1
+            assert openings[stream].ended <= batch.began
 
     async def begun() -> set[tuple[bytes, bytes]]:
         jobs = [span for span in receiver.spans if span.name == f"job {SWEEP_MEMORIES}"]
