@@ -76,6 +76,6 @@ def figure_table(mesh: Mapping[str, Any], *, now: float) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     told = figures.told_by_processes(metrics_of(mesh))
-    for title, text in figures.summed_up(told, mesh.get("prometheus"), now=now).items():
+    for title, text in figures.summed_up(told, now=now).items():
         table.add_row(title, text)
     return table

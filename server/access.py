@@ -271,6 +271,7 @@ A method of users without a row here asks for Scope.USER: what is new is closed 
 """
 OPEN_TO_ERASED = frozenset(
     {
+        "/kimberly.auth.v1.AuthService/LeaveTenant",
         "/kimberly.privacy.v1.PrivacyService/CreateErasure",
         "/kimberly.privacy.v1.PrivacyService/GetErasure",
     }

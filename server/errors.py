@@ -192,6 +192,18 @@ class StateConflict(Problem):
     reason = "STATE_CONFLICT"
 
 
+class MailsNotSent(Problem):
+    """What is asked for comes by mail, and nobody is told to carry any."""
+
+    reason = "MAILS_NOT_SENT"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "accounts are made by mail, and this mesh sends none; its operator sets"
+            " KIMBERLY_SMTP_HOST"
+        )
+
+
 class RequestIdReused(Problem):
     """The request id stands for another request."""
 

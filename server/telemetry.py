@@ -8,11 +8,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import structlog
 from opentelemetry import trace
 from prometheus_client import MetricsHandler
 from structlog.typing import EventDict, WrappedLogger
+
+from server.lately import Lately
 
 
 def configure(service: str, log_level: str) -> None:
@@ -65,9 +68,28 @@ def _adopt_libraries(level: int) -> None:
 
 
 class _Exposition(socketserver.ThreadingUnixStreamServer):
-    """Answers GET with all that this process measures."""
+    """Answers GET with all that this process measures, `?lately` with what it took lately."""
 
     daemon_threads = True
+
+    def __init__(self, socket: Path) -> None:
+        self.lately = Lately()
+        super().__init__(os.fspath(socket), _Answer)
+
+    def service_actions(self) -> None:
+        # What serves calls this again and again, between requests too.
+        self.lately.look()
+
+
+class _Answer(MetricsHandler):
+    """Answers one request."""
+
+    server: _Exposition
+
+    def do_GET(self) -> None:
+        if urlsplit(self.path).query == "lately":
+            self.registry = self.server.lately
+        super().do_GET()
 
 
 @contextmanager
@@ -80,7 +102,7 @@ def exposed(socket: Path | None) -> Iterator[None]:
         yield
         return
     socket.unlink(missing_ok=True)
-    with _Exposition(os.fspath(socket), MetricsHandler) as server:
+    with _Exposition(socket) as server:
         thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
         thread.start()
         try:

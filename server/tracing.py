@@ -9,12 +9,13 @@ While nothing is traced, this costs a look at the current span.
 
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Final
 
 from opentelemetry import context, trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 Attributes = Mapping[str, str | int | bool]
@@ -26,6 +27,8 @@ ENDPOINT: Final = r"^(http://[\w.-]+:\d+)?$"
 """A collector within the machine's or the cluster's own network: no TLS is spoken to it."""
 
 _TRACEPARENT_LENGTH: Final = 55
+_MOST_LINKS: Final = 128
+"""Of a span, more of which the library drops."""
 _EXPORT_SECONDS: Final = 2.0
 _EXPORT_EVERY_MILLISECONDS: Final = 1000
 _FORMAT: Final = TraceContextTextMapPropagator()
@@ -47,9 +50,11 @@ def begin(service: str, endpoint: str, ratio: float) -> None:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
+    from server.sampling import LinkedFirst
+
     provider = TracerProvider(
         resource=Resource.create({"service.name": service}),
-        sampler=ParentBased(TraceIdRatioBased(ratio)),
+        sampler=ParentBased(LinkedFirst(TraceIdRatioBased(ratio))),
     )
     exporter = OTLPSpanExporter(
         endpoint, insecure=endpoint.startswith("http://"), timeout=_EXPORT_SECONDS
@@ -122,6 +127,59 @@ def opened(name: str, parent: str, attributes: Attributes) -> None:
     opening.end()
     # Never detached: whoever serves a call does so in a task of its own.
     context.attach(trace.set_span_in_context(opening))
+
+
+def began(name: str, attributes: Attributes) -> str:
+    """Perhaps begin the trace of a stream that nobody else traces, and say which it is.
+
+    The span is that of its opening, and ends here. What the stream carries is no child of it,
+    which would come for hours: batches are linked to it.
+
+    Returns:
+        Its traceparent; "" if it is not kept.
+    """
+    if not has_begun():
+        return ""
+    opening = _tracer.start_span(name, context.Context(), SpanKind.SERVER, dict(attributes))
+    opening.end()
+    if not opening.get_span_context().trace_flags.sampled:
+        return ""
+    carrier: dict[str, str] = {}
+    _FORMAT.inject(carrier, trace.set_span_in_context(opening, context.Context()))
+    return carrier[TRACEPARENT]
+
+
+def batch_has_been(
+    name: str, seconds: float, parents: Iterable[str], attributes: Attributes
+) -> None:
+    """Note a batch that just ended, which is part of several traces and a child of none.
+
+    Its span begins a trace of its own, with links to the others. Where none of these is kept,
+    neither is it.
+
+    Args:
+        name: What was done.
+        seconds: How long it took.
+        parents: A traceparent of each trace; "" for what has none. The same may come again.
+        attributes: What the span holds.
+    """
+    kept = dict.fromkeys(filter(is_kept, parents))
+    if not kept or not has_begun():
+        return
+    now = time.time_ns()
+    past = _tracer.start_span(
+        name,
+        context.Context(),
+        links=[_link(parent) for parent in islice(kept, _MOST_LINKS)],
+        attributes=dict(attributes),
+        start_time=now - int(seconds * 1e9),
+    )
+    past.end(now)
+
+
+def _link(parent: str) -> Link:
+    whole = _FORMAT.extract({TRACEPARENT: parent}, context.Context())
+    return Link(trace.get_current_span(whole).get_span_context())
 
 
 def has_been(name: str, seconds: float, attributes: Attributes, *, error: str = "") -> None:

@@ -65,6 +65,7 @@ _SAFE_TO_REPEAT += [
     )
 ]
 _SAFE_TO_REPEAT += [{"service": "kimberly.users.v1.UserService"}]
+_SAFE_TO_REPEAT += [{"service": "kimberly.auth.v1.AuthService", "method": "LeaveTenant"}]
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Final
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 
-from server import audit, ids
+from server import audit, ids, owners
 from server.access import ROLES, Access, Role
 from server.auth import api_key_store, mail_store, people, session_store
 from server.auth.mail import Kind
@@ -27,8 +27,8 @@ from server.errors import (
     StateConflict,
 )
 
-Erase = Callable[[Connection, Caller, str], Awaitable[UUID]]
-"""Begins to erase a user in a transaction, as somebody asks; returns the id of the receipt."""
+Erase = Callable[[Connection, Caller, str, UUID], Awaitable[None]]
+"""Begins to erase a user in a transaction, as somebody asks, under an id of a receipt."""
 
 _MOST_OPEN: Final = 100
 _MEMBER: Final = """
@@ -83,7 +83,7 @@ class MemberStore:
         async with self._changing(caller) as (connection, actor):
             member = await _changeable(connection, caller, actor, user_id, role)
             changed = await _update(connection, caller, user_id, role, member.disabled_at)
-            await check_owner_left(connection, caller)
+            await owners.check_owner_left(connection, caller.tenant_id)
             await _record(connection, caller, user_id, f"member.assign_{role.value}")
         return changed
 
@@ -103,7 +103,7 @@ class MemberStore:
                 raise StateConflict("nobody disables themselves")
             disabled_at = member.disabled_at or now
             changed = await _update(connection, caller, user_id, member.role, disabled_at)
-            await check_owner_left(connection, caller)
+            await owners.check_owner_left(connection, caller.tenant_id)
             out = await people.standing_with(connection, Caller(caller.tenant_id, user_id))
             await session_store.end_all(connection, out, "disabled", now)
             for each in out:
@@ -139,9 +139,9 @@ class MemberStore:
             if member.is_home:
                 raise StateConflict("their account is at home in this tenant; disable it instead")
             await _record(connection, caller, user_id, "member.remove")
-            target = Caller(caller.tenant_id, user_id)
-            receipt_id = await self._erase(connection, target, caller.actor)
-            await check_owner_left(connection, caller)
+            target, receipt_id = Caller(caller.tenant_id, user_id), uuid4()
+            await self._erase(connection, target, caller.actor, receipt_id)
+            await owners.check_owner_left(connection, caller.tenant_id)
         return receipt_id
 
     async def log_out(
@@ -256,14 +256,8 @@ class MemberStore:
     @asynccontextmanager
     async def _changing(self, caller: Caller) -> AsyncIterator[tuple[Connection, Role]]:
         async with self._database.transaction() as connection:
-            await take_turns(connection, caller.tenant_id)
+            await owners.take_turns(connection, [caller.tenant_id])
             yield connection, await _check_role(connection, caller, Access.ADMIN)
-
-
-async def take_turns(connection: Connection, tenant_id: UUID) -> None:
-    """Wait for others who change a tenant, and have them wait until this commits."""
-    lock = int.from_bytes(tenant_id.bytes[-8:], signed=True)
-    await connection.execute("SELECT pg_advisory_xact_lock($1)", lock)
 
 
 async def _check_role(connection: Connection, caller: Caller, access: Access) -> Role:
@@ -320,23 +314,6 @@ async def _update(
         disabled_at,
     )
     return _member(row)
-
-
-async def check_owner_left(connection: Connection, caller: Caller) -> None:
-    """Make sure that a tenant has an owner who is not disabled.
-
-    Raises:
-        StateConflict: It has none.
-    """
-    left = await connection.fetchval(
-        """
-        SELECT EXISTS (SELECT FROM users
-                        WHERE tenant_id = $1 AND role = 'owner' AND disabled_at IS NULL)
-        """,
-        caller.tenant_id,
-    )
-    if not left:
-        raise StateConflict("the tenant would have no owner; make somebody else an owner first")
 
 
 async def _forget_expired(connection: Connection, caller: Caller, now: datetime) -> None:

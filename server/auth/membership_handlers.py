@@ -6,7 +6,7 @@ from uuid import UUID
 import grpc
 from kimberly.auth.v1 import auth_pb2 as pb
 
-from server import ids
+from server import ids, requests
 from server.auth import clients, refresh_tokens
 from server.auth.issuing import Issuer
 from server.auth.members import Membership
@@ -66,11 +66,15 @@ class MembershipHandlers(PasswordHandlers):
         self, request: pb.LeaveTenantRequest, context: Context
     ) -> pb.LeaveTenantResponse:
         """Leave a tenant, if it is the user who asks."""
+        requests.check_request_id(request.request_id)
         caller = current_caller()
         tenant_id = ids.parse(ids.TENANT, request.tenant_id, "tenant_id")
-        if not await self.proves(await self._accounts.get(caller), request.password):
-            raise ProofInvalid
-        receipt_id = await self._memberships.leave(caller, tenant_id)
+        # Asked again by who is gone there, nothing is done that needs a proof.
+        receipt_id = await self._memberships.left(caller, tenant_id)
+        if receipt_id is None:
+            if not await self.proves(await self._accounts.get(caller), request.password):
+                raise ProofInvalid
+            receipt_id = await self._memberships.leave(caller, tenant_id, request.request_id)
         return pb.LeaveTenantResponse(receipt_id=ids.show(ids.RECEIPT, receipt_id))
 
 

@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Final, NamedTuple
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 
-from server import audit, ids
+from server import audit, ids, owners, requests
 from server.access import Role
 from server.auth import people, session_store
-from server.auth.member_store import Erase, check_owner_left, take_turns
+from server.auth.member_store import Erase
 from server.auth.members import Membership
 from server.auth.refresh_tokens import Session, hash_of
 from server.auth.store import mark_verified
 from server.caller import Caller, Credentials
 from server.database import Connection, SystemDatabase
 from server.errors import (
+    AccountErased,
     MailedTokenInvalid,
     NotFound,
     PermissionDenied,
@@ -115,16 +116,44 @@ class MembershipStore:
             await session_store.begin(connection, session, token_hash, now, switched_from=origin_id)
         return session
 
-    async def leave(self, caller: Caller, tenant_id: UUID) -> UUID:
+    async def left(self, caller: Caller, tenant_id: UUID) -> UUID | None:
+        """Return the receipt of what the caller kept in a tenant, if it is to be erased already.
+
+        Raises:
+            AccountErased: It is, but in another tenant.
+        """
+        async with self._database.transaction() as connection:
+            receipt_id: UUID | None = await connection.fetchval(
+                "SELECT receipt_id FROM erasures WHERE tenant_id = $1 AND user_id = $2",
+                caller.tenant_id,
+                caller.user_id,
+            )
+        if receipt_id and caller.tenant_id != tenant_id:
+            raise AccountErased
+        return receipt_id
+
+    async def leave(self, caller: Caller, tenant_id: UUID, request_id: str) -> UUID:
         """Have the caller's account leave a tenant, and return the receipt of what it kept there.
+
+        Under a request id that it left by before, the receipt is that of then.
 
         Raises:
             NotFound: The account does not belong to the tenant.
             PermissionDenied: It is disabled there.
+            RequestIdReused: By this request id it left another tenant.
             StateConflict: It is at home there, or its last owner.
         """
+        receipt_id = uuid4()
         async with self._database.transaction() as connection:
-            await take_turns(connection, tenant_id)
+            await owners.take_turns(connection, [tenant_id])
+            if request_id:
+                # At home: what an account was in a tenant is gone once it has left.
+                home = (await _home(connection, caller)).caller
+                claimed = await requests.claim(
+                    connection, home, "LeaveTenant", request_id, tenant_id.bytes, receipt_id
+                )
+                if claimed != receipt_id:
+                    return claimed
             membership = await _get(connection, caller, tenant_id)
             leaver = membership.caller
             if membership.is_home:
@@ -135,8 +164,8 @@ class MembershipStore:
                 raise PermissionDenied
             shown = ids.show(ids.USER, leaver.user_id)
             await audit.record(connection, leaver, "member.leave", shown)
-            receipt_id = await self._erase(connection, leaver, leaver.actor)
-            await check_owner_left(connection, leaver)
+            await self._erase(connection, leaver, leaver.actor, receipt_id)
+            await owners.check_owner_left(connection, tenant_id)
         return receipt_id
 
 

@@ -29,7 +29,7 @@ from server.auth.store import Account, AccountStore, NewUser
 from server.caller import Caller
 from server.clock import Clock, utc_now
 from server.display_names import check_display_name
-from server.errors import CredentialsInvalid, StoreUnavailable
+from server.errors import CredentialsInvalid, MailsNotSent, StoreUnavailable
 from server.places import current_place
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -52,12 +52,14 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthSer
         *,
         sign_ups: SignUpStore,
         confirms_email: bool = True,
+        sends_mails: bool = True,
         clock: Clock = utc_now,
     ) -> None:
         """Prepare to serve.
 
         Without `confirms_email`, whoever signs up is told whether the email names an account, and
-        acts as its user before it is known to be theirs.
+        acts as its user before it is known to be theirs. Without `sends_mails`, nobody is told that
+        a mail will come by which an account is made.
         """
         self._accounts = accounts
         self._sessions = sessions
@@ -70,10 +72,14 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthSer
         self._issuer = issuer
         self._sign_ups = sign_ups
         self._confirms_email = confirms_email
+        self._sends_mails = sends_mails
         self._clock = clock
 
     async def SignUp(self, request: pb.SignUpRequest, context: Context) -> pb.SignUpResponse:
         """Create a user in a tenant of their own and start a session, or have a mail ask first."""
+        is_asked_first = self._confirms_email and not request.invitation
+        if is_asked_first and not self._sends_mails:
+            raise MailsNotSent
         email = emails.normalize(request.email, "email")
         asked = request.display_name.strip() or email.partition("@")[0]
         display_name = check_display_name(asked, "display_name")
@@ -82,7 +88,7 @@ class AuthService(OAuthHandlers, ApiKeyHandlers, MembershipHandlers, rpc.AuthSer
         tenant_id, role = await self._place(request.invitation, email)
         caller = Caller(tenant_id=tenant_id, user_id=ids.new_id())
         password_hash = await self._hashing.hash(request.password)
-        if self._confirms_email and not request.invitation:
+        if is_asked_first:
             sign_up = SignUp(ids.new_id(), email, display_name, password_hash)
             await self._sign_ups.ask(sign_up, self._clock())
             return pb.SignUpResponse()

@@ -1,6 +1,7 @@
 """One worker's stream: what it may still be sent, and what it holds."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence, Set
 from typing import Any
 
@@ -8,6 +9,7 @@ from kimberly.jobs.v1 import jobs_pb2 as pb
 
 from server import ids
 from server.errors import InvalidArgument, LeaseLost
+from server.jobs.batch_traces import BatchTraces
 from server.jobs.model import Beat, Held, Lease, Outcome
 from server.jobs.queue import Queue
 from server.jobs.requests import MOST_JOBS, beats_from, credit_from, outcomes_from
@@ -49,6 +51,7 @@ class Session:
         self._unread: asyncio.Queue[pb.WorkRequest] = asyncio.Queue(_UNREAD)
         self._credit = 0
         self._leases: set[Held] = set()
+        self._traces = BatchTraces()
         self._outcomes: list[Outcome] = []
         self._beats: list[Beat] = []
         self._cancelled: set[Held] = set()
@@ -224,7 +227,9 @@ class Session:
             return []
         outcomes, self._outcomes = self._outcomes, []
         held = self._ending = {outcome.held for outcome in outcomes}
+        started = time.perf_counter()
         standing = await self._queue.settle(self._worker_id, outcomes)
+        self._traces.settled(held, time.perf_counter() - started)
         self._ending = set()
         self._leases -= held
         self._beats = [beat for beat in self._beats if beat.held not in held]
@@ -267,6 +272,7 @@ class Session:
             self._responses.append(pb.WorkResponse(drain=pb.Drain()))
 
     async def _lease(self, limit: int) -> list[pb.WorkResponse]:
+        started = time.perf_counter()
         leases = await self._queue.lease(self._worker_id, self._kinds, limit)
         self._asked -= limit
         self._credit -= len(leases)
@@ -274,6 +280,7 @@ class Session:
         if not leases:
             return []
         self._leases |= {lease.held for lease in leases}
+        self._traces.leased(leases, time.perf_counter() - started)
         # Whoever has many waiting gets only some of them at a time.
         self._may_have_more = True
         return [pb.WorkResponse(leased=self._leased(leases))]

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from server import audit, ids
+from server import audit, ids, owners
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
 from server.enqueue import enqueue
@@ -113,27 +113,38 @@ class ErasureStore:
 
         With the commit nobody logs in as the user, their refresh tokens are gone, no consent of
         theirs stands, and whatever they write is refused, in whichever process. With the home of
-        an account all that the account is in other tenants is erased as well.
+        an account all that the account is in other tenants is erased as well. A tenant of which
+        they were the last owner has another.
 
         Raises:
             StoreUnavailable: A writer of theirs takes too long.
         """
         async with self._database.transaction() as connection:
+            tenant_ids = await _tenants_of(connection, caller)
+            await owners.take_turns(connection, tenant_ids)
             await _wait_for_writers(connection, caller)
             begun = await _find_of(connection, caller)
-            return begun or await self._begin(connection, caller)
+            if begun is None:
+                begun = await self._begin(connection, caller)
+                await owners.hand_over(connection, tenant_ids)
+        return begun
 
-    async def begin_within(self, connection: Connection, caller: Caller, actor: str) -> UUID:
+    async def begin_within(
+        self, connection: Connection, caller: Caller, actor: str, receipt_id: UUID
+    ) -> None:
         """Begin to erase a user in the transaction of what ends them, as somebody asks.
 
-        Returns:
-            Id of the receipt.
+        Args:
+            connection: The transaction.
+            caller: Who is erased.
+            actor: Who asks.
+            receipt_id: Made by chance alone: who knows it may read how far the erasure is.
 
         Raises:
             StoreUnavailable: A writer of theirs takes too long.
         """
         await _wait_for_writers(connection, caller)
-        return (await self._begin(connection, caller, actor)).receipt_id
+        await self._begin(connection, caller, actor, receipt_id=receipt_id)
 
     async def _begin(
         self,
@@ -141,6 +152,7 @@ class ErasureStore:
         caller: Caller,
         actor: str | None = None,
         begun_with: UUID | None = None,
+        receipt_id: UUID | None = None,
     ) -> Erasure:
         row = await connection.fetchrow(
             f"""
@@ -151,7 +163,7 @@ class ErasureStore:
             ids.new_id(),
             caller.tenant_id,
             caller.user_id,
-            uuid4(),
+            receipt_id or uuid4(),
             begun_with,
         )
         erasure = _erasure(row)
@@ -189,6 +201,8 @@ class ErasureStore:
     async def begin_again(self, erasure: Erasure) -> None:
         """Erase a user anew whom a restored backup has brought back."""
         async with self._database.transaction() as connection:
+            tenant_ids = await _tenants_of(connection, erasure.caller)
+            await owners.take_turns(connection, tenant_ids)
             await _wait_for_writers(connection, erasure.caller)
             await connection.execute(
                 """
@@ -209,6 +223,7 @@ class ErasureStore:
             )
             await self._begin_memberships(connection, erasure, audit.SYSTEM)
             await _part(connection, erasure.caller)
+            await owners.hand_over(connection, tenant_ids)
             user_id = ids.show(ids.USER, erasure.caller.user_id)
             await audit.record_all(
                 connection, erasure.caller, "user.erase", [user_id], actor=audit.SYSTEM
@@ -339,6 +354,14 @@ class ErasureStore:
             run_at=run_at,
             max_attempts=_ATTEMPTS,
         )
+
+
+async def _tenants_of(connection: Connection, caller: Caller) -> Sequence[UUID]:
+    """Return the tenants that an erasure of a user is about."""
+    rows = await connection.fetch(
+        "SELECT DISTINCT tenant_id FROM users WHERE id = $1 OR home_id = $1", caller.user_id
+    )
+    return [row["tenant_id"] for row in rows]
 
 
 async def _wait_for_writers(connection: Connection, caller: Caller) -> None:

@@ -96,6 +96,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     sign_ups, accounts = SignUpStore(system), AccountStore(system)
     costs = HashCosts(accounts, hashing)
     await costs.refresh()
+    mailer = _mailer(settings)
     auth = AuthService(
         accounts,
         SessionStore(system),
@@ -108,6 +109,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         Issuer(keyring, mint, session_lifetime, utc_now),
         sign_ups=sign_ups,
         confirms_email=settings.sign_up_confirms_email,
+        sends_mails=mailer is not None,
     )
     ended = await known_ended_grants(system)
     members = MemberStore(system, erasures.begin_within)
@@ -154,7 +156,6 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
 
     forgetful = [each.forget for each in (ended, attempts, mails, sign_ups, api_keys, members)]
     housekeeping = Housekeeping(forgetful)
-    mailer = _mailer(settings)
     delivery = [Postman(mails, mailer).run] if mailer else []
     return Application(
         register,
@@ -199,6 +200,6 @@ def _mailer(settings: Settings) -> Mailer | None:
         return Outbox(settings.mail_directory, settings.mail_sender)
     log.warning(
         "mails wait: neither smtp_host nor mail_directory is set",
-        sign_ups_wait=settings.sign_up_confirms_email,
+        sign_ups_refused=settings.sign_up_confirms_email,
     )
     return None

@@ -30,6 +30,7 @@ _CODES: Mapping[type[errors.Problem], grpc.StatusCode] = {
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.EtagMismatch: grpc.StatusCode.ABORTED,
     errors.StateConflict: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.MailsNotSent: grpc.StatusCode.FAILED_PRECONDITION,
     errors.RequestIdReused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.LeaseLost: grpc.StatusCode.FAILED_PRECONDITION,

@@ -46,7 +46,7 @@ class Means(enum.Enum):
     NOTHING = "is the server's to say; counts for nothing in a request"
     MEMBER = "somebody of the tenant, or asked to join: tests/auth/test_members"
     TASK = "what an agent is given to do, three at once: tests/agents/test_tasks"
-    END = "the end of whoever asks, whom the other tests still need: tests/privacy"
+    END = "the end of whoever asks, whom the other tests still need: tests/privacy, tests/auth"
     SECRET = "speaks for whoever shows it: tests/abuse/test_tokens, tests/privacy"
 
 
@@ -119,7 +119,7 @@ FIELDS: Final[Mapping[str, Mapping[str, Means]]] = {
     "RevokeSession": {"id": Means.LOG_IN},
     "AcceptInvitation": {"invitation": Means.SECRET},
     "SwitchTenant": {"tenant_id": Means.TENANT},
-    "LeaveTenant": {"tenant_id": Means.TENANT},
+    "LeaveTenant": {"tenant_id": Means.TENANT, "request_id": Means.END},
     "CreateApiKey": {"request_id": Means.FREE},
     "RotateApiKey": {"id": Means.API_KEY},
     "RevokeApiKey": {"id": Means.API_KEY},

@@ -18,6 +18,7 @@ from server.auth.members import Membership
 from server.auth.membership_store import MembershipStore
 from server.auth.refresh_tokens import GRACE, Session, hash_of, new_token
 from server.auth.session_store import SessionStore
+from server.clock import utc_now
 from server.database import SystemDatabase
 from server.errors import AccountErased, PermissionDenied, StateConflict, Unauthenticated
 from server.grants import EndedGrants
@@ -68,8 +69,15 @@ async def sessions_of(auth: Auth, person: Person) -> list[pb.Session]:
     return list(answer.sessions)
 
 
-def leaving(auth: Auth, person: Person, tenant_id: str, password: str = PASSWORD) -> Awaitable[Any]:
-    request = pb.LeaveTenantRequest(tenant_id=tenant_id, password=password)
+def leaving(
+    auth: Auth,
+    person: Person,
+    tenant_id: str,
+    password: str = PASSWORD,
+    *,
+    request_id: str = "",
+) -> Awaitable[Any]:
+    request = pb.LeaveTenantRequest(tenant_id=tenant_id, password=password, request_id=request_id)
     return auth.LeaveTenant(request, metadata=person.as_)
 
 
@@ -798,6 +806,55 @@ async def test_whoever_leaves_is_out_and_what_they_kept_there_is_erased(
     assert await reason_of(again) == "RESOURCE_NOT_FOUND"
 
 
+async def test_who_did_not_hear_that_they_left_asks_again_and_has_the_same_receipt(
+    auth: Auth, ada: Person, guest: Guest, owner: asyncpg.Connection
+) -> None:
+    left = await leaving(auth, guest.home, ada.tenant_id, request_id="once")
+    again = [
+        await leaving(auth, guest.home, ada.tenant_id, request_id="once"),
+        # As whom they were there nothing else can be meant, and no account is left to prove.
+        await leaving(auth, guest.away, ada.tenant_id),
+        await leaving(auth, guest.away, ada.tenant_id, "wrong", request_id="another"),
+    ]
+    assert [each.receipt_id for each in again] == [left.receipt_id] * 3
+    assert await owner.fetchval("SELECT count(*) FROM erasures") == 1
+    # At home the password is still asked for, and another request is another.
+    refused = leaving(auth, guest.home, ada.tenant_id, "wrong", request_id="once")
+    assert await reason_of(refused) == "PROOF_INVALID"
+    refused = leaving(auth, guest.home, ada.tenant_id, request_id="another")
+    assert await reason_of(refused) == "RESOURCE_NOT_FOUND"
+    # Nor does who is gone there leave anything else.
+    refused = leaving(auth, guest.away, guest.home.tenant_id)
+    assert await reason_of(refused) == "ACCOUNT_ERASED"
+
+
+async def test_a_request_to_leave_is_of_one_tenant_and_a_refused_one_is_none(
+    auth: Auth, ada: Person, guest: Guest, meet: Meet, join: Callable[..., Awaitable[Person]]
+) -> None:
+    cy = await meet("cy@example.com")
+    await join(guest.home, cy)
+    for _ in range(2):
+        refused = leaving(auth, guest.home, guest.home.tenant_id, request_id="once")
+        assert await reason_of(refused) == "STATE_CONFLICT"
+    left = await leaving(auth, guest.home, ada.tenant_id, request_id="once")
+    refused = leaving(auth, guest.home, cy.tenant_id, request_id="once")
+    assert await reason_of(refused) == "REQUEST_ID_REUSED"
+    other = await leaving(auth, guest.home, cy.tenant_id, request_id="twice")
+    assert other.receipt_id != left.receipt_id
+    for request_id in ("a" * 65, "a\0"):
+        refused = leaving(auth, guest.home, ada.tenant_id, request_id=request_id)
+        assert await reason_of(refused) == "FIELD_INVALID request_id"
+
+
+async def test_of_two_leavings_under_one_request_at_once_one_is_done(
+    memberships: MembershipStore, guest: Guest, owner: asyncpg.Connection
+) -> None:
+    caller, there = guest.home.credentials.caller, guest.away.credentials.caller.tenant_id
+    receipts = await asyncio.gather(*(memberships.leave(caller, there, "once") for _ in range(4)))
+    assert len(set(receipts)) == 1
+    assert await owner.fetchval("SELECT receipt_id FROM erasures") == receipts[0]
+
+
 async def test_nobody_leaves_without_the_password(auth: Auth, guest: Guest) -> None:
     for password in ("", "wrong", "a" * 1000):
         refused = leaving(auth, guest.away, guest.away.tenant_id, password)
@@ -829,6 +886,34 @@ async def test_the_last_owner_does_not_leave(
     await leaving(auth, guest.away, ada.tenant_id)
 
 
+async def test_whoever_is_to_be_erased_or_disabled_at_home_is_no_owner_to_leave_a_tenant_to(
+    auth: Auth,
+    tenants: Tenants,
+    ada: Person,
+    guest: Guest,
+    erasures: ErasureStore,
+    meet: Meet,
+    join: Callable[..., Awaitable[Person]],
+    owner: asyncpg.Connection,
+) -> None:
+    cy = await meet("cy@example.com")
+    for away in (guest.away, await join(cy, ada)):
+        make = pb.AssignRoleRequest(user_id=away.id, role=pb.ROLE_OWNER)
+        await tenants.AssignRole(make, metadata=ada.as_)
+    disable = "UPDATE users SET disabled_at = $2 WHERE id = $1"
+    await owner.execute(disable, cy.credentials.caller.user_id, utc_now())
+    await erasures.begin(ada.credentials.caller)
+    # Three are owners by their rows: hers is there until it is removed.
+    rows = await owner.fetch(
+        "SELECT role FROM users WHERE tenant_id = $1", ada.credentials.caller.tenant_id
+    )
+    assert [row["role"] for row in rows] == ["owner"] * 3
+    refused = leaving(auth, guest.home, ada.tenant_id)
+    assert await reason_of(refused) == "STATE_CONFLICT"
+    await owner.execute(disable, cy.credentials.caller.user_id, None)
+    await leaving(auth, guest.home, ada.tenant_id)
+
+
 async def test_of_owners_who_leave_at_once_one_stays(
     memberships: MembershipStore, owner: asyncpg.Connection
 ) -> None:
@@ -844,7 +929,7 @@ async def test_of_owners_who_leave_at_once_one_stays(
             [(tenant_id, home.user_id) for home in homes],
         )
         outcomes = await asyncio.gather(
-            *(memberships.leave(home, tenant_id) for home in homes), return_exceptions=True
+            *(memberships.leave(home, tenant_id, "") for home in homes), return_exceptions=True
         )
         assert [type(each) for each in outcomes].count(StateConflict) == 1
     left = "SELECT count(*) FROM users WHERE home_id IS NOT NULL"
@@ -918,7 +1003,7 @@ async def test_whatever_fails_half_way_leaves_nothing_half(
     steps: list[tuple[str, Callable[[], Awaitable[object]]]] = [
         ("invitation.accept", lambda: memberships.accept(caller, token, clock.now)),
         ("session.switch", switch),
-        ("user.erase", lambda: memberships.leave(caller, there)),
+        ("user.erase", lambda: memberships.leave(caller, there, "once")),
         ("user.erase", remove),
     ]
     for action, step in steps:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
 
 import asyncpg
+import grpc
 import pytest
 import pytest_asyncio
 from kimberly.auth.v1 import auth_pb2 as pb
 from kimberly.auth.v1 import auth_pb2_grpc as rpc
 
+from local.servers import Stores
 from server.auth.postman import Postman
 from server.auth.service import AuthService
 from server.auth.sign_up_store import MOST_WITHIN, SignUpStore
 from server.database import SystemDatabase
+from server.processes.auth import compose
+from server.settings import Settings
 from server.tokens import TokenVerifier
 from tests.auth.conftest import PASSWORD, Auth, CountingHasher, reason_of, sign_up
 from tests.auth.mails import deliver, mailed, read
-from tests.conftest import FakeClock, Serve
+from tests.conftest import FakeClock, Serve, Urls
+from tests.refusals import refusal_of
 
 ADA = "ada@example.com"
 CONFIRM = "Confirm your email address"
@@ -205,3 +211,39 @@ async def test_what_can_never_be_is_refused_whether_or_not_there_is_an_account(
     for email in (ADA, "new@example.com"):
         request = pb.SignUpRequest(**{"email": email, "password": PASSWORD, field: wrong})
         assert await reason_of(confirming.SignUp(request)) == f"FIELD_INVALID {field}"
+
+
+@pytest.mark.parametrize("carried", [False, True])
+async def test_a_process_that_nobody_carries_mails_for_tells_who_would_wait_for_one(
+    serve: Serve, urls: Urls, stores: Stores, master_key: Path, tmp_path: Path, carried: bool
+) -> None:
+    given = {
+        "database_url": urls.application,
+        "system_database_url": urls.system,
+        "redis_url": stores.valkey.url,
+        "s3_endpoint": stores.s3.endpoint,
+        "s3_access_key": stores.s3.access_key,
+        "s3_secret_key": stores.s3.secret_key,
+        "s3_secure": False,
+        "listen_socket": tmp_path / "listen",
+        "outbound_socket": tmp_path / "outbound",
+        "token_issuer": "https://localhost:8443",
+        "trust_domain": "kimberly.test",
+        "namespace": "kimberly",
+        "master_key_file": master_key,
+        "mail_directory": tmp_path if carried else None,
+    }
+    async with AsyncExitStack() as stack:
+        auth = await compose(Settings(**given), stack)  # type: ignore[arg-type]
+        stub = rpc.AuthServiceStub(await serve(auth.register))
+        if carried:
+            assert await stub.SignUp(SIGN_UP) == pb.SignUpResponse()
+        else:
+            refusal = await refusal_of(stub.SignUp(SIGN_UP))
+            assert (refusal.code, refusal.reason) == (
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "MAILS_NOT_SENT",
+            )
+            # Who was invited has had a mail before.
+            invited = pb.SignUpRequest(email=ADA, password=PASSWORD, invitation="unknown")
+            assert await reason_of(stub.SignUp(invited)) == "MAILED_TOKEN_INVALID"

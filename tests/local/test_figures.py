@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from kimberly.cli.figures import Figures, ago, quantile, told_by_processes
+from kimberly.cli.figures import (
+    Figures,
+    ago,
+    latencies_in,
+    quantile,
+    told_by_processes,
+)
 from prometheus_client.samples import Sample
 from rich.console import Console
 
@@ -28,11 +34,17 @@ memory_meditation_last_success_timestamp_seconds 1000
 memory_meditation_last_duration_seconds 2.5
 memory_meditation_running 1
 # TYPE retrieval_latency_seconds histogram
-retrieval_latency_seconds_bucket{leg="total",le="0.01"} 50
-retrieval_latency_seconds_bucket{leg="total",le="0.1"} 100
-retrieval_latency_seconds_bucket{leg="total",le="+Inf"} 100
-retrieval_latency_seconds_bucket{leg="vector",le="0.01"} 0
-retrieval_latency_seconds_bucket{leg="vector",le="+Inf"} 900
+retrieval_latency_seconds_bucket{leg="total",le="0.01"} 5000
+retrieval_latency_seconds_bucket{leg="total",le="+Inf"} 5000
+"""
+LATELY = """
+# TYPE kimberly_lately_seconds histogram
+kimberly_lately_seconds_bucket{of="queries",le="0.01"} 50
+kimberly_lately_seconds_bucket{of="queries",le="0.1"} 100
+kimberly_lately_seconds_bucket{of="queries",le="+Inf"} 100
+kimberly_lately_seconds_bucket{of="calls",le="0.01"} 0
+kimberly_lately_seconds_bucket{of="calls",le="+Inf"} 0
+kimberly_lately_window_seconds 317
 """
 
 
@@ -40,7 +52,7 @@ class Measuring(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(MEASURED.encode())
+        self.wfile.write((LATELY if self.path.endswith("?lately") else MEASURED).encode())
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as it is there
         """Say nothing."""
@@ -69,7 +81,9 @@ def test_status_sums_up_what_processes_measure(url: str) -> None:
     assert "last of all users 2 h ago, took 2.5 s; 1 running" in text
     assert "70 long-term, 0 permanent, 0 archived" in text
     assert "5 users at 80 %, 0 at 100 %" in text
-    assert "p50 / p99 10.0 / 98.2 ms, since the start" in text
+    assert "p50 / p99 10.0 / 98.2 ms, of the last 5 min" in text
+    (calls,) = [line for line in text.splitlines() if "calls" in line]
+    assert "none lately" in calls
 
 
 def test_status_does_without_what_does_not_answer(url: str) -> None:
@@ -78,7 +92,25 @@ def test_status_does_without_what_does_not_answer(url: str) -> None:
     assert "nothing that it measures" in shown({"metrics": {"jobs": [gone]}, "prometheus": None})
     text = shown({"metrics": {"jobs": [gone], "memory": [url]}, "prometheus": "http://127.0.0.1:9"})
     assert "7 waiting" in text
-    assert "since the start" in text
+    assert "of the last 5 min" in text
+
+
+def test_latencies_of_processes_are_told_together_with_the_longest_of_their_windows() -> None:
+    def told(window: float, fast: float, slow: float) -> list[Sample]:
+        ends = (("0.01", fast), ("0.1", fast + slow), ("+Inf", fast + slow))
+        return [
+            Sample("kimberly_lately_window_seconds", {}, window),
+            *(
+                Sample("kimberly_lately_seconds_bucket", {"of": "calls", "le": end}, count)
+                for end, count in ends
+            ),
+        ]
+
+    both = latencies_in([*told(301, 50, 0), *told(40, 0, 50)])["calls"]
+    assert both.p99_seconds == pytest.approx(0.0982)
+    assert (both.p50_seconds, both.window) == (0.01, "5 min")
+    assert latencies_in(told(40, 10, 0))["calls"].window == "40 s"
+    assert latencies_in(told(40, 0, 0)) == {}
 
 
 def test_what_two_replicas_read_from_one_database_is_counted_once() -> None:

@@ -29,14 +29,16 @@ class Seen:
     attributes: Mapping[str, str]
     text: str = field(repr=False)
     """All that it holds, however it holds it."""
-    began: float
-    """Seconds since 1970, as its end."""
-    ended: float
+    began: int
+    ended: int
+    """Nanoseconds since 1970, by the clock of who sent it."""
+    links: frozenset[tuple[bytes, bytes]]
+    """Trace and span of what it is linked to."""
 
     @property
     def seconds(self) -> float:
         """How long it took."""
-        return self.ended - self.began
+        return (self.ended - self.began) / 1e9
 
 
 class Receiver(rpc.TraceServiceServicer):
@@ -102,8 +104,9 @@ def _seen(span: trace_pb2.Span, service: str) -> Seen:
         span.name,
         _values(span.attributes),
         str(span),
-        span.start_time_unix_nano / 1e9,
-        span.end_time_unix_nano / 1e9,
+        span.start_time_unix_nano,
+        span.end_time_unix_nano,
+        frozenset((link.trace_id, link.span_id) for link in span.links),
     )
 
 

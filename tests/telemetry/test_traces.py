@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import yaml
 from kimberly.memory.v1 import memory_pb2 as pb
@@ -14,11 +14,13 @@ from deploy.slos import OBSERVABILITY
 from local.mesh import Mesh
 from local.postgres import SYSTEM
 from server.database import SystemDatabase, open_pool
+from server.enqueue import NewJob, enqueue_all
 from server.jobs.own_schedules import OwnSchedules
 from server.settings import Settings
 from tests.mesh import User, eventually
 from tests.telemetry.receiver import Receiver, Seen
 from tests.telemetry.test_metrics import meditate
+from workers.housekeeping import SWEEP_MEMORIES
 
 QUERY = "kimberly.memory.v1.MemoryService/QueryMemories"
 MEDITATE = "kimberly.memory.v1.MemoryService/Meditate"
@@ -128,7 +130,44 @@ async def test_a_meditation_is_one_tree_from_the_edge_to_the_worker(
     streams = above[: above.index(job)]
     assert {span.service for span in streams} == {"worker-sidecar", "memory-sidecar"}
     assert all(span.seconds < job.seconds + 10 for span in streams), depicted(trace)
-    assert not [span for span in receiver.spans if WORK in span.name]
+    assert not [span for span in receiver.spans if WORK in span.name and span.service != "jobs"]
+
+
+async def test_a_batch_of_leases_is_a_trace_of_its_own_linked_to_its_stream_and_its_jobs(
+    mesh: Mesh, receiver: Receiver
+) -> None:
+    asked = {(bytes([number]) * 16, bytes([number]) * 8) for number in (1, 2)}
+    async with await open_pool(mesh.stores.dsn(SYSTEM), size=1, name="test") as pool:
+        for name in ("lease batch", "settle batch"):
+
+            async def of_both(name: str = name) -> list[Seen]:
+                # Again and again: a worker that has little room may lease them one by one.
+                await enqueue_two(SystemDatabase(pool), asked)
+                return [s for s in receiver.spans if s.name == name and s.links > asked]
+
+            batch, *_ = await eventually(of_both, bool, seconds=30)
+            assert (batch.service, batch.parent) == ("jobs", b"")
+            assert int(batch.attributes["messaging.batch.message_count"]) >= len(asked)
+            assert [span.name for span in receiver.traces()[batch.trace]] == [name]
+            openings = {(s.trace, s.id): s for s in receiver.spans if s.name.endswith(WORK)}
+            (stream,) = batch.links & openings.keys()
+            assert openings[stream].service == "jobs"
+            assert openings[stream].ended <= batch.began
+
+    async def begun() -> set[tuple[bytes, bytes]]:
+        jobs = [span for span in receiver.spans if span.name == f"job {SWEEP_MEMORIES}"]
+        return {(span.trace, span.parent) for span in jobs if span.service == "worker"}
+
+    assert await eventually(begun, lambda begun: begun >= asked)
+
+
+async def enqueue_two(database: SystemDatabase, asked: Collection[tuple[bytes, bytes]]) -> None:
+    """Enqueue jobs at once, each asked for by the span of another trace."""
+    async with database.transaction() as connection:
+        jobs = await enqueue_all(connection, [NewJob(SWEEP_MEMORIES) for _ in asked])
+        for job, (trace, span) in zip(jobs, asked, strict=True):
+            parent = f"00-{trace.hex()}-{span.hex()}-01"
+            await connection.execute("UPDATE jobs SET trace = $2 WHERE id = $1", job, parent)
 
 
 async def test_a_night_is_one_tree_from_the_planner_to_every_shard(

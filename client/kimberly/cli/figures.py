@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,14 +22,23 @@ _TIMED: Final = {
     "queries": 'retrieval_latency_seconds_bucket{leg="total"}',
 }
 """What has a latency, as Prometheus selects it."""
-_NOT_CALLS: Final = ("Health/", "WorkerService/Work", "Watch")
-_SUMMED_UP: Final = (
-    "jobs_.*|workers_connected|memory_items|memory_quota_.*|memory_meditation_.*"
-    "|kimberly_rpc_seconds_bucket|retrieval_latency_seconds_bucket"
-)
+_PARTS: Final = (0.5, 0.99)
+_WINDOW_SECONDS: Final = 300
+"""The last minutes, as Prometheus is asked for them; processes remember as many."""
+_SUMMED_UP: Final = "jobs_.*|workers_connected|memory_items|memory_quota_.*|memory_meditation_.*"
 """The metrics that are read here, as an expression."""
 _OF_THE_ASKED: Final = frozenset({"instance", "job", "path"})
 """Labels that say who told, not what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Below what most of something lay in the last minutes."""
+
+    p50_seconds: float
+    p99_seconds: float
+    window: str
+    """Which minutes, such as "5 min"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,8 @@ class Figures:
     """What all processes measure."""
 
     samples: Sequence[Sample]
+    latencies: Mapping[str, Latency] = field(default_factory=dict)
+    """Of calls and of queries; what there was none of lately is not in it."""
 
     def total(self, name: str, **labels: str) -> float:
         """Return the sum of what each process has of its own, where its labels are these."""
@@ -54,14 +65,6 @@ class Figures:
         """Return the greatest value of a metric, where its labels are these; 0 if there is none."""
         return max((sample.value for sample in self._of(name, labels)), default=0.0)
 
-    def buckets(self, name: str, **labels: str) -> list[tuple[float, float]]:
-        """Return the buckets of a histogram: upper ends, and how many lie below each."""
-        counts: defaultdict[float, float] = defaultdict(float)
-        for sample in self._of(f"{name}_bucket", labels):
-            if not any(other in sample.labels.get("method", "") for other in _NOT_CALLS):
-                counts[float(sample.labels["le"])] += sample.value
-        return sorted(counts.items())
-
     def _of(self, name: str, labels: Mapping[str, str]) -> Iterator[Sample]:
         for sample in self.samples:
             if sample.name == name and labels.items() <= sample.labels.items():
@@ -75,21 +78,41 @@ def told_by_processes(urls: Iterable[str]) -> Figures:
         urls: Where they tell it, as Prometheus asks for it.
     """
     samples: list[Sample] = []
+    lately: list[Sample] = []
     for url in urls:
-        for family in text_string_to_metric_families(_get(url) or ""):
-            samples += family.samples
-    return Figures(samples)
+        samples += _samples(_get(url))
+        lately += _samples(_get(f"{url}?lately"))
+    return Figures(samples, latencies_in(lately))
 
 
 def told_by_prometheus(url: str) -> Figures:
     """Return what a Prometheus heard last; nothing if it does not answer."""
     found = _asked(url, f'{{__name__=~"{_SUMMED_UP}"}}')
-    return Figures(
-        [
-            Sample(each["metric"].pop("__name__"), each["metric"], float(each["value"][1]))
-            for each in found
-        ]
-    )
+    samples = [
+        Sample(each["metric"].pop("__name__"), each["metric"], float(each["value"][1]))
+        for each in found
+    ]
+    latencies = {title: _latency_at(url, selected) for title, selected in _TIMED.items()}
+    return Figures(samples, {title: each for title, each in latencies.items() if each})
+
+
+def latencies_in(lately: Iterable[Sample]) -> dict[str, Latency]:
+    """Return the latencies of what processes remember, each of its own last minutes.
+
+    Whoever began later than others has seen all of theirs: the window is that of the oldest.
+    """
+    buckets: dict[str, defaultdict[float, float]] = {title: defaultdict(float) for title in _TIMED}
+    window = 0.0
+    for sample in lately:
+        if sample.name == "kimberly_lately_seconds_bucket" and sample.labels["of"] in buckets:
+            buckets[sample.labels["of"]][float(sample.labels["le"])] += sample.value
+        elif sample.name == "kimberly_lately_window_seconds":
+            window = max(window, sample.value)
+    latencies = {
+        title: _latency([quantile(part, sorted(counts.items())) for part in _PARTS], window)
+        for title, counts in buckets.items()
+    }
+    return {title: each for title, each in latencies.items() if each}
 
 
 def quantile(part: float, buckets: Sequence[tuple[float, float]]) -> float | None:
@@ -110,12 +133,11 @@ def quantile(part: float, buckets: Sequence[tuple[float, float]]) -> float | Non
     return low
 
 
-def summed_up(figures: Figures, prometheus: str | None, *, now: float) -> dict[str, str]:
+def summed_up(figures: Figures, *, now: float) -> dict[str, str]:
     """Return what is worth a look, by what it is about.
 
     Args:
         figures: What the processes measure.
-        prometheus: The URL of the one that remembers the last minutes, if there is one.
         now: Seconds since 1970.
     """
     if not figures.samples:
@@ -125,7 +147,7 @@ def summed_up(figures: Figures, prometheus: str | None, *, now: float) -> dict[s
         "meditation": _meditation(figures, now),
         "memories": _memories(figures),
         "quota": _quota(figures),
-        **{title: _latency(prometheus, figures, title) for title in _TIMED},
+        **{title: _shown(figures.latencies.get(title)) for title in _TIMED},
     }
 
 
@@ -177,30 +199,31 @@ def _quota(figures: Figures) -> str:
     return f"{near:.0f} users at 80 %, {over:.0f} at 100 %; {refused:.0f} memories refused"
 
 
-def _latency(prometheus: str | None, figures: Figures, title: str) -> str:
-    """Return the latency of the last minutes, or since the start if no Prometheus remembers."""
-    lately = [_lately(prometheus, part, _TIMED[title]) for part in (0.5, 0.99)]
-    if all(lately):
-        return f"{_shown(lately)}, of the last 5 min"
-    buckets = (
-        figures.buckets("kimberly_rpc_seconds")
-        if title == "calls"
-        else figures.buckets("retrieval_latency_seconds", leg="total")
-    )
-    since_start = [quantile(part, buckets) for part in (0.5, 0.99)]
-    return f"{_shown(since_start)}, since the start" if all(since_start) else "none yet"
+def _shown(latency: Latency | None) -> str:
+    if latency is None:
+        return "none lately"
+    shown = [f"{each * 1000:.1f}" for each in (latency.p50_seconds, latency.p99_seconds)]
+    return f"p50 / p99 {' / '.join(shown)} ms, of the last {latency.window}"
 
 
-def _shown(seconds: Sequence[float | None]) -> str:
-    return "p50 / p99 " + " / ".join(f"{(each or 0) * 1000:.1f}" for each in seconds) + " ms"
+def _latency_at(prometheus: str, selected: str) -> Latency | None:
+    lately = f"sum by (le) (rate({selected}[{_WINDOW_SECONDS}s]))"
+    found = [_asked(prometheus, f"histogram_quantile({part}, {lately})") for part in _PARTS]
+    values = [float(each[0]["value"][1]) if each else math.nan for each in found]
+    return _latency([None if math.isnan(value) else value for value in values], _WINDOW_SECONDS)
 
 
-def _lately(prometheus: str | None, part: float, selected: str) -> float | None:
-    if not prometheus:
+def _latency(quantiles: Sequence[float | None], window_seconds: float) -> Latency | None:
+    p50, p99 = quantiles
+    if p50 is None or p99 is None:
         return None
-    found = _asked(prometheus, f"histogram_quantile({part}, sum by (le) (rate({selected}[5m])))")
-    value = float(found[0]["value"][1]) if found else math.nan
-    return None if math.isnan(value) else value
+    return Latency(p50, p99, ago(0, window_seconds))
+
+
+def _samples(text: str | None) -> list[Sample]:
+    return [
+        sample for family in text_string_to_metric_families(text or "") for sample in family.samples
+    ]
 
 
 def _asked(prometheus: str, query: str) -> list[dict[str, Any]]:

@@ -204,7 +204,7 @@ def _of_all(place: Place, now: float) -> Rows:
         told = figures.told_by_prometheus(place.prometheus)
     else:
         return {}
-    return figures.summed_up(told, place.prometheus, now=now)
+    return figures.summed_up(told, now=now)
 
 
 def _table(sections: Mapping[str, Rows]) -> Table:

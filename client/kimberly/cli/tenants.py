@@ -1,5 +1,6 @@
 """kimberly tenants, kimberly invitations: where your account belongs, joins and leaves."""
 
+import uuid
 from collections.abc import Sequence
 from datetime import UTC
 from pathlib import Path
@@ -113,7 +114,9 @@ def leave(
 ) -> None:
     """Leave a tenant for good: what you kept there is erased. Prints the id of the receipt."""
     password = _secret(password_file, "Password")
-    request = pb.LeaveTenantRequest(tenant_id=tenant_id, password=password)
+    request = pb.LeaveTenantRequest(
+        tenant_id=tenant_id, password=password, request_id=uuid.uuid4().hex
+    )
 
     async def work(client: Client) -> pb.LeaveTenantResponse:
         return await client.auth.LeaveTenant(request)

@@ -169,6 +169,7 @@ class AuthServiceServicer:
         the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
         empty then, and the same whether or not the email names an account already. If it does, the
         mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
+        A mesh that confirms emails and has nobody to carry mails refuses with MAILS_NOT_SENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,6 +41,7 @@ class AuthServiceStub:
     the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
     empty then, and the same whether or not the email names an account already. If it does, the
     mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
+    A mesh that confirms emails and has nobody to carry mails refuses with MAILS_NOT_SENT.
     """
     LogIn: _grpc.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]
     """Signs a user in with email and password."""
@@ -144,6 +145,7 @@ class AuthServiceAsyncStub(AuthServiceStub):
     the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
     empty then, and the same whether or not the email names an account already. If it does, the
     mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
+    A mesh that confirms emails and has nobody to carry mails refuses with MAILS_NOT_SENT.
     """
     LogIn: _aio.UnaryUnaryMultiCallable[_auth_pb2.LogInRequest, _auth_pb2.LogInResponse]  # type: ignore[assignment]
     """Signs a user in with email and password."""
@@ -250,6 +252,7 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         the token that is mailed to its address: send it to VerifyEmail, then log in. The answer is
         empty then, and the same whether or not the email names an account already. If it does, the
         mail says so, to whom it may concern. An invitation has come by mail, and confirms its address.
+        A mesh that confirms emails and has nobody to carry mails refuses with MAILS_NOT_SENT.
         """
 
     @_abc_1.abstractmethod

@@ -80,6 +80,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The token from a mail is unknown, expired or used."""
     ERROR_REASON_API_KEY_INVALID: _ErrorReason.ValueType  # 32
     """The API key is unknown, expired or revoked."""
+    ERROR_REASON_MAILS_NOT_SENT: _ErrorReason.ValueType  # 33
+    """Accounts are made by mail here, and this mesh sends none: its operator has to name a carrier."""
     ERROR_REASON_ACCOUNT_ERASED: _ErrorReason.ValueType  # 26
     """The user has asked to be erased: their tokens open nothing more."""
     ERROR_REASON_PROOF_INVALID: _ErrorReason.ValueType  # 27
@@ -148,6 +150,8 @@ ERROR_REASON_MAILED_TOKEN_INVALID: ErrorReason.ValueType  # 31
 """The token from a mail is unknown, expired or used."""
 ERROR_REASON_API_KEY_INVALID: ErrorReason.ValueType  # 32
 """The API key is unknown, expired or revoked."""
+ERROR_REASON_MAILS_NOT_SENT: ErrorReason.ValueType  # 33
+"""Accounts are made by mail here, and this mesh sends none: its operator has to name a carrier."""
 ERROR_REASON_ACCOUNT_ERASED: ErrorReason.ValueType  # 26
 """The user has asked to be erased: their tokens open nothing more."""
 ERROR_REASON_PROOF_INVALID: ErrorReason.ValueType  # 27
