@@ -28,6 +28,7 @@ from server.caller import ActingAgent, Caller, Credentials
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.errors import Unauthenticated
+from server.jobs import queue
 from server.kms import Kms
 from server.kms.local import LocalKms
 from server.migrate import migrate, read_migrations
@@ -77,7 +78,8 @@ def unhurried() -> Iterator[None]:
     """Have nobody refused because a busy machine made others wait longer than they should."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "_PATIENCE_SECONDS", PATIENT_SECONDS)
-        patch.setattr(pools, "_ACQUIRE_SECONDS", PATIENT_SECONDS)
+        for module in (pools, queue):
+            patch.setattr(module, "ACQUIRE_SECONDS", PATIENT_SECONDS)
         for limit in ("lock_timeout", "statement_timeout"):
             patch.setitem(pools._SETTINGS, limit, f"{PATIENT_SECONDS:.0f}s")
         yield
