@@ -214,7 +214,8 @@ class SystemDatabase:
     @property
     def connections(self) -> int:
         """How many there are at most."""
-        return self._pool.get_max_size()
+        size: int = self._pool.get_max_size()
+        return size
 
     def transaction(self) -> AbstractAsyncContextManager[Connection]:
         """Open a transaction that sees all tenants.

@@ -668,8 +668,9 @@ async def test_indexes_of_what_waits_and_runs_stay_small_however_many_jobs_have_
     await owner.execute("DROP INDEX whole")
     for name in ("jobs_due", "jobs_delayed", "jobs_running", "jobs_unique"):
         assert late[name][0] == 0, late
-        # Pages that were in use are used again.
-        assert late[name][1] <= 1.2 * early[name][1] + 2, (early, late)
+        # Pages that were in use are used again; a turn's own fill ten of the smallest, and more or
+        # fewer of these wait for VACUUM to come once more.
+        assert late[name][1] <= 1.2 * early[name][1] + 10, (early, late)
     # An index that holds all jobs grows with them.
     assert late["whole"][0] == 10 * AT_A_TIME
     assert late["whole"][1] > 2.5 * early["whole"][1], (early, late)

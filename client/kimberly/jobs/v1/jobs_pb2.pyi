@@ -1423,7 +1423,9 @@ class Settled(_message.Message):
     """The same, in place of `job_ids`, for a worker that understands columns: 16 bytes each."""
     @_builtins.property
     def job_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of the jobs whose outcome now stands."""
+        """Ids of the jobs whose outcome now stands. It does as well if it was told before: a worker that
+        did not hear of it tells it again.
+        """
 
     def __init__(
         self,
