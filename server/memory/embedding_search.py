@@ -1,10 +1,11 @@
 """Finding memories in Postgres by what they mean."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
 from pgvector import HalfVector
@@ -26,10 +27,16 @@ _OWN: Final = ranking.NEIGHBOURHOOD[0] - ranking.NEIGHBOURHOOD[1]
 _BESIDE: Final = ranking.NEIGHBOURHOOD[1] - ranking.NEIGHBOURHOOD[2]
 _AROUND: Final = ranking.NEIGHBOURHOOD[2]
 
-# So many times what is wanted is taken from a graph, which knows each turn alone: the best with
-# their neighbours are not all among the best alone. Of 2 000 turns that have nothing to do with
-# each other, the nearest 100 lead to 0.97 of the best ten, and 200 to all.
-_DEPTH: Final = 2
+# A graph knows each turn alone; the best with their neighbours are not all among the best alone.
+# The more turns there are, the more of them stand in between: of turns that have nothing to do with
+# each other, 5 √n lead to 0.99 of the best twenty, of 5 000 turns as of 100 000. Fewer than twice
+# what is wanted are not worth a look.
+_DEPTH_OF_ROOT: Final = 5
+_DEPTH_OF_LIMIT: Final = 2
+
+# What it costs to meet a vector in a graph, whosever it is: so many times what it costs to compare
+# one of the user's that are read in a row.
+_PRICE_OF_MEETING: Final = 15
 
 # Without iterative scans a graph yields its nearest vectors of all users and no more. Strict order
 # drops what is found late: it recalled 0.81 to 0.96 of the nearest 10 where relaxed order, sorted
@@ -43,8 +50,7 @@ _GRAPH_SETTINGS: Final = """
 
 # Rows are looked up one by one (LATERAL, kept apart by OFFSET 0): of a user whom the statistics
 # have not met yet the planner expects one row, and would compare every vector with every memory.
-_VECTORS: Final = """
-    embeddings AS embedding
+_MEMORY: Final = """
     CROSS JOIN LATERAL (
         SELECT id, tier, tags, session_id, session_position, occurred_at
           FROM memories
@@ -54,6 +60,7 @@ _VECTORS: Final = """
         OFFSET 0
     ) AS memory
 """
+_VECTORS: Final = f"embeddings AS embedding {_MEMORY}"
 _OF_MODEL: Final = """
     embedding.tenant_id = caller.tenant_id AND embedding.user_id = caller.user_id
     AND embedding.model = $3
@@ -116,12 +123,16 @@ def _scan_query(passing: str) -> str:
     return f"""
     SELECT known.*, candidate.*
       FROM (
-           SELECT consented('memory.embed') AS may_embed, data_version, model.dimension,
-                  model.in_graph
-             FROM (SELECT coalesce((SELECT data_version
-                                      FROM memory_usage
-                                     WHERE tenant_id = caller.tenant_id
-                                       AND user_id = caller.user_id), 0) AS data_version) AS usage
+           SELECT consented('memory.embed') AS may_embed, data_version, memories,
+                  model.dimension, model.in_graph,
+                  (SELECT reltuples
+                     FROM pg_class
+                    WHERE oid = to_regclass('embeddings_graph_' || model.dimension))
+                      AS graph_vectors
+             FROM (SELECT coalesce(max(data_version), 0) AS data_version,
+                          coalesce(max(long_term_count + permanent_count), 0) AS memories
+                     FROM memory_usage
+                    WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id) AS usage
              LEFT JOIN embedding_models AS model
                ON model.tenant_id = caller.tenant_id AND model.user_id = caller.user_id
               AND model.model = $3
@@ -134,8 +145,12 @@ def _scan_query(passing: str) -> str:
 
 
 @cache
-def _graph_query(dimension: int, passing: str) -> str:
-    """Return the query that takes candidates from a graph, then looks at the turns around them."""
+def _candidates_query(dimension: int, passing: str) -> str:
+    """Return the query that looks for candidates, then at the turns around them.
+
+    Vectors outside of the graph are compared one by one; so are all of them, unless $10 is true.
+    Their distances are sorted without them, which takes no file.
+    """
     # Those further off are compared for the sake of these: what is around them is not known.
     near = "memory.id = ANY (ARRAY(SELECT id FROM candidate WHERE is_near))"
     smoothed = _SMOOTHED.format(
@@ -149,15 +164,22 @@ def _graph_query(dimension: int, passing: str) -> str:
     WITH in_graph AS MATERIALIZED (
         SELECT memory.id, session_id, session_position
           FROM {_VECTORS}
-         WHERE {_OF_MODEL} AND in_graph AND dimension = {dimension} AND {passing}
+         WHERE {_OF_MODEL} AND $10 AND in_graph AND dimension = {dimension} AND {passing}
          ORDER BY vector::halfvec({dimension}) <#> $4::halfvec({dimension})
-         LIMIT {_DEPTH} * $5
+         LIMIT $9
     ), outside AS MATERIALIZED (
         SELECT memory.id, session_id, session_position
-          FROM {_VECTORS}
-         WHERE {_OF_MODEL} AND NOT in_graph AND {passing}
-         ORDER BY vector <#> $4
-         LIMIT {_DEPTH} * $5
+          FROM (
+               SELECT memory_id, content_hash, vector <#> $4 AS distance
+                 FROM embeddings AS embedding
+                WHERE {_OF_MODEL} AND (NOT in_graph OR NOT $10)
+                ORDER BY distance
+               OFFSET 0
+               ) AS embedding
+          {_MEMORY}
+         WHERE {passing}
+         ORDER BY distance
+         LIMIT $9
     ), found AS (
         SELECT * FROM in_graph UNION ALL SELECT * FROM outside
     ), candidate AS (
@@ -188,8 +210,10 @@ class Nearest:
 class EmbeddingSearch:
     """Finds memories of one user at a time by vectors."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, always_by_graph: bool = False) -> None:
+        """Search vectors that are in a graph by it, always or where that is cheaper than a scan."""
         self._database = database
+        self._always_by_graph = always_by_graph
 
     async def nearest(
         self, caller: Caller, embedding: Embedding, which: Filter, limit: int
@@ -212,13 +236,30 @@ class EmbeddingSearch:
         if not scanned["in_graph"]:
             SEARCH_SECONDS.labels("exact").observe(time.perf_counter() - started)
             return Nearest(candidates_from(scanned), version)
-        with SEARCH_SECONDS.labels("index").time():
-            found = await self._search_graph(caller, embedding, which, limit)
-        if found["reached"] < limit:
+        found = await self._narrowed(caller, embedding, which, limit, scanned)
+        return Nearest(candidates_from(found), version)
+
+    async def _narrowed(
+        self,
+        caller: Caller,
+        embedding: Embedding,
+        which: Filter,
+        limit: int,
+        known: Mapping[str, Any],
+    ) -> asyncpg.Record:
+        """Find candidates in the way that costs less, and look at the turns around them."""
+        asked = caller, embedding, which, limit
+        depth = _depth(known["memories"], limit)
+        if self._always_by_graph or _is_graph_cheaper(depth, known):
+            with SEARCH_SECONDS.labels("index").time():
+                found = await self._search(*asked, depth, by_graph=True)
+            if found["reached"] >= depth:
+                return found
             # The graph gave up, or there are no more: only a look at every vector can tell.
             with SEARCH_SECONDS.labels("exact").time():
-                found = await self._scan(caller, embedding, which, limit, despite_graph=True)
-        return Nearest(candidates_from(found), version)
+                return await self._scan(*asked, despite_graph=True)
+        with SEARCH_SECONDS.labels("exact").time():
+            return await self._search(*asked, depth, by_graph=False)
 
     async def _scan(
         self,
@@ -243,19 +284,44 @@ class EmbeddingSearch:
             raise ConsentMissing(consent.MEMORY_EMBED)
         return row
 
-    async def _search_graph(
-        self, caller: Caller, embedding: Embedding, which: Filter, limit: int
+    async def _search(
+        self,
+        caller: Caller,
+        embedding: Embedding,
+        which: Filter,
+        limit: int,
+        depth: int,
+        *,
+        by_graph: bool,
     ) -> asyncpg.Record:
-        passing, parameters = filters.passing(which, 9)
+        """Look at the `depth` nearest turns and those around them."""
+        passing, parameters = filters.passing(which, 11)
         async with self._database.transaction(caller) as connection:
             await connection.execute(_GRAPH_SETTINGS)
             return await connection.fetchrow(
-                _graph_query(embedding.dimension, passing),
+                _candidates_query(embedding.dimension, passing),
                 caller.tenant_id,
                 caller.user_id,
                 *_arguments(embedding, limit),
+                depth,
+                by_graph,
                 *parameters,
             )
+
+
+def _depth(memories: int, limit: int) -> int:
+    """Return how many of the user's nearest vectors a graph is asked for."""
+    return max(_DEPTH_OF_LIMIT * limit, math.ceil(_DEPTH_OF_ROOT * math.sqrt(memories)))
+
+
+def _is_graph_cheaper(depth: int, known: Mapping[str, Any]) -> bool:
+    """Tell whether a graph yields `depth` vectors at less cost than a look at all of a user's.
+
+    The fewer of the graph's vectors are the user's, the more of others are met on the way.
+    """
+    memories = known["memories"]
+    met = depth * (known["graph_vectors"] or 0) / max(memories, 1)
+    return _PRICE_OF_MEETING * met < memories
 
 
 def _arguments(embedding: Embedding, limit: int) -> tuple[object, ...]:

@@ -18,7 +18,7 @@ from server.memory.embeddings import Embedding
 from server.memory.fusion import Match, Weights, candidate_of, explain, rank
 from server.memory.legs import Legs, timed
 from server.memory.metrics import LATENCY
-from server.memory.model import Candidate, Found, Memory
+from server.memory.model import Candidate, Filter, Found, Memory
 from server.memory.question_vectors import QuestionVectors
 from server.memory.questions import Question
 from server.memory.search_store import SearchStore, Versions, Words
@@ -234,23 +234,36 @@ class Retrieval:
                 if question.include_shared
                 else None
             )
-            durable = await timed("lexical", self._store.query(*asked, whole))
-            if durable.versions.settings != profile.settings_version:
-                # The other legs are let go, so that there is time left for them to begin anew.
-                raise _ProfileOutdated
+            durable = await self._said(asked, whole, profile)
             kept = await short.by(until)
+            if kept and durable.versions.data < kept.left_by:
+                # What became durable between the two looks was in neither.
+                durable = await self._said(asked, whole, profile)
             near = await meant.by(until) if meant else _Meant(None)
             shared = await shown.by(until) if shown else ()
         if kept is None and not question.which.durable_tiers:
             raise StoreUnavailable("the short-term store")
         return _Found(
             durable,
-            _beside(durable, (*(kept or ()), *(shared or ())), question.as_of),
+            _beside(durable, (*(kept.found if kept else ()), *(shared or ())), question.as_of),
             near.near if near else None,
             semantic_late=near is None,
             short_term_late=kept is None,
             shared_late=shared is None,
         )
+
+    async def _said(
+        self,
+        asked: tuple[Caller, Mapping[int, float], Filter, int],
+        whole: int,
+        profile: "_Profile",
+    ) -> Words:
+        """Return what the words bring of the durable tiers."""
+        words = await timed("lexical", self._store.query(*asked, whole))
+        if words.versions.settings != profile.settings_version:
+            # The other legs are let go, so that there is time left for them to begin anew.
+            raise _ProfileOutdated
+        return words
 
     def _model(self, question: Question, profile: "_Profile") -> str:
         """Return the model whose vectors are to be compared with a question; empty: none."""

@@ -25,6 +25,7 @@ Positions of a conversation go on after the highest one that PostgreSQL knows.
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NoReturn, cast
 from uuid import UUID
@@ -75,6 +76,17 @@ from server.preferences import Language
 log = structlog.get_logger()
 
 _TRIES: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the words of a question brought."""
+
+    found: Sequence[Found]
+    """Best first."""
+    left_by: int = 0
+    """The data version at which all is durable that may have left shortly before this look; 0:
+    nothing has."""
 
 
 class ShortTermStore:
@@ -301,7 +313,7 @@ class ShortTermStore:
         which: Filter,
         limit: int,
         language: Language = Language.ENGLISH,
-    ) -> list[Found]:
+    ) -> Remembered:
         """Return the memories that the weighted terms match best, best first.
 
         A turn is matched together with the turns around it, as in Postgres.
@@ -310,7 +322,8 @@ class ShortTermStore:
             StoreUnavailable: Redis does not answer.
         """
         if Tier.SHORT_TERM not in which.tiers or not terms:
-            return []
+            return Remembered(())
+        before = self._snapshots.find(caller)
         snapshot = await self._snapshot(caller)
         terms_of = await snapshot.terms(language)
         scored = (
@@ -321,8 +334,12 @@ class ShortTermStore:
         matching = [Found(memory, lexical) for lexical, memory in scored if lexical > 0]
         matching.sort(key=lambda found: (-found.lexical, found.memory.id))
         del matching[limit:]
-        gone = await self._gone(caller, [found.memory.id for found in matching])
-        return [found for found in matching if found.memory.id not in gone]
+        has_changed = snapshot is not before and bool(snapshot.version)
+        if not (matching or has_changed):
+            return Remembered(())
+        gone, version = await self._gone_by(caller, [found.memory.id for found in matching])
+        there = [found for found in matching if found.memory.id not in gone]
+        return Remembered(there, version if gone or has_changed else 0)
 
     async def usage(self, caller: Caller) -> tuple[int, int]:
         """Return how many bytes of memories are kept, and how many memories.
@@ -565,11 +582,15 @@ class ShortTermStore:
 
     async def _gone(self, caller: Caller, memory_ids: Sequence[UUID]) -> set[UUID]:
         """Return which of the memories have left, and remove what is still here of them."""
-        gone = await left_by_now(self._database, caller, memory_ids)
+        return (await self._gone_by(caller, memory_ids))[0] if memory_ids else set()
+
+    async def _gone_by(self, caller: Caller, memory_ids: Sequence[UUID]) -> tuple[set[UUID], int]:
+        """Do as `_gone` does, and return the data version of that instant too."""
+        gone, version = await left_by_now(self._database, caller, memory_ids)
         if gone:
             log.info("copies of memories that left", count=len(gone))
             await self.remove(caller, sorted(gone))
-        return gone
+        return gone, version
 
     async def _run(self, script: Any, caller: Caller, *arguments: object) -> Any:
         with out_of_reach():

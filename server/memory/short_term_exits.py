@@ -73,20 +73,25 @@ async def left(connection: Connection, caller: Caller, memory_ids: Sequence[UUID
     return {row["memory_id"] for row in rows}
 
 
-async def left_by_now(database: Database, caller: Caller, memory_ids: Sequence[UUID]) -> set[UUID]:
-    """Return which of some memories have left, in a single round trip."""
-    if not memory_ids:
-        return set()
-    rows = await database.fetch(
+async def left_by_now(
+    database: Database, caller: Caller, memory_ids: Sequence[UUID]
+) -> tuple[set[UUID], int]:
+    """Return which of some memories have left, and the data version by then, in one round trip."""
+    (row,) = await database.fetch(
         caller,
         """
-        SELECT memory_id
-          FROM short_term_exits
-         WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id AND memory_id = ANY ($3)
+        SELECT ARRAY(SELECT memory_id
+                       FROM short_term_exits
+                      WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id
+                        AND memory_id = ANY ($3)) AS memory_ids,
+               coalesce((SELECT data_version
+                           FROM memory_usage
+                          WHERE tenant_id = caller.tenant_id AND user_id = caller.user_id), 0)
+                   AS data_version
         """,
         list(memory_ids),
     )
-    return {row["memory_id"] for row in rows}
+    return set(row["memory_ids"]), row["data_version"]
 
 
 async def _lock(connection: Connection, caller: Caller, function: str) -> None:

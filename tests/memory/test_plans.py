@@ -173,9 +173,16 @@ async def plans_of(watched: Watched, caller: Caller) -> dict[str, Plan]:
     return {name: await watched.plan(part, call()) for name, (part, call) in calls.items()}
 
 
-async def plan_of_meaning(watched: Watched, caller: Caller, part: str, which: Filter = ALL) -> Plan:
-    call = EmbeddingSearch(watched.database).nearest(caller, QUESTION, which, 100)
-    return await watched.plan(part, call)
+async def plan_of_meaning(
+    watched: Watched,
+    caller: Caller,
+    part: str,
+    which: Filter = ALL,
+    *,
+    always_by_graph: bool = True,
+) -> Plan:
+    search = EmbeddingSearch(watched.database, always_by_graph=always_by_graph)
+    return await watched.plan(part, search.nearest(caller, QUESTION, which, 100))
 
 
 async def plan_of_counting(
@@ -304,6 +311,19 @@ async def test_vectors_beyond_the_scanned_ones_are_reached_by_the_graph(
     by_graph = {f"Index Scan embeddings_graph_{DIMENSION}", "Index Scan memories_by_session"}
     assert (plan.scans, plan.joins) == ({*OF_MEANING, *by_graph}, LOOPS)
     assert plan.buffers <= 30_000
+
+
+@pytest.mark.parametrize("filtered", FILTERS)
+@pytest.mark.parametrize("place", range(len(SIZES)))
+async def test_where_others_fill_the_graph_only_ones_own_vectors_are_compared(
+    watched: Watched, crowded: Crowded, place: int, filtered: str
+) -> None:
+    caller = crowded.in_graph[place]
+    plan = await plan_of_meaning(
+        watched, caller, "in_graph AS", FILTERS[filtered], always_by_graph=False
+    )
+    assert f"embeddings_graph_{DIMENSION}" not in {node.index for node in plan.ran if node.rows}
+    assert plan.buffers <= 100 + 20 * SIZES[place] + 8 * min(SIZES[place], 100)
 
 
 TOO_FEW = [(0, name) for name in FILTERS] + [(1, f"by {one}") for one in ("tag", "tier", "session")]

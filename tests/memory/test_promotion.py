@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -18,16 +19,23 @@ from kimberly.maintenance.v1 import maintenance_pb2 as maintenance
 from kimberly.maintenance.v1 import maintenance_pb2_grpc as maintenance_rpc
 from kimberly.memory.v1 import memory_pb2 as pb
 
+from server import ids
 from server.cache import KEY_PREFIX, Redis
 from server.caller import Caller
 from server.database import Database
 from server.memory.earning import fresh_score, has_earned
-from server.memory.model import Memory, Source, Tier
+from server.memory.embedding_search import EmbeddingSearch
+from server.memory.model import Change, Filter, Memory, Source, Tier
 from server.memory.promotion import Promotion
-from server.memory.short_term import ShortTermStore
+from server.memory.questions import Question
+from server.memory.retrieval import Answer, Retrieval
+from server.memory.search_store import SearchStore, Words
+from server.memory.sensitive import Opener
+from server.memory.shared_store import SharedStore
+from server.memory.short_term import Remembered, ShortTermStore
 from server.memory.short_term_bodies import Kept
 from server.preferences import PRESETS, USUAL_WEIGHTS, ScoringPreset
-from tests.conftest import FakeClock, as_worker, bearer, new_caller
+from tests.conftest import FakeClock, as_worker, bearer, data_keys_of, new_caller
 from tests.memory.calls import Stub, archive, change, create
 from tests.refusals import refusal_of
 from workers import scoring
@@ -413,6 +421,104 @@ def of(clock: FakeClock, useful_count: int = 0, **known: Any) -> Kept:
         use_count=0,
     )
     return Kept(replace(memory, **known), useful_count)
+
+
+# --- what is asked meanwhile
+
+
+class Held(SearchStore):
+    """Durable memories, of which the first look is told only when something else has happened."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.looked = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.looks = 0
+
+    async def query(self, *arguments: Any, **named: Any) -> Words:
+        self.looks += 1
+        words = await super().query(*arguments, **named)
+        self.looked.set()
+        await self.go_on.wait()
+        return words
+
+
+class Later(ShortTermStore):
+    """Short-term memories that are looked at only when something else has happened."""
+
+    def __init__(self, redis: Redis, database: Database) -> None:
+        super().__init__(redis, database, timedelta(days=1))
+        self.go_on = asyncio.Event()
+
+    async def query(self, *arguments: Any, **named: Any) -> Remembered:
+        await self.go_on.wait()
+        return await super().query(*arguments, **named)
+
+
+class Stuck(ShortTermStore):
+    """Short-term memories whose copies stay when they leave, as when Redis does not answer."""
+
+    async def remove(self, caller: Caller, memory_ids: Sequence[UUID]) -> None:
+        pass
+
+
+async def ask_for_tea(
+    caller: Caller,
+    database: Database,
+    durable: SearchStore,
+    short: ShortTermStore,
+    clock: FakeClock,
+) -> Answer:
+    """Ask, with a minute for whatever happens meanwhile."""
+    embeddings, shared = EmbeddingSearch(database), SharedStore(database)
+    opener = Opener(data_keys_of(database))
+    retrieval = Retrieval(durable, embeddings, short, shared, opener, clock)
+    until = asyncio.get_running_loop().time() + 60
+    return await retrieval.query(caller, Question("tea", Filter(), clock()), until)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("copy_stays", [True, False])
+async def test_what_becomes_durable_between_two_looks_is_found(
+    memories: Stub,
+    caller: Caller,
+    database: Database,
+    redis: Redis,
+    clock: FakeClock,
+    copy_stays: bool,
+    is_known: bool,
+) -> None:
+    memory = await keep(memories, caller, "tea")
+    durable, short = Held(database), Later(redis, database)
+    if is_known:
+        await short.find(caller, Filter(), before=None)
+    asking = asyncio.create_task(ask_for_tea(caller, database, durable, short, clock))
+    await durable.looked.wait()
+    here = Stuck if copy_stays else ShortTermStore
+    leaving = Promotion(database, here(redis, database, timedelta(days=1)))
+    memory_id = ids.parse(ids.MEMORY, memory.id, "id")
+    await leaving.promote(caller, memory_id, Change(tier=Tier.LONG_TERM), clock())
+    short.go_on.set()
+    durable.go_on.set()
+    answer = await asking
+    assert [(one.memory.content, one.memory.tier) for one in answer.matches] == [
+        ("tea", Tier.LONG_TERM)
+    ]
+    assert durable.looks == 2
+
+
+async def test_nothing_is_looked_at_twice_where_nothing_moved(
+    memories: Stub, caller: Caller, database: Database, redis: Redis, clock: FakeClock
+) -> None:
+    await keep(memories, caller, "tea")
+    await create(memories, caller, "more tea")
+    durable = Held(database)
+    durable.go_on.set()
+    short = ShortTermStore(redis, database, timedelta(days=1))
+    for _ in range(2):
+        answer = await ask_for_tea(caller, database, durable, short, clock)
+        assert sorted(one.memory.content for one in answer.matches) == ["more tea", "tea"]
+    assert durable.looks == 2
 
 
 # --- every night

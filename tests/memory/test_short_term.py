@@ -585,7 +585,7 @@ async def test_words_are_read_in_the_language_that_is_asked_for(
     for language, found in ((Language.GERMAN, 1), (Language.ENGLISH, 0)):
         terms = ranking.query_weights("Haus", ranking.Lexicon(), language)
         matches = await short_term.query(caller, terms, Filter(), 10, language)
-        assert len(matches) == found
+        assert len(matches.found) == found
 
 
 async def test_what_another_process_wrote_is_found_at_once(
@@ -607,7 +607,7 @@ async def test_what_expired_since_it_was_read_is_not_found(
     assert await query(memories, caller, "kiwi") == ["kiwi"]
     await expired(memory)
     terms = ranking.query_weights("kiwi", ranking.Lexicon(), Language.ENGLISH)
-    assert await brief.query(caller, terms, Filter(), 10) == []
+    assert (await brief.query(caller, terms, Filter(), 10)).found == ()
 
 
 def test_snapshots_take_a_bounded_part_of_the_process(clock: FakeClock) -> None:

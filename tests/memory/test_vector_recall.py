@@ -41,6 +41,7 @@ QUESTIONS = 15
 SIZES = {"0.1 %": 20, "1 %": 200, "10 %": 2_000, "others": 17_780}
 IN_GRAPH = ("0.1 %", "1 %", "10 %")
 SCANNED = "in no graph"
+MOST = "others"
 BESIDE = {0: 2.0, 1: 1.0, 2: 0.5}
 """What a turn counts that is so many places away."""
 
@@ -147,7 +148,7 @@ async def askers(pool: asyncpg.Pool, superuser: asyncpg.Connection) -> dict[str,
             await talk(superuser, caller, size)
             await embed(superuser, caller, MODEL, DIMENSION, in_graph=name != SCANNED)
     await superuser.execute("ANALYZE")
-    asking = (*IN_GRAPH, SCANNED)
+    asking = (*IN_GRAPH, MOST, SCANNED)
     return {name: await _asker(superuser, callers[name]) for name in asking}
 
 
@@ -223,8 +224,29 @@ async def test_the_nearest_turns_are_found_whatever_share_of_the_graph_is_ones_o
     pool: asyncpg.Pool, askers: dict[str, Asker], share: str, filtered: str
 ) -> None:
     by_graph = searches("index")
+    search = EmbeddingSearch(Database(pool), always_by_graph=True)
+    assert await recall(search, askers[share], *FILTERS[filtered]) >= 0.98
+    assert searches("index") == by_graph + QUESTIONS
+
+
+@pytest.mark.parametrize("filtered", FILTERS)
+@pytest.mark.parametrize("share", IN_GRAPH)
+async def test_the_nearest_turns_are_found_where_others_fill_the_graph(
+    pool: asyncpg.Pool, askers: dict[str, Asker], share: str, filtered: str
+) -> None:
+    by_graph = searches("index")
     search = EmbeddingSearch(Database(pool))
     assert await recall(search, askers[share], *FILTERS[filtered]) >= 0.98
+    # Too many of theirs would be met on the way.
+    assert searches("index") == by_graph
+
+
+async def test_the_nearest_turns_are_found_by_a_graph_that_is_mostly_ones_own(
+    pool: asyncpg.Pool, askers: dict[str, Asker]
+) -> None:
+    by_graph = searches("index")
+    search = EmbeddingSearch(Database(pool))
+    assert await recall(search, askers[MOST], *FILTERS["none"]) >= 0.98
     assert searches("index") == by_graph + QUESTIONS
 
 
@@ -244,7 +266,8 @@ async def test_the_graph_is_searched_on_until_there_are_enough_of_the_users_own(
 ) -> None:
     embedding, _ = next(iter(questions()))
     exact = searches("exact")
-    call = EmbeddingSearch(Database(pool)).nearest(askers[share].caller, embedding, Filter(), LIMIT)
+    search = EmbeddingSearch(Database(pool), always_by_graph=True)
+    call = search.nearest(askers[share].caller, embedding, Filter(), LIMIT)
     plan = await explained(pool, "in_graph AS", call)
     assert searches("exact") == exact
     (scan,) = (node for node in plan.ran if node.index == f"embeddings_graph_{DIMENSION}")
@@ -258,7 +281,8 @@ async def test_who_has_less_than_was_asked_for_is_answered_by_looking_at_every_v
     embedding, _ = next(iter(questions()))
     exact = searches("exact")
     caller = askers["0.1 %"].caller
-    call = EmbeddingSearch(Database(pool)).nearest(caller, embedding, Filter(), LIMIT)
+    search = EmbeddingSearch(Database(pool), always_by_graph=True)
+    call = search.nearest(caller, embedding, Filter(), LIMIT)
     plan = await explained(pool, "consented('memory.embed')", call)
     assert searches("exact") == exact + 1
     assert f"embeddings_graph_{DIMENSION}" not in plan.indexes
