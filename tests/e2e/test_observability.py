@@ -319,6 +319,7 @@ async def test_what_was_done_is_seen_through_the_panels(prometheus: Prometheus) 
     await eventually(look, lambda series: seen(series) >= set(access.PROCESSES))
 
 
+@pytest.mark.alone  # beside others a call may be slow, which is an alert
 async def test_a_mesh_that_is_well_pages_nobody(prometheus: Prometheus) -> None:
     looked = await asyncio.to_thread(watch, prometheus.url, seconds=2, every_seconds=0.5)
     assert looked >= 1
