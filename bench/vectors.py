@@ -101,7 +101,8 @@ class Plan:
     @property
     def dimension(self) -> int:
         """How many numbers a vector has."""
-        return self.questions.shape[1]
+        dimension: int = self.questions.shape[1]
+        return dimension
 
     @property
     def owners(self) -> list[Owner]:
@@ -134,7 +135,7 @@ class Plan:
     def _talk(self, dice: np.random.Generator) -> Talk:
         if self.kind is Kind.RANDOM:
             return _directions(dice, _TALK, self.dimension)
-        session = self.sessions[dice.integers(len(self.sessions))]
+        session = self.sessions[int(dice.integers(len(self.sessions)))]
         shift = _SHIFT * _directions(dice, 1, self.dimension)
         return _unit(session + shift + _NOISE * _directions(dice, *session.shape))
 

@@ -319,8 +319,8 @@ def _is_graph_cheaper(depth: int, known: Mapping[str, Any]) -> bool:
 
     The fewer of the graph's vectors are the user's, the more of others are met on the way.
     """
-    memories = known["memories"]
-    met = depth * (known["graph_vectors"] or 0) / max(memories, 1)
+    memories: int = known["memories"]
+    met: float = depth * (known["graph_vectors"] or 0) / max(memories, 1)
     return _PRICE_OF_MEETING * met < memories
 
 
