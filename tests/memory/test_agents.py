@@ -235,7 +235,7 @@ async def test_files_that_an_agent_finds_are_told(
     ]
 
 
-async def next_change(stream: AsyncIterator[pb.WatchMemoriesResponse]) -> pb.Change:
+async def next_change(stream: AsyncIterator[pb.WatchMemoriesResponse]) -> pb.MemoryChange:
     """Read the next change; marks that nothing is left may come before it."""
     async with asyncio.timeout(30):
         while not (heard := await anext(stream)).HasField("change"):
