@@ -67,13 +67,18 @@ class RetrievalCounts:
 
     async def run(self) -> None:
         """Write counts every few seconds, and once more when cancelled."""
+        writing: asyncio.Task[None] | None = None
         try:
             while True:
                 await asyncio.sleep(self._every_seconds)
-                await self.flush()
+                # Held by this name: what is cancelled half-way may be written or not.
+                writing = asyncio.create_task(self.flush())
+                await asyncio.shield(writing)
         finally:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_SECONDS):
+                    if writing:
+                        await writing
                     await self.flush()
 
     async def _write_short(self, batch: Sequence[_Noted]) -> None:

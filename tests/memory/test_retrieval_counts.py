@@ -134,6 +134,31 @@ async def test_row_that_is_locked_is_waited_for(
     assert await counted(owner) == {"tea at four": 2}
 
 
+async def test_counts_that_are_being_written_when_it_ends_are_not_lost(
+    memories: Stub,
+    caller: Caller,
+    owner: asyncpg.Connection,
+    system_database: SystemDatabase,
+    short_term: ShortTermStore,
+) -> None:
+    memory = await create(memories, caller, "tea at four")
+    counts = RetrievalCounts(system_database, short_term, every_seconds=0.01)
+
+    async def is_waiting() -> bool:
+        return bool(await owner.fetchval("SELECT true FROM pg_locks WHERE NOT granted LIMIT 1"))
+
+    async with owner.transaction():
+        await owner.execute("SELECT FROM memory_scores FOR UPDATE")
+        counts.note(caller, [memory.id], [])
+        running = asyncio.create_task(counts.run())
+        await until(is_waiting, 30)
+        counts.note(caller, [memory.id], [])
+        running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await counted(owner) == {"tea at four": 2}
+
+
 async def keep(memories: Stub, caller: Caller, content: str) -> pb.Memory:
     return await create(memories, caller, content, tier=pb.TIER_SHORT_TERM)
 
