@@ -91,7 +91,8 @@ class PrivacyServiceServicer:
         which hold no text, and that this id was erased, so that a restored backup is erased again.
 
         In the tenant that the account is at home in, this is the end of the account, and of what it has
-        in every other tenant; anywhere else it is the end of what it has there.
+        in every other tenant; anywhere else it is the end of what it has there. A tenant whose last
+        owner it was gets another one: whoever has been an admin of it, a member or an auditor longest.
 
         Asked again by the same user, with a token that is still good, it returns the same erasure.
         """
