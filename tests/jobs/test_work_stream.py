@@ -426,11 +426,14 @@ POOL = 4
 
 
 @pytest_asyncio.fixture
-async def small(serve: Serve, urls: Urls) -> AsyncIterator[rpc.WorkerServiceAsyncStub]:
-    """A service as it is deployed, with few connections, of which none loses patience.
+async def small(
+    serve: Serve, urls: Urls, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[rpc.WorkerServiceAsyncStub]:
+    """A service as it is deployed, with few connections, and whose queue loses no patience.
 
     It does one job of the kind "slow" at a time.
     """
+    monkeypatch.setattr("server.jobs.queue.ACQUIRE_SECONDS", 60)
     patient = {"lock_timeout": "0", "statement_timeout": "0"}
     async with await open_pool(urls.system, size=POOL, name="small", settings=patient) as pool:
         queue = Queue(SystemDatabase(pool), LEASE_SECONDS, {"slow": 1})
