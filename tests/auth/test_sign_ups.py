@@ -6,6 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import grpc
@@ -217,7 +218,7 @@ async def test_what_can_never_be_is_refused_whether_or_not_there_is_an_account(
 async def test_a_process_that_nobody_carries_mails_for_tells_who_would_wait_for_one(
     serve: Serve, urls: Urls, stores: Stores, master_key: Path, tmp_path: Path, carried: bool
 ) -> None:
-    given = {
+    given: dict[str, Any] = {
         "database_url": urls.application,
         "system_database_url": urls.system,
         "redis_url": stores.valkey.url,
@@ -234,7 +235,7 @@ async def test_a_process_that_nobody_carries_mails_for_tells_who_would_wait_for_
         "mail_directory": tmp_path if carried else None,
     }
     async with AsyncExitStack() as stack:
-        auth = await compose(Settings(**given), stack)  # type: ignore[arg-type]
+        auth = await compose(Settings(**given), stack)
         stub = rpc.AuthServiceStub(await serve(auth.register))
         if carried:
             assert await stub.SignUp(SIGN_UP) == pb.SignUpResponse()

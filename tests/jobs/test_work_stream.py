@@ -659,13 +659,14 @@ async def test_message_that_makes_no_sense_ends_the_stream(
 
 
 async def test_result_with_any_other_character_is_taken(
-    workers: rpc.WorkerServiceAsyncStub, system_database: SystemDatabase
+    workers: rpc.WorkerServiceAsyncStub, system_database: SystemDatabase, owner: asyncpg.Connection
 ) -> None:
     await enqueue_some(system_database)
     async with working(workers) as stream:
         lease = await stream.lease()
         await stream.settle(completed(lease, '{"a": "\\ud83d\\ude00 \\\\u0000 ü"}'))
         await stream.hear("settled")
+    assert await owner.fetchval("SELECT result ->> 'a' FROM jobs") == "\U0001f600 \\u0000 ü"
 
 
 async def test_stream_must_open_with_hello(workers: rpc.WorkerServiceAsyncStub) -> None:

@@ -134,7 +134,8 @@ async def used(memories: Stub, caller: Caller) -> tuple[int, int]:
 
 async def fsynced(doomed: Doomed) -> None:
     """Return when what was written so far outlives a crash."""
-    (here, _) = await doomed.operator.execute_command("WAITAOF", 1, 0, 60_000)  # type: ignore[no-untyped-call]
+    operator: Any = doomed.operator
+    (here, _) = await operator.execute_command("WAITAOF", 1, 0, 60_000)
     assert here == 1
 
 
