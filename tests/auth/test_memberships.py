@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
@@ -10,104 +10,35 @@ import pytest
 import pytest_asyncio
 from kimberly.auth.v1 import auth_pb2 as pb
 
-from server import ids
-from server.auth import membership_store, people, session_store
+from server.auth import membership_store, people
 from server.auth.issuing import Issuer
 from server.auth.member_store import MemberStore
 from server.auth.members import Membership
 from server.auth.membership_store import MembershipStore
-from server.auth.refresh_tokens import GRACE, Session, hash_of, new_token
+from server.auth.refresh_tokens import Session, hash_of, new_token
 from server.auth.session_store import SessionStore
-from server.clock import utc_now
 from server.database import SystemDatabase
-from server.errors import AccountErased, PermissionDenied, StateConflict, Unauthenticated
+from server.errors import AccountErased, PermissionDenied, Unauthenticated
 from server.grants import EndedGrants
 from server.privacy.erasure_store import ErasureStore
 from server.tokens import TokenVerifier
-from tests.auth.conftest import (
-    PASSWORD,
-    SESSION_LIFETIME,
-    Auth,
-    Invite,
-    Meet,
-    Person,
-    Tenants,
-    reason_of,
-    refresh,
+from tests.auth.conftest import PASSWORD, Auth, Invite, Meet, Person, Tenants, reason_of, refresh
+from tests.auth.guests import (
+    ROUNDS,
+    Guest,
+    Switch,
+    accept,
+    guest,
+    join,
+    leaving,
+    switch,
+    tenants_of,
 )
 from tests.auth.mails import mailed
-from tests.auth.test_members import log_in, owners
+from tests.auth.test_members import log_in
 from tests.conftest import FakeClock, bearer
 
-ROUNDS = 20
-Switch = Callable[[Person, str], Awaitable[Person]]
-Join = Callable[..., Awaitable[pb.Membership]]
-
-
-@dataclass(frozen=True)
-class Guest:
-    """Bob, who has a tenant of his own and joined Ada's."""
-
-    home: Person
-    """Bob where he logs in."""
-    away: Person
-    """Bob in Ada's tenant."""
-
-
-async def accept(auth: Auth, person: Person, token: str) -> pb.Membership:
-    request = pb.AcceptInvitationRequest(invitation=token)
-    return (await auth.AcceptInvitation(request, metadata=person.as_)).membership
-
-
-async def tenants_of(auth: Auth, person: Person) -> list[pb.Membership]:
-    answer = await auth.ListTenants(pb.ListTenantsRequest(), metadata=person.as_)
-    return list(answer.memberships)
-
-
-async def sessions_of(auth: Auth, person: Person) -> list[pb.Session]:
-    answer = await auth.ListSessions(pb.ListSessionsRequest(), metadata=person.as_)
-    return list(answer.sessions)
-
-
-def leaving(
-    auth: Auth,
-    person: Person,
-    tenant_id: str,
-    password: str = PASSWORD,
-    *,
-    request_id: str = "",
-) -> Awaitable[Any]:
-    request = pb.LeaveTenantRequest(tenant_id=tenant_id, password=password, request_id=request_id)
-    return auth.LeaveTenant(request, metadata=person.as_)
-
-
-@pytest.fixture
-def switch(auth: Auth, verifier: TokenVerifier) -> Switch:
-    """Have somebody switch to a tenant, and return them as they are there."""
-
-    async def switch(person: Person, tenant_id: str) -> Person:
-        request = pb.SwitchTenantRequest(tenant_id=tenant_id)
-        answer = await auth.SwitchTenant(request, metadata=person.as_)
-        credentials = await verifier.verify(answer.tokens.access_token)
-        return Person(answer.user_id, person.email, answer.tokens, credentials)
-
-    return switch
-
-
-@pytest.fixture
-def join(auth: Auth, invite: Invite, switch: Switch) -> Callable[..., Awaitable[Person]]:
-    """Have somebody join somebody's tenant, and return them as they are there."""
-
-    async def join(person: Person, host: Person, role: str = "member") -> Person:
-        await accept(auth, person, await invite(host, person.email, role))
-        return await switch(person, host.tenant_id)
-
-    return join
-
-
-@pytest_asyncio.fixture
-async def guest(ada: Person, bob: Person, join: Callable[..., Awaitable[Person]]) -> Guest:
-    return Guest(bob, await join(bob, ada))
+__all__ = ["guest", "join", "switch"]
 
 
 # --- joining -----------------------------------------------------------------------------------
@@ -319,188 +250,6 @@ async def test_keys_belong_to_who_made_them_in_one_tenant(
     revoke = pb.RevokeApiKeyRequest(id=key.api_key.id)
     refused = auth.RevokeApiKey(revoke, metadata=guest.home.as_)
     assert await reason_of(refused) == "RESOURCE_NOT_FOUND"
-
-
-# --- switching ---------------------------------------------------------------------------------
-
-
-async def test_a_session_elsewhere_is_that_of_the_user_there_and_stays_it(
-    auth: Auth, ada: Person, guest: Guest, verifier: TokenVerifier
-) -> None:
-    there = guest.away.credentials
-    assert ids.show(ids.TENANT, there.caller.tenant_id) == ada.tenant_id
-    assert ids.show(ids.USER, there.caller.user_id) == guest.away.id
-    tokens = await refresh(auth, guest.away.tokens.refresh_token)
-    assert await verifier.verify(tokens.access_token) == there
-    # The one that it was begun from goes on, as who it was.
-    tokens = await refresh(auth, guest.home.tokens.refresh_token)
-    assert await verifier.verify(tokens.access_token) == guest.home.credentials
-
-
-async def test_sessions_are_listed_with_their_tenants_wherever_one_is(
-    auth: Auth, guest: Guest
-) -> None:
-    for person in (guest.home, guest.away):
-        listed = await sessions_of(auth, person)
-        assert [each.tenant_id for each in listed] == [
-            guest.away.tenant_id,
-            guest.home.tenant_id,
-        ]
-        assert [each.tenant_id for each in listed if each.current] == [person.tenant_id]
-
-
-async def test_there_is_a_way_back_home(guest: Guest, switch: Switch) -> None:
-    back = await switch(guest.away, guest.home.tenant_id)
-    assert back.credentials.caller == guest.home.credentials.caller
-    assert back.credentials.role == "owner"
-
-
-async def test_nobody_switches_to_where_they_do_not_belong(
-    auth: Auth, ada: Person, bob: Person
-) -> None:
-    for tenant_id in (ada.tenant_id, ids.show(ids.TENANT, ids.new_id())):
-        request = pb.SwitchTenantRequest(tenant_id=tenant_id)
-        refused = auth.SwitchTenant(request, metadata=bob.as_)
-        assert await reason_of(refused) == "RESOURCE_NOT_FOUND"
-        assert await reason_of(leaving(auth, bob, tenant_id)) == "RESOURCE_NOT_FOUND"
-    request = pb.SwitchTenantRequest(tenant_id=ada.id)
-    refused = auth.SwitchTenant(request, metadata=bob.as_)
-    assert await reason_of(refused) == "FIELD_INVALID tenant_id"
-    assert await reason_of(leaving(auth, bob, ada.id)) == "FIELD_INVALID tenant_id"
-
-
-async def test_switching_to_and_fro_makes_no_session_live_longer(
-    auth: Auth, guest: Guest, switch: Switch, clock: FakeClock
-) -> None:
-    clock.advance(days=20)
-    away = await switch(guest.home, guest.away.tenant_id)
-    back = await switch(away, guest.home.tenant_id)
-    expiries = {each.expire_time.seconds for each in await sessions_of(auth, back)}
-    assert len(expiries) == 1
-    clock.advance(seconds=SESSION_LIFETIME.total_seconds() - 20 * 86400)
-    assert await reason_of(refresh(auth, back.tokens.refresh_token)) == "REFRESH_TOKEN_INVALID"
-
-
-async def replay(auth: Auth, person: Person, clock: FakeClock) -> None:
-    """Use the refresh token of a session that is in use again."""
-    await refresh(auth, person.tokens.refresh_token)
-    clock.advance(seconds=GRACE.total_seconds() + 1)
-    refused = await reason_of(refresh(auth, person.tokens.refresh_token))
-    assert refused == "REFRESH_TOKEN_INVALID"
-
-
-async def log_out(auth: Auth, person: Person, _clock: FakeClock) -> None:
-    await auth.LogOut(pb.LogOutRequest(refresh_token=person.tokens.refresh_token))
-
-
-async def revoke(auth: Auth, person: Person, _clock: FakeClock) -> None:
-    session_id = ids.show(ids.SESSION, person.credentials.grant_id)
-    await auth.RevokeSession(pb.RevokeSessionRequest(id=session_id), metadata=person.as_)
-
-
-@pytest.mark.parametrize("end", [log_out, revoke, replay])
-async def test_what_was_switched_to_ends_with_what_it_was_begun_from(
-    auth: Auth,
-    guest: Guest,
-    switch: Switch,
-    verifier: TokenVerifier,
-    ended: EndedGrants,
-    clock: FakeClock,
-    end: Callable[[Auth, Person, FakeClock], Awaitable[None]],
-) -> None:
-    back = await switch(guest.away, guest.home.tenant_id)
-    again = await log_in(auth, guest.home)
-    await end(auth, guest.away, clock)
-    await ended.refresh()
-    for person in (guest.away, back):
-        with pytest.raises(Unauthenticated):
-            await verifier.verify(person.tokens.access_token)
-        refused = await reason_of(refresh(auth, person.tokens.refresh_token))
-        assert refused == "REFRESH_TOKEN_INVALID"
-    # Neither what it was itself begun from, nor another log-in.
-    await refresh(auth, guest.home.tokens.refresh_token)
-    await refresh(auth, again.tokens.refresh_token)
-
-
-async def test_a_session_that_has_ended_is_no_way_into_another(auth: Auth, guest: Guest) -> None:
-    await auth.LogOut(pb.LogOutRequest(refresh_token=guest.home.tokens.refresh_token))
-    request = pb.SwitchTenantRequest(tenant_id=guest.away.tenant_id)
-    refused = auth.SwitchTenant(request, metadata=guest.home.as_)
-    assert await reason_of(refused) == "TOKEN_INVALID"
-
-
-async def test_of_switches_and_the_end_of_a_session_at_once_nothing_is_left(
-    auth: Auth,
-    system_database: SystemDatabase,
-    memberships: MembershipStore,
-    guest: Guest,
-    issuer: Issuer,
-    clock: FakeClock,
-    owner: asyncpg.Connection,
-) -> None:
-    sessions = SessionStore(system_database)
-    there = guest.away.credentials.caller.tenant_id
-    for _ in range(ROUNDS):
-        new = issuer.begin(guest.home.credentials.caller, "owner", "")
-        await sessions.start(new.session, new.token_hash, clock.now, password_changes=0)
-        asking = replace(guest.home.credentials, grant_id=new.session.id)
-        switches = [
-            memberships.switch(asking, there, hash_of(new_token()), "", clock.now) for _ in range(6)
-        ]
-        end = sessions.end_by_token(new.token_hash, clock.now)
-        outcomes = await asyncio.gather(*switches[:3], end, *switches[3:], return_exceptions=True)
-        assert {type(each) for each in outcomes} <= {type(None), Session, Unauthenticated}
-        left = "SELECT count(*) FROM sessions WHERE switched_from = $1 AND ended_at IS NULL"
-        assert not await owner.fetchval(left, new.session.id)
-
-
-async def test_of_switches_and_a_log_out_everywhere_at_once_nothing_is_left(
-    system_database: SystemDatabase,
-    memberships: MembershipStore,
-    guest: Guest,
-    issuer: Issuer,
-    clock: FakeClock,
-    owner: asyncpg.Connection,
-) -> None:
-    sessions, caller = SessionStore(system_database), guest.home.credentials.caller
-    there = guest.away.credentials.caller.tenant_id
-    for _ in range(ROUNDS):
-        new = issuer.begin(caller, "owner", "")
-        await sessions.start(new.session, new.token_hash, clock.now, password_changes=0)
-        asking = replace(guest.home.credentials, grant_id=new.session.id)
-        switches = [
-            memberships.switch(asking, there, hash_of(new_token()), "", clock.now) for _ in range(6)
-        ]
-        end = sessions.end_everywhere(caller, clock.now, with_keys=False)
-        outcomes = await asyncio.gather(*switches[:3], end, *switches[3:], return_exceptions=True)
-        assert {type(each) for each in outcomes} <= {tuple, Session, Unauthenticated}
-        left = "SELECT count(*) FROM sessions WHERE user_id = ANY ($1) AND ended_at IS NULL"
-        both = [caller.user_id, guest.away.credentials.caller.user_id]
-        assert not await owner.fetchval(left, both)
-
-
-async def test_a_person_has_a_number_of_sessions_in_all_tenants_together(
-    auth: Auth, guest: Guest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session_store, "_MOST_LIVING", 3)
-    before = await sessions_of(auth, guest.home)
-    await log_in(auth, guest.home)
-    assert len(await sessions_of(auth, guest.home)) == len(before) + 1 == 3
-    again = await log_in(auth, guest.home)
-    # The oldest went, and with it what it was switched to.
-    left = {each.tenant_id for each in await sessions_of(auth, guest.home)}
-    assert left == {guest.home.tenant_id}
-    await refresh(auth, again.tokens.refresh_token)
-
-
-async def test_a_session_is_not_ended_to_make_room_for_what_is_begun_from_it(
-    auth: Auth, guest: Guest, switch: Switch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session_store, "_MOST_LIVING", 2)
-    again = await switch(guest.home, guest.away.tenant_id)
-    assert len(await sessions_of(auth, guest.home)) == 2
-    for person in (guest.home, again):
-        await refresh(auth, person.tokens.refresh_token)
 
 
 # --- the account as a whole --------------------------------------------------------------------
@@ -774,166 +523,6 @@ async def test_not_everybody_is_removed_by_everybody(
         assert await reason_of(refused) == reason
     listed = await tenants.ListMembers(pb.ListMembersRequest(), metadata=ada.as_)
     assert len(listed.members) == 4
-
-
-# --- leaving -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("where", ["home", "away"])
-async def test_whoever_leaves_is_out_and_what_they_kept_there_is_erased(
-    auth: Auth,
-    tenants: Tenants,
-    ada: Person,
-    guest: Guest,
-    where: str,
-    owner: asyncpg.Connection,
-) -> None:
-    there = guest.away.credentials.caller
-    left = await leaving(auth, getattr(guest, where), ada.tenant_id)
-    row = await owner.fetchrow("SELECT tenant_id, user_id, receipt_id, state FROM erasures")
-    assert (row["tenant_id"], row["user_id"]) == (there.tenant_id, there.user_id)
-    assert ids.show(ids.RECEIPT, row["receipt_id"]) == left.receipt_id
-    jobs = await owner.fetch("SELECT payload FROM jobs WHERE kind = 'user.erase'")
-    assert [guest.away.id in job["payload"] for job in jobs] == [True]
-    assert [each.home for each in await tenants_of(auth, guest.home)] == [True]
-    refused = await reason_of(refresh(auth, guest.away.tokens.refresh_token))
-    assert refused == "REFRESH_TOKEN_INVALID"
-    await refresh(auth, guest.home.tokens.refresh_token)
-    await log_in(auth, guest.home)
-    listed = await tenants.ListMembers(pb.ListMembersRequest(), metadata=ada.as_)
-    assert [each.user_id for each in listed.members] == [ada.id]
-    again = leaving(auth, guest.home, ada.tenant_id)
-    assert await reason_of(again) == "RESOURCE_NOT_FOUND"
-
-
-async def test_who_did_not_hear_that_they_left_asks_again_and_has_the_same_receipt(
-    auth: Auth, ada: Person, guest: Guest, owner: asyncpg.Connection
-) -> None:
-    left = await leaving(auth, guest.home, ada.tenant_id, request_id="once")
-    again = [
-        await leaving(auth, guest.home, ada.tenant_id, request_id="once"),
-        # As whom they were there nothing else can be meant, and no account is left to prove.
-        await leaving(auth, guest.away, ada.tenant_id),
-        await leaving(auth, guest.away, ada.tenant_id, "wrong", request_id="another"),
-    ]
-    assert [each.receipt_id for each in again] == [left.receipt_id] * 3
-    assert await owner.fetchval("SELECT count(*) FROM erasures") == 1
-    # At home the password is still asked for, and another request is another.
-    refused = leaving(auth, guest.home, ada.tenant_id, "wrong", request_id="once")
-    assert await reason_of(refused) == "PROOF_INVALID"
-    refused = leaving(auth, guest.home, ada.tenant_id, request_id="another")
-    assert await reason_of(refused) == "RESOURCE_NOT_FOUND"
-    # Nor does who is gone there leave anything else.
-    refused = leaving(auth, guest.away, guest.home.tenant_id)
-    assert await reason_of(refused) == "ACCOUNT_ERASED"
-
-
-async def test_a_request_to_leave_is_of_one_tenant_and_a_refused_one_is_none(
-    auth: Auth, ada: Person, guest: Guest, meet: Meet, join: Callable[..., Awaitable[Person]]
-) -> None:
-    cy = await meet("cy@example.com")
-    await join(guest.home, cy)
-    for _ in range(2):
-        refused = leaving(auth, guest.home, guest.home.tenant_id, request_id="once")
-        assert await reason_of(refused) == "STATE_CONFLICT"
-    left = await leaving(auth, guest.home, ada.tenant_id, request_id="once")
-    refused = leaving(auth, guest.home, cy.tenant_id, request_id="once")
-    assert await reason_of(refused) == "REQUEST_ID_REUSED"
-    other = await leaving(auth, guest.home, cy.tenant_id, request_id="twice")
-    assert other.receipt_id != left.receipt_id
-    for request_id in ("a" * 65, "a\0"):
-        refused = leaving(auth, guest.home, ada.tenant_id, request_id=request_id)
-        assert await reason_of(refused) == "FIELD_INVALID request_id"
-
-
-async def test_of_two_leavings_under_one_request_at_once_one_is_done(
-    memberships: MembershipStore, guest: Guest, owner: asyncpg.Connection
-) -> None:
-    caller, there = guest.home.credentials.caller, guest.away.credentials.caller.tenant_id
-    receipts = await asyncio.gather(*(memberships.leave(caller, there, "once") for _ in range(4)))
-    assert len(set(receipts)) == 1
-    assert await owner.fetchval("SELECT receipt_id FROM erasures") == receipts[0]
-
-
-async def test_nobody_leaves_without_the_password(auth: Auth, guest: Guest) -> None:
-    for password in ("", "wrong", "a" * 1000):
-        refused = leaving(auth, guest.away, guest.away.tenant_id, password)
-        assert await reason_of(refused) == "PROOF_INVALID"
-    assert len(await tenants_of(auth, guest.home)) == 2
-
-
-async def test_nobody_leaves_the_tenant_that_their_account_is_at_home_in(
-    auth: Auth, guest: Guest
-) -> None:
-    for person in (guest.home, guest.away):
-        refused = leaving(auth, person, guest.home.tenant_id)
-        assert await reason_of(refused) == "STATE_CONFLICT"
-    await log_in(auth, guest.home)
-
-
-async def test_the_last_owner_does_not_leave(
-    auth: Auth, tenants: Tenants, ada: Person, guest: Guest
-) -> None:
-    make = pb.AssignRoleRequest(user_id=guest.away.id, role=pb.ROLE_OWNER)
-    await tenants.AssignRole(make, metadata=ada.as_)
-    step_down = pb.AssignRoleRequest(user_id=ada.id, role=pb.ROLE_ADMIN)
-    await tenants.AssignRole(step_down, metadata=ada.as_)
-    for person in (guest.home, guest.away):
-        refused = leaving(auth, person, ada.tenant_id)
-        assert await reason_of(refused) == "STATE_CONFLICT"
-    make = pb.AssignRoleRequest(user_id=ada.id, role=pb.ROLE_OWNER)
-    await tenants.AssignRole(make, metadata=bearer(guest.away.credentials.caller))
-    await leaving(auth, guest.away, ada.tenant_id)
-
-
-async def test_whoever_is_to_be_erased_or_disabled_at_home_is_no_owner_to_leave_a_tenant_to(
-    auth: Auth,
-    tenants: Tenants,
-    ada: Person,
-    guest: Guest,
-    erasures: ErasureStore,
-    meet: Meet,
-    join: Callable[..., Awaitable[Person]],
-    owner: asyncpg.Connection,
-) -> None:
-    cy = await meet("cy@example.com")
-    for away in (guest.away, await join(cy, ada)):
-        make = pb.AssignRoleRequest(user_id=away.id, role=pb.ROLE_OWNER)
-        await tenants.AssignRole(make, metadata=ada.as_)
-    disable = "UPDATE users SET disabled_at = $2 WHERE id = $1"
-    await owner.execute(disable, cy.credentials.caller.user_id, utc_now())
-    await erasures.begin(ada.credentials.caller)
-    # Three are owners by their rows: hers is there until it is removed.
-    rows = await owner.fetch(
-        "SELECT role FROM users WHERE tenant_id = $1", ada.credentials.caller.tenant_id
-    )
-    assert [row["role"] for row in rows] == ["owner"] * 3
-    refused = leaving(auth, guest.home, ada.tenant_id)
-    assert await reason_of(refused) == "STATE_CONFLICT"
-    await owner.execute(disable, cy.credentials.caller.user_id, None)
-    await leaving(auth, guest.home, ada.tenant_id)
-
-
-async def test_of_owners_who_leave_at_once_one_stays(
-    memberships: MembershipStore, owner: asyncpg.Connection
-) -> None:
-    for _ in range(ROUNDS):
-        homes = [(await owners(owner, 1))[0] for _ in range(2)]
-        tenant_id = ids.new_id()
-        await owner.execute("INSERT INTO tenants VALUES ($1, now())", tenant_id)
-        await owner.executemany(
-            """
-            INSERT INTO users (tenant_id, id, display_name, created_at, home_id)
-            VALUES ($1, uuidv7(), 'somebody', now(), $2)
-            """,
-            [(tenant_id, home.user_id) for home in homes],
-        )
-        outcomes = await asyncio.gather(
-            *(memberships.leave(home, tenant_id, "") for home in homes), return_exceptions=True
-        )
-        assert [type(each) for each in outcomes].count(StateConflict) == 1
-    left = "SELECT count(*) FROM users WHERE home_id IS NOT NULL"
-    assert await owner.fetchval(left) == ROUNDS
 
 
 # --- all or nothing ----------------------------------------------------------------------------
