@@ -38,15 +38,20 @@ class Collection:
             ContentUnreadable: A sealed one does not open.
             StoreUnavailable: A store does not answer.
         """
-        durable = await self._opener.opened(caller, await self._durable.some(caller, memory_ids))
-        found = {memory.id: memory for memory in durable}
+        found = await self._kept(caller, memory_ids)
         missing = set(memory_ids) - found.keys()
         if missing:
             which = Filter(tiers=frozenset({Tier.SHORT_TERM}))
             short = await self._short_term.find(caller, which, before=None)
             found |= {memory.id: memory for memory in short if memory.id in missing}
+            # They may have been promoted between the two looks.
+            found |= await self._kept(caller, list(missing - found.keys()))
         await self._reads.note(caller, found)
         return found
+
+    async def _kept(self, caller: Caller, memory_ids: Sequence[UUID]) -> dict[UUID, Memory]:
+        kept = await self._durable.some(caller, memory_ids) if memory_ids else ()
+        return {memory.id: memory for memory in await self._opener.opened(caller, kept)}
 
     async def note_export(self, caller: Caller) -> None:
         """Say in the audit log that everything is read.
