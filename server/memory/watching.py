@@ -3,6 +3,7 @@
 import asyncio
 import random
 import struct
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from uuid import UUID
 import structlog
 from kimberly.memory.v1 import memory_pb2 as pb
 
-from server import ids, paging
+from server import ids, paging, tracing
 from server.caller import Caller
 from server.errors import (
     ConsentMissing,
@@ -31,6 +32,7 @@ log = structlog.get_logger()
 WAITING: Final = 1_000
 """Changes that wait for one reader; more stay in the log."""
 
+_STREAM: Final = "kimberly.memory.v1.MemoryService/WatchMemories"
 _SENT_AT_ONCE: Final = 50
 STREAMS: Final = 16
 """Of one user, in one process."""
@@ -244,11 +246,12 @@ class Watcher:
             StoreUnavailable: The log does not answer.
         """
         place = _cursor_from(request.cursor, caller)
+        opening = tracing.began(_STREAM, {"rpc.system": "grpc"})
         with self._feed.watched(caller, place) as watch, self._aging(watch):
             is_due = True
             while not watch.ending:
                 is_due |= not await self._is_called(watch)
-                events = watch.take()
+                events, taken_at = watch.take(), time.perf_counter()
                 is_read = request.include_memories or caller.agent is not None
                 memories = await self._memories(caller, events) if is_read else {}
                 for event in _visible(caller, events, memories):
@@ -256,6 +259,7 @@ class Watcher:
                     place = event.cursor
                     shown = memories if request.include_memories else {}
                     yield _response(caller, place, change=_change(event, shown))
+                _trace(opening, events, time.perf_counter() - taken_at)
                 if is_due and (reached := watch.caught_up()):
                     place, is_due = reached, False
                     yield _response(caller, place, caught_up=pb.CaughtUp())
@@ -300,6 +304,13 @@ def _visible(
     return [
         event for event in events if event.kind is ChangeKind.DELETED or event.memory_id in memories
     ]
+
+
+def _trace(opening: str, events: Sequence[MemoryEvent], seconds: float) -> None:
+    """Note a span of changes that were taken together, until the reader had room for the last."""
+    if events:
+        count: tracing.Attributes = {"messaging.batch.message_count": len(events)}
+        tracing.batch_has_been("watch batch", seconds, (opening,), count)
 
 
 def _response(caller: Caller, place: Cursor | None, **message: Any) -> pb.WatchMemoriesResponse:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import yaml
 from kimberly.memory.v1 import memory_pb2 as pb
+from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
 from deploy.slos import OBSERVABILITY
 from local.mesh import Mesh
@@ -27,6 +28,7 @@ MEDITATE = "kimberly.memory.v1.MemoryService/Meditate"
 PLAN = "kimberly.scoring.v1.ScoringService/PlanMeditation"
 SCORE = "kimberly.scoring.v1.ScoringService/Score"
 WORK = "WorkerService/Work"
+WATCH = "kimberly.memory.v1.MemoryService/WatchMemories"
 
 SHARDS = Settings.model_fields["meditation_shards"].default
 
@@ -159,6 +161,29 @@ async def test_a_batch_of_leases_is_a_trace_of_its_own_linked_to_its_stream_and_
         return {(span.trace, span.parent) for span in jobs if span.service == "worker"}
 
     assert await eventually(begun, lambda begun: begun >= asked)
+
+
+async def test_changes_that_are_watched_are_a_trace_of_their_own_linked_to_their_stream(
+    user: User, receiver: Receiver
+) -> None:
+    watching = rpc.MemoryServiceStub(user.grpc.channel).WatchMemories(
+        pb.WatchMemoriesRequest(), metadata=user.grpc.metadata
+    )
+    messages = aiter(watching)
+    assert (await anext(messages)).HasField("caught_up")
+    created = await user.grpc(pb.CreateMemoryRequest(memory=pb.Memory(content="to be told")))
+    assert (await anext(messages)).change.memory_id == created.memory.id
+
+    async def told() -> list[Seen]:
+        return [span for span in receiver.spans if span.name == "watch batch"]
+
+    batch, *_ = await eventually(told, bool)
+    watching.cancel()
+    assert (batch.service, batch.parent) == ("memory", b"")
+    assert batch.attributes["messaging.batch.message_count"] == "1"
+    (opening,) = [s for s in receiver.spans if {(s.trace, s.id)} == batch.links]
+    assert (opening.name, opening.service) == (WATCH, "memory")
+    assert opening.ended <= batch.began
 
 
 async def enqueue_two(database: SystemDatabase, asked: Collection[tuple[bytes, bytes]]) -> None:
