@@ -15,6 +15,7 @@ import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from local.layout import Layout
 from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
@@ -62,6 +63,10 @@ DATABASE = "test"
 MASTER_KEY = bytes(range(32))
 WORKER_ID = spiffe_id("kimberly.local", "test", WORKER)
 EDGE_ID = spiffe_id("kimberly.local", "test", EDGE)
+
+# An example that takes long, or is long in being made, tells of the machine.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.hookimpl(tryfirst=True)
