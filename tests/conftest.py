@@ -30,11 +30,13 @@ from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.errors import Unauthenticated
 from server.jobs import queue
-from server.kms import Kms
+from server.kms import Kms, vault
 from server.kms.local import LocalKms
+from server.memory import objects
 from server.migrate import migrate, read_migrations
 from server.rpc.interceptors import Gate, chain
 from server.rpc.serving import Server
+from server.users import checkpoint_archive
 from tests import shipped_models as shipped
 from tests.canaries import (
     overheard,
@@ -85,6 +87,10 @@ def unhurried() -> Iterator[None]:
         patch.setattr(cache, "_PATIENCE_SECONDS", PATIENT_SECONDS)
         for module in (pools, queue):
             patch.setattr(module, "ACQUIRE_SECONDS", PATIENT_SECONDS)
+        patch.setattr(objects, "_PATIENCE_SECONDS", PATIENT_SECONDS)
+        patch.setattr(checkpoint_archive, "_READ_SECONDS", PATIENT_SECONDS)
+        for limit in ("_TRY_SECONDS", "_ALL_TRIES_SECONDS"):
+            patch.setattr(vault, limit, PATIENT_SECONDS)
         for limit in ("lock_timeout", "statement_timeout"):
             patch.setitem(pools._SETTINGS, limit, f"{PATIENT_SECONDS:.0f}s")
         yield
