@@ -15,6 +15,7 @@ import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from local.layout import Layout
 from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
@@ -29,11 +30,13 @@ from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.errors import Unauthenticated
 from server.jobs import queue
-from server.kms import Kms
+from server.kms import Kms, vault
 from server.kms.local import LocalKms
+from server.memory import objects
 from server.migrate import migrate, read_migrations
 from server.rpc.interceptors import Gate, chain
 from server.rpc.serving import Server
+from server.users import checkpoint_archive
 from tests import shipped_models as shipped
 from tests.canaries import (
     overheard,
@@ -63,6 +66,10 @@ MASTER_KEY = bytes(range(32))
 WORKER_ID = spiffe_id("kimberly.local", "test", WORKER)
 EDGE_ID = spiffe_id("kimberly.local", "test", EDGE)
 
+# An example that takes long, or is long in being made, tells of the machine.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,6 +87,10 @@ def unhurried() -> Iterator[None]:
         patch.setattr(cache, "_PATIENCE_SECONDS", PATIENT_SECONDS)
         for module in (pools, queue):
             patch.setattr(module, "ACQUIRE_SECONDS", PATIENT_SECONDS)
+        patch.setattr(objects, "_PATIENCE_SECONDS", PATIENT_SECONDS)
+        patch.setattr(checkpoint_archive, "_READ_SECONDS", PATIENT_SECONDS)
+        for limit in ("_TRY_SECONDS", "_ALL_TRIES_SECONDS"):
+            patch.setattr(vault, limit, PATIENT_SECONDS)
         for limit in ("lock_timeout", "statement_timeout"):
             patch.setitem(pools._SETTINGS, limit, f"{PATIENT_SECONDS:.0f}s")
         yield

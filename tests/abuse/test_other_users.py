@@ -30,7 +30,19 @@ from local.mesh import Mesh
 from local.postgres import SUPERUSER
 from server import access, ids
 from tests.abuse.doors import Doors, PastTheEdge
-from tests.abuse.estates import MODEL, SHARED, STATES, Estate, embed, keep, look_at, settle
+from tests.abuse.estates import (
+    MODEL,
+    SHARED,
+    STATES,
+    Estate,
+    Make,
+    aim,
+    embed,
+    keep,
+    look_at,
+    schedule,
+    settle,
+)
 from tests.abuse.meanings import (
     FIELDS,
     IDS,
@@ -336,6 +348,10 @@ def is_no_path(method: str, path: str, name: str) -> bool:
 # --- places in lists and streams ---------------------------------------------------------------
 
 
+ONE_OF_EACH: Final[Mapping[str, Make]] = {"ListGoals": aim, "ListSchedules": schedule}
+"""Lists of what an estate has one of: how another is made."""
+
+
 async def place_of(estate: Estate, method: str) -> tuple[Message, str]:
     """Return how an owner asks for a list, and where it goes on after the first entry."""
     user, memories = estate.user, estate.names[Means.MEMORY]
@@ -343,6 +359,8 @@ async def place_of(estate: Estate, method: str) -> tuple[Message, str]:
         export = [part async for part in user.grpc.stream(pb.ExportMemoriesRequest())]
         return pb.WatchMemoriesRequest(), export[-1].end.cursor
     request: Any = request_of(METHODS[method])
+    if method in ONE_OF_EACH:
+        await ONE_OF_EACH[method](user)
     if method == "ListMemoryVersions":
         request.id = memories["archived"]
     if method == "ListAttachments":

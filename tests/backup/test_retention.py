@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from server.backup.retention import Retention, outdated
@@ -40,7 +40,6 @@ def test_the_newest_are_kept_however_old() -> None:
     assert outdated({}, POLICY, NOW) == set()
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.text(), st.timedeltas(timedelta(), timedelta(days=500))))
 def test_no_backup_of_the_last_month_goes_and_none_of_long_ago_stays(
     ages: dict[str, timedelta],

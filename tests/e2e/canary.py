@@ -14,6 +14,7 @@ from uuid import uuid4
 import asyncpg
 import httpx
 from minio import Minio
+from minio.error import S3Error
 
 from local.mesh import Mesh
 from local.postgres import SUPERUSER
@@ -99,7 +100,15 @@ class Haystack:
             if each.is_delete_marker:
                 yield ("s3", "mark"), str(each.object_name)
                 continue
-            answer = client.get_object(BUCKET, str(each.object_name), version_id=each.version_id)
+            try:
+                answer = client.get_object(
+                    BUCKET, str(each.object_name), version_id=each.version_id
+                )
+            except S3Error as error:
+                # It went since it was listed: what others leave behind is swept up meanwhile.
+                if error.code not in {"NoSuchKey", "NoSuchVersion"}:
+                    raise
+                continue
             try:
                 text = f"{each.object_name} {dict(answer.headers)} {answer.data.decode('latin-1')}"
             finally:

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
@@ -265,7 +265,6 @@ def plain_match(goals: list[str], content: str, tags: list[str]) -> float:
     return best
 
 
-@settings(deadline=None)
 @given(st.lists(texts, max_size=4), texts, st.lists(vocabulary, max_size=3))
 def test_match_agrees_with_the_plain_one(goals: list[str], content: str, tags: list[str]) -> None:
     read = Goals.read(goals, Language.ENGLISH)

@@ -393,7 +393,6 @@ async def test_whatever_users_do_the_service_answers_and_keeps_what_the_model_do
     how = settings(
         max_examples=STORIES,
         stateful_step_count=STEPS_A_STORY,
-        deadline=None,
         database=None,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),

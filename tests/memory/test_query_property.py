@@ -581,7 +581,6 @@ async def test_queries_find_what_is_there_whether_answers_are_kept_or_not(
     how = settings(
         max_examples=EXAMPLES,
         stateful_step_count=STEPS,
-        deadline=None,
         database=None,
         derandomize="QUERY_EXAMPLES" not in os.environ,
         suppress_health_check=list(HealthCheck),

@@ -6,7 +6,7 @@ import math
 from dataclasses import astuple, dataclass
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from workers import scoring
@@ -77,7 +77,6 @@ memory = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(memory, max_size=40))
 def test_vectorised_scorer_agrees_with_the_plain_one(memories: list[Memory]) -> None:
     found = np.array(columns(scoring.score(as_signals(memories))), np.float64)
@@ -86,7 +85,6 @@ def test_vectorised_scorer_agrees_with_the_plain_one(memories: list[Memory]) -> 
     assert np.all((found >= 0) & (found <= 1))
 
 
-@settings(deadline=None)
 @given(st.lists(memory, min_size=2, max_size=40), st.data())
 def test_scores_are_bit_equal_however_the_batch_is_cut(
     memories: list[Memory], data: st.DataObject

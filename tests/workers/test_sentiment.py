@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.sentiment import sentiments
@@ -24,7 +24,6 @@ def test_no_texts_have_no_sentiments() -> None:
     assert sentiments([]).shape == (0,)
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=80), max_size=5))
 def test_every_text_has_a_sentiment(texts: list[str]) -> None:
     found = sentiments(texts)
