@@ -14,7 +14,6 @@ from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
 
 from server import ids
 from server.caller import Caller
-from server.database import Database
 from server.memory.import_store import Chunk, ImportStore
 from server.memory.model import Draft, Source, Tier
 from server.memory.store import MemoryStore
@@ -147,15 +146,3 @@ async def scores(owner: asyncpg.Connection, caller: Caller) -> list[tuple[Any, .
         caller.user_id,
     )
     return [tuple(row) for row in rows]
-
-
-async def withdraw(database: Database, caller: Caller) -> None:
-    async with database.transaction(caller) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            VALUES ($1, $2, 'memory.store', 2, false)
-            """,
-            caller.tenant_id,
-            caller.user_id,
-        )

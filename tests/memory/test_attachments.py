@@ -20,6 +20,7 @@ from server.caller import Caller
 from server.database import Database
 from server.memory.attachments import part_sizes
 from tests.conftest import bearer, new_caller
+from tests.deciding import withdraw
 from tests.memory.files import (
     PART,
     BrokenBlobs,
@@ -407,14 +408,6 @@ async def test_without_consent_nothing_is_completed(
 ) -> None:
     announced = await announce(memories, caller, DATA)
     await upload(announced, DATA)
-    async with database.transaction(caller) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            VALUES ($1, $2, 'memory.store', 2, false)
-            """,
-            caller.tenant_id,
-            caller.user_id,
-        )
+    await withdraw(database, caller)
     refusal = await refusal_of(complete(memories, caller, announced))
     assert refusal.reason == "CONSENT_MISSING"

@@ -20,7 +20,8 @@ from server.memory import ranking
 from server.memory.fusion import Weights
 from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
-from tests.memory.meanings import ask, decide, of, texts, upload
+from tests.deciding import write_decision
+from tests.memory.meanings import ask, of, texts, upload
 from tests.memory.test_update_and_delete import create
 from tests.refusals import refusal_of
 
@@ -29,7 +30,7 @@ from tests.refusals import refusal_of
 async def caller(database: Database) -> Caller:
     """A user who consented to memory.store and memory.embed."""
     caller = await new_caller(database)
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     return caller
 
 

@@ -18,12 +18,12 @@ from server.memory.meditation_store import MeditationState, MeditationStore
 from server.memory.scoring_store import ScoringStore
 from server.memory.store import MemoryStore
 from tests.conftest import as_worker, new_caller
+from tests.deciding import withdraw
 from tests.memory.scoring_calls import (
     SHARDS,
     remember,
     scores,
     scoring_stream,
-    withdraw,
 )
 
 
