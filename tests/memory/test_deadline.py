@@ -21,8 +21,8 @@ from server.memory.legs import PATIENCE_SECONDS, patience_ends
 from tests.conftest import bearer, new_caller
 from tests.deciding import write_decision
 from tests.memory.calls import Stub, create
+from tests.memory.embedding_calls import choose
 from tests.memory.meanings import of, texts, upload
-from tests.memory.test_embedding_jobs import choose
 
 pytestmark = pytest.mark.alone
 HALF_A_SECOND = 0.5

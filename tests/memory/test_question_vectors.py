@@ -26,8 +26,8 @@ from server.memory.short_term import ShortTermStore
 from tests.conftest import FakeClock, bearer, data_keys_of, new_caller
 from tests.deciding import write_decision
 from tests.memory.calls import Stub, create
+from tests.memory.embedding_calls import choose
 from tests.memory.meanings import ask, of, texts, upload
-from tests.memory.test_embedding_jobs import choose
 from tests.shipped_models import NARROW, WIDE
 
 CAT, BANK = "Our cat sleeps on its sofa.", "Their bank raised all interest rates."
