@@ -35,3 +35,20 @@ async def change(memories: Stub, caller: Caller, memory: pb.Memory, **fields: ob
         update_mask=FieldMask(paths=list(fields)),
     )
     return (await memories.UpdateMemory(request, metadata=bearer(caller))).memory
+
+
+async def versions(
+    memories: Stub, caller: Caller, memory: pb.Memory, size: int = 0
+) -> list[pb.Memory]:
+    """Return all versions of a memory, the newest first."""
+    told: list[pb.Memory] = []
+    token = ""
+    while True:
+        page = await memories.ListMemoryVersions(
+            pb.ListMemoryVersionsRequest(id=memory.id, page_size=size, page_token=token),
+            metadata=bearer(caller),
+        )
+        told += page.versions
+        token = page.next_page_token
+        if not token:
+            return told

@@ -21,6 +21,7 @@ from server.database import Database
 from server.memory.attachments import part_sizes
 from tests.conftest import bearer, new_caller
 from tests.deciding import withdraw
+from tests.memory.calls import create
 from tests.memory.files import (
     PART,
     BrokenBlobs,
@@ -33,7 +34,6 @@ from tests.memory.files import (
     left_of,
     upload,
 )
-from tests.memory.test_update_and_delete import create
 from tests.refusals import refusal_of
 
 DATA = b"hello " * 1000
@@ -381,7 +381,7 @@ async def test_attachment_of_a_foreign_or_short_term_memory_is_not_found(
 ) -> None:
     stranger = await new_caller(database)
     foreign = await create(memories, caller, "mine")
-    fleeting = await create(memories, caller, "soon gone", pb.TIER_SHORT_TERM)
+    fleeting = await create(memories, caller, "soon gone", tier=pb.TIER_SHORT_TERM)
     for user, memory in ((stranger, foreign), (caller, fleeting)):
         refusal = await refusal_of(announce(memories, user, DATA, memory_id=memory.id))
         assert refusal.code is grpc.StatusCode.NOT_FOUND

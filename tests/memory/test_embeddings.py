@@ -17,8 +17,8 @@ from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer, new_caller
 from tests.deciding import write_decision
+from tests.memory.calls import create
 from tests.memory.meanings import MODEL, ask, of, texts, upload
-from tests.memory.test_update_and_delete import create
 from tests.refusals import refusal_of
 
 EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)
@@ -133,7 +133,7 @@ async def test_vectors_of_missing_and_foreign_memories_are_refused_one_by_one(
     stranger = await new_caller(database)
     mine = await create(memories, caller, "mine")
     foreign = await create(memories, stranger, "theirs")
-    fleeting = await create(memories, caller, "soon gone", pb.TIER_SHORT_TERM)
+    fleeting = await create(memories, caller, "soon gone", tier=pb.TIER_SHORT_TERM)
     missing = pb.Memory(id="mem_" + "0" * 32)
     outcome = await upload(
         memories, caller, *(of(memory, EAST) for memory in (foreign, mine, missing, fleeting))

@@ -15,7 +15,7 @@ from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer, new_caller
 from tests.deciding import withdraw
-from tests.memory.test_update_and_delete import create
+from tests.memory.calls import create
 from tests.memory.test_watch import changes, to_the_end, watching
 from tests.refusals import refusal_of
 

@@ -37,7 +37,7 @@ from server.memory.short_term_bodies import Kept
 from server.preferences import PRESETS, USUAL_WEIGHTS, ScoringPreset
 from tests.conftest import FakeClock, as_worker, bearer, data_keys_of, new_caller
 from tests.deciding import withdraw
-from tests.memory.calls import Stub, archive, change, create
+from tests.memory.calls import Stub, archive, change, create, versions
 from tests.refusals import refusal_of
 from workers import scoring
 from workers.promotion import PROMOTE, Promoting
@@ -64,12 +64,6 @@ async def get(memories: Stub, caller: Caller, memory: pb.Memory) -> pb.Memory:
 async def listed(memories: Stub, caller: Caller, **fields: Any) -> list[tuple[str, int]]:
     answer = await memories.ListMemories(pb.ListMemoriesRequest(**fields), metadata=bearer(caller))
     return [(memory.content, memory.tier) for memory in answer.memories]
-
-
-async def versions(memories: Stub, caller: Caller, memory: pb.Memory) -> list[pb.Memory]:
-    request = pb.ListMemoryVersionsRequest(id=memory.id)
-    answer = await memories.ListMemoryVersions(request, metadata=bearer(caller))
-    return list(answer.versions)
 
 
 async def delete(memories: Stub, caller: Caller, memory: pb.Memory) -> None:

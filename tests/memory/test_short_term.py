@@ -30,7 +30,7 @@ from server.memory.short_term_cache import Snapshot, Snapshots
 from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
 from tests.deciding import withdraw
-from tests.memory.calls import Stub, change, create
+from tests.memory.calls import Stub, change, create, versions
 from tests.refusals import refusal_of
 
 SHORT = pb.TIER_SHORT_TERM
@@ -78,12 +78,6 @@ async def used(memories: Stub, caller: Caller) -> tuple[int, int]:
     answer = await memories.GetUsage(pb.GetUsageRequest(), metadata=bearer(caller))
     (short,) = (tier for tier in answer.tiers if tier.tier == SHORT)
     return short.used_bytes, short.count
-
-
-async def versions(memories: Stub, caller: Caller, memory: pb.Memory) -> list[pb.Memory]:
-    request = pb.ListMemoryVersionsRequest(id=memory.id)
-    answer = await memories.ListMemoryVersions(request, metadata=bearer(caller))
-    return list(answer.versions)
 
 
 # --- everything a memory has

@@ -12,9 +12,9 @@ from server.caller import Caller
 from server.database import Database
 from tests.conftest import new_caller
 from tests.deciding import write_decision
+from tests.memory.calls import create
 from tests.memory.crowds import embed, fill, graph_made_anew
 from tests.memory.meanings import ask, of, texts, upload
-from tests.memory.test_update_and_delete import create
 
 DIMENSION = 64
 K = 10

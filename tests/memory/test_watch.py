@@ -25,7 +25,7 @@ from server.memory.watching import STREAMS, WAITING, Feed, cursor_to
 from tests.conftest import bearer, new_caller
 from tests.deciding import withdraw
 from tests.faults.reach import until
-from tests.memory.test_update_and_delete import create
+from tests.memory.calls import create
 from tests.refusals import refusal_of
 
 Stream: TypeAlias = "grpc.aio.UnaryStreamCall[pb.WatchMemoriesRequest, pb.WatchMemoriesResponse]"

@@ -15,10 +15,9 @@ from server.caller import Caller
 from server.database import Database
 from tests.conftest import new_caller
 from tests.deciding import write_decision
-from tests.memory.calls import Stub, archive, change, create, restore
+from tests.memory.calls import Stub, archive, change, create, restore, versions
 from tests.memory.sensitive.secret import AGAIN, SECRET, delete, get, keep, whole_database
 from tests.memory.test_import import imported
-from tests.memory.test_versions import versions
 from tests.refusals import refusal_of
 
 

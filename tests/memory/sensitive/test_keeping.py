@@ -24,7 +24,7 @@ from server.memory.store import MemoryStore
 from tests.conftest import FakeClock, bearer, new_caller
 from tests.deciding import write_decision
 from tests.kms.conftest import Master
-from tests.memory.calls import Stub, archive, change, create, restore
+from tests.memory.calls import Stub, archive, change, create, restore, versions
 from tests.memory.meanings import ask, of, texts, upload
 from tests.memory.sensitive.secret import (
     AGAIN,
@@ -38,7 +38,6 @@ from tests.memory.sensitive.secret import (
 )
 from tests.memory.test_export import export
 from tests.memory.test_import import imported
-from tests.memory.test_versions import versions
 from tests.memory.test_watch import caught_up, changes, watching
 from tests.refusals import refusal_of
 
