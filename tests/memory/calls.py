@@ -1,4 +1,4 @@
-"""Calls that many tests make."""
+"""Calls that many tests make, and what is left of them in Valkey."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
+from server.cache import KEY_PREFIX, Redis
 from server.caller import Caller
 from tests.conftest import bearer
 
@@ -52,3 +53,11 @@ async def versions(
         token = page.next_page_token
         if not token:
             return told
+
+
+async def values_in(redis: Redis, caller: Caller) -> bytes:
+    """Return everything that Valkey holds of a user, whatever it is."""
+    found = b""
+    async for key in redis.scan_iter(f"{KEY_PREFIX}*{caller.user_id.hex}*"):
+        found += await redis.dump(key) or b""
+    return found

@@ -24,8 +24,7 @@ from tests.abuse.meanings import FIELDS, METHODS, Means, put, request_of
 from tests.acting import EVERYTHING, READ_WRITE, let_agents, new_agent
 from tests.conftest import Urls, bearer, new_caller
 from tests.deciding import write_decision
-from tests.memory.calls import Stub, create
-from tests.memory.test_answers import values_in
+from tests.memory.calls import Stub, create, values_in
 from tests.refusals import refusal_of
 
 SERVICE: Final = "/kimberly.memory.v1.MemoryService/"

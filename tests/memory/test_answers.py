@@ -12,7 +12,7 @@ import pytest_asyncio
 from kimberly.memory.v1 import memory_pb2 as pb
 
 from server import ids
-from server.cache import KEY_PREFIX, Redis, open_cache
+from server.cache import Redis, open_cache
 from server.caller import Caller
 from server.database import Database
 from server.memory import answers as answers_module
@@ -21,7 +21,7 @@ from server.memory.search_store import Versions
 from tests.conftest import FakeClock, bearer, new_caller
 from tests.deciding import write_decision
 from tests.faults.reach import until
-from tests.memory.calls import Stub, archive, change, create, restore
+from tests.memory.calls import Stub, archive, change, create, restore, values_in
 from tests.memory.meanings import MODEL, ask, of, texts, upload
 from tests.refusals import refusal_of
 
@@ -199,14 +199,6 @@ async def test_answer_ends_with_the_first_short_term_memory_that_expires(
     assert len(texts(await ask(memories, caller, "tea"))) == 2
     clock.advance(seconds=0.1)
     assert texts(await ask(memories, caller, "tea")) == ["tea at four"]
-
-
-async def values_in(redis: Redis, caller: Caller) -> bytes:
-    """Return everything that Valkey holds of a user, whatever it is."""
-    found = b""
-    async for key in redis.scan_iter(f"{KEY_PREFIX}*{caller.user_id.hex}*"):
-        found += await redis.dump(key) or b""
-    return found
 
 
 @pytest.mark.parametrize("tier", [pb.TIER_LONG_TERM, pb.TIER_SHORT_TERM])
