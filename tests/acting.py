@@ -6,6 +6,7 @@ from server import ids
 from server.access import Scope
 from server.caller import ActingAgent, Caller
 from server.database import Database, SystemDatabase
+from tests.deciding import write_decision
 
 READ_WRITE = f"{Scope.MEMORY_READ} {Scope.MEMORY_WRITE}"
 EVERYTHING = f"{READ_WRITE} {Scope.MEMORY_SENSITIVE}"
@@ -14,18 +15,7 @@ EVERYTHING = f"{READ_WRITE} {Scope.MEMORY_SENSITIVE}"
 async def let_agents(database: Database, caller: Caller, *, granted: bool) -> None:
     """Have a user consent to agents, or withdraw that."""
     user = Caller(caller.tenant_id, caller.user_id)
-    async with database.transaction(user) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            SELECT $1, $2, 'memory.agent_access', 1 + count(*), $3
-              FROM consents
-             WHERE purpose = 'memory.agent_access'
-            """,
-            user.tenant_id,
-            user.user_id,
-            granted,
-        )
+    await write_decision(database, user, "memory.agent_access", granted=granted)
 
 
 async def new_agent(

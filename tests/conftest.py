@@ -46,6 +46,7 @@ from tests.canaries import (
     pytest_terminal_summary,
     pytest_testnodedown,
 )
+from tests.deciding import write_decision
 from tests.kms.key_files import key_file
 
 __all__ = [
@@ -296,15 +297,7 @@ async def new_caller(database: Database, *, consenting: bool = True) -> Caller:
     """Return a user whom nobody met before."""
     caller = Caller(tenant_id=ids.new_id(), user_id=ids.new_id())
     if consenting:
-        async with database.transaction(caller) as connection:
-            await connection.execute(
-                """
-                INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-                VALUES ($1, $2, 'memory.store', 1, true)
-                """,
-                caller.tenant_id,
-                caller.user_id,
-            )
+        await write_decision(database, caller, "memory.store", granted=True)
     return caller
 
 

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from server import audit, ids, owners
-from server.access import ROLES, Access, Role
+from server.access import Access, Role
 from server.auth import api_key_store, mail_store, people, session_store
 from server.auth.mail import Kind
 from server.auth.members import Invitation, Member, may_change
@@ -26,6 +26,7 @@ from server.errors import (
     QuotaExceeded,
     StateConflict,
 )
+from server.roles import check_role
 
 Erase = Callable[[Connection, Caller, str, UUID], Awaitable[None]]
 """Begins to erase a user in a transaction, as somebody asks, under an id of a receipt."""
@@ -248,7 +249,7 @@ class MemberStore:
     async def _looking(self, caller: Caller, action: str) -> AsyncIterator[Connection]:
         """Open a transaction for who may look at the tenant, and tell their log that they did."""
         async with self._database.transaction() as connection:
-            await _check_role(connection, caller, Access.AUDITOR)
+            await check_role(connection, caller, Access.AUDITOR)
             yield connection
             tenant = ids.show(ids.TENANT, caller.tenant_id)
             await audit.record(connection, caller, action, tenant)
@@ -257,24 +258,7 @@ class MemberStore:
     async def _changing(self, caller: Caller) -> AsyncIterator[tuple[Connection, Role]]:
         async with self._database.transaction() as connection:
             await owners.take_turns(connection, [caller.tenant_id])
-            yield connection, await _check_role(connection, caller, Access.ADMIN)
-
-
-async def _check_role(connection: Connection, caller: Caller, access: Access) -> Role:
-    role = await connection.fetchval(
-        """
-        SELECT users.role
-          FROM users
-          LEFT JOIN users AS home ON home.id = users.home_id
-         WHERE users.tenant_id = $1 AND users.id = $2
-           AND users.disabled_at IS NULL AND home.disabled_at IS NULL
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
-    if role not in ROLES[access]:
-        raise PermissionDenied
-    return Role(role)
+            yield connection, await check_role(connection, caller, Access.ADMIN)
 
 
 async def _changeable(

@@ -38,7 +38,9 @@ from server.billing.payments import ManualPayments
 from server.billing.service import BillingService
 from server.billing.store import BillingStore
 from server.clock import utc_now
+from server.database import SystemDatabase
 from server.erased import ErasedUsers
+from server.metrics import Reading
 from server.privacy.erasure_archive import ErasureArchive
 from server.privacy.erasure_store import ErasureStore
 from server.privacy.export_store import ExportStore
@@ -76,21 +78,11 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     """Return what the auth process serves; what it opened is closed with the stack."""
     database, system = await stack.enter_async_context(open_databases(settings, "auth"))
     kms, blobs = await open_kms(settings, stack), open_blobs(settings)
-    keyring = Keyring(
-        KeyStore(system),
-        kms,
-        access_token_seconds=settings.access_token_seconds,
-    )
+    keyring = Keyring(KeyStore(system), kms, access_token_seconds=settings.access_token_seconds)
     await keyring.ensure_signing_key()
     hashing = stack.enter_context(
         Passwords(concurrency=settings.password_hash_concurrency, breached=_breached(settings))
     )
-    mint = Mint(
-        issuer=settings.token_issuer,
-        audience=settings.token_audience,
-        lifetime=timedelta(seconds=settings.access_token_seconds),
-    )
-    session_lifetime = timedelta(seconds=settings.refresh_token_seconds)
     erasures = ErasureStore(system, patience(settings))
     attempts, mails, api_keys = AttemptStore(system), MailStore(system), ApiKeyStore(system)
     sign_ups, accounts = SignUpStore(system), AccountStore(system)
@@ -106,14 +98,14 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         MembershipStore(system, erasures.begin_within),
         keyring,
         hashing,
-        Issuer(keyring, mint, session_lifetime, utc_now),
+        _issuer(settings, keyring),
         sign_ups=sign_ups,
         confirms_email=settings.sign_up_confirms_email,
         sends_mails=mailer is not None,
     )
-    ended = await known_ended_grants(system)
     members = MemberStore(system, erasures.begin_within)
     tenants = TenantService(members)
+    ended = await known_ended_grants(system)
     checkpoint_store = CheckpointStore(system)
     audit_keys = AuditKeys(checkpoint_store, kms)
     await audit_keys.signer()
@@ -126,15 +118,9 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     )
     users = UserService(UserStore(database), consents, withdrawals, TenantAudits(system), audit_log)
     billing_store = BillingStore(system)
-    billing_readings = BillingReadings(system)
     billing = BillingService(billing_store, ManualPayments(billing_store))
-    erased = ErasedUsers(system)
     erasure_archive = ErasureArchive(
-        erasures,
-        blobs,
-        audit_keys.signer,
-        audit_keys.known,
-        copies=copies,
+        erasures, blobs, audit_keys.signer, audit_keys.known, copies=copies
     )
     audit_work = AuditWorkService(Checkpointer(checkpoint_store, archive, audit_keys))
     privacy = PrivacyService(
@@ -161,7 +147,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         register,
         keyring,
         ended,
-        erased,
+        ErasedUsers(system),
         open_toll(settings, stack, system),
         loops=[
             audit_log.run,
@@ -171,15 +157,29 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             costs.run,
             *delivery,
         ],
-        readings=[
-            AuthReadings(system).mails,
-            AuditReadings(system).lag,
-            AuditReadings(system).unsigned,
-            billing_readings.usage,
-            billing_readings.plans,
-        ],
+        readings=_readings(system),
         turnstile=open_turnstile(settings, stack),
     )
+
+
+def _issuer(settings: Settings, keyring: Keyring) -> Issuer:
+    mint = Mint(
+        issuer=settings.token_issuer,
+        audience=settings.token_audience,
+        lifetime=timedelta(seconds=settings.access_token_seconds),
+    )
+    return Issuer(keyring, mint, timedelta(seconds=settings.refresh_token_seconds), utc_now)
+
+
+def _readings(system: SystemDatabase) -> list[Reading]:
+    audit, billing = AuditReadings(system), BillingReadings(system)
+    return [
+        AuthReadings(system).mails,
+        audit.lag,
+        audit.unsigned,
+        billing.usage,
+        billing.plans,
+    ]
 
 
 def _breached(settings: Settings) -> Sequence[Breached]:

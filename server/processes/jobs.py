@@ -53,25 +53,9 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         lease_seconds=settings.lease_seconds,
         session_seconds=worker_session_seconds(settings),
     )
-    nightly = Schedule(
-        "meditation.nightly",
-        settings.meditation_schedule,
-        "meditation.plan",
-        settings.meditation_time_zone,
-    )
-    rewrapping = Schedule("keys.rewrap", settings.rewrap_schedule, "keys.rewrap")
-    sweeping = Schedule("attachments.sweep", settings.sweep_schedule, "attachments.sweep")
-    retention = Schedule("memories.sweep", settings.retention_schedule, "memories.sweep")
-    promotion = Schedule("short_term.promote", settings.promotion_schedule, "short_term.promote")
-    checkpoints = Schedule(
-        "audit.checkpoint",
-        at_least_every(settings.audit_checkpoint_seconds),
-        "audit.checkpoint",
-    )
-    own = [nightly, rewrapping, sweeping, retention, promotion, checkpoints]
     schedules = ScheduleStore(database, system, KINDS)
     toll = open_toll(settings, stack, system)
-    planner = Planner(system, own, schedules, toll.note_job if toll else None)
+    planner = Planner(system, _schedules(settings), schedules, toll.note_job if toll else None)
     store = JobStore(database, system, KINDS)
     feed = JobFeed(store, session_seconds=watch_seconds(settings))
     jobs = JobService(store, feed, schedules, KINDS)
@@ -97,12 +81,28 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         ended,
         erased,
         toll,
-        loops=[
-            workers.run,
-            planner.run,
-            feed.run,
-            forgetting.run,
-        ],
+        loops=[workers.run, planner.run, feed.run, forgetting.run],
         readings=[readings.waiting, readings.standing, BackupReadings(RunStore(system)).newest],
         announce_drain=announce_drain,
     )
+
+
+def _schedules(settings: Settings) -> list[Schedule]:
+    """Return when the mesh does what of its own accord."""
+    return [
+        Schedule(
+            "meditation.nightly",
+            settings.meditation_schedule,
+            "meditation.plan",
+            settings.meditation_time_zone,
+        ),
+        Schedule("keys.rewrap", settings.rewrap_schedule, "keys.rewrap"),
+        Schedule("attachments.sweep", settings.sweep_schedule, "attachments.sweep"),
+        Schedule("memories.sweep", settings.retention_schedule, "memories.sweep"),
+        Schedule("short_term.promote", settings.promotion_schedule, "short_term.promote"),
+        Schedule(
+            "audit.checkpoint",
+            at_least_every(settings.audit_checkpoint_seconds),
+            "audit.checkpoint",
+        ),
+    ]

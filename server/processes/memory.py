@@ -1,6 +1,7 @@
 """The memory process: the three tiers, and what workers do to them."""
 
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 
 import grpc
@@ -15,9 +16,10 @@ from server.blobs import Blobs
 from server.cache import Redis
 from server.clock import utc_now
 from server.data_keys import DataKeys
-from server.database import SystemDatabase
+from server.database import Database, SystemDatabase
 from server.embedding_models import load_embedders
 from server.erased import ErasedUsers
+from server.kms import Kms
 from server.memory.agent_jobs import AgentJobs
 from server.memory.agent_reads import AgentReads
 from server.memory.agent_work_service import AgentWorkService
@@ -89,6 +91,37 @@ from server.settings import Settings
 from server.users import withdrawals
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What is open, and what more than one service of this process works with."""
+
+    database: Database
+    system: SystemDatabase
+    kms: Kms
+    redis: Redis
+    blobs: Blobs
+    data_keys: DataKeys
+    opener: Opener
+    store: MemoryStore
+    short_term: ShortTermStore
+    embeddings: EmbeddingStore
+    promotion: Promotion
+    rounds: PromotionRounds
+    retention: RetentionStore
+    reads: AgentReads
+    collection: Collection
+    exporter: Exporter
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """What memories are asked by, and has a loop of its own until the process stops."""
+
+    feed: Feed
+    answers: Answers
+    counts: RetrievalCounts
+
+
 async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     """Return what the memory process serves; what it opened is closed with the stack."""
     # Before anything is opened: whoever names a wrong folder is told at once.
@@ -97,89 +130,23 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
     keys = await open_remote_keys(settings, stack)
     ended = await known_ended_grants(system)
     kms = await open_kms(settings, stack)
-    data_keys = DataKeys(database, kms)
-    opener = Opener(data_keys)
-    redis = open_redis(settings, stack)
-    blobs = open_blobs(settings)
-    doomed = DoomedObjects(database, blobs)
-    url_lifetime = timedelta(seconds=settings.upload_url_seconds)
-    search = SearchStore(database)
-    shared = SharedStore(database)
-    answers = Answers(redis)
-    short_term = ShortTermStore(redis, database, timedelta(seconds=settings.short_term_seconds))
-    counts = RetrievalCounts(system, short_term)
-    embeddings = EmbeddingStore(database)
+    redis, blobs = open_redis(settings, stack), open_blobs(settings)
     changes = ChangeStore(system)
-    feed = Feed(changes)
-    reads = AgentReads(database)
-    collection = Collection(BulkStore(database), short_term, opener, reads)
-    promotion = Promotion(database, short_term)
-    transcripts = Transcripts(database, blobs, doomed, url_lifetime)
-    exporter = Exporter(collection, changes)
-    store = MemoryStore(database, data_keys)
-    memories = MemoryService(
-        store,
-        BatchStore(database, data_keys),
-        LifecycleStore(database),
-        UsageStore(database),
-        search,
-        shared,
-        embeddings,
-        short_term,
-        promotion,
-        Sessions(database, short_term, promotion, collection, search, transcripts),
-        Queries(
-            Retrieval(
-                search,
-                EmbeddingSearch(database),
-                short_term,
-                shared,
-                opener,
-                utc_now,
-                vectors=vectors,
-            ),
-            answers,
-            counts,
-        ),
-        Attachments(AttachmentStore(database), blobs, doomed, url_lifetime),
-        transcripts,
-        MeditationStore(database),
-        Undoing(system),
-        GoalStore(database),
-        Streams(
-            Importer(ImportStore(database, data_keys), utc_now),
-            exporter,
-            Watcher(feed, collection.some, session_seconds=watch_seconds(settings)),
-        ),
-        opener,
-        reads,
-        utc_now,
-    )
-    retention = RetentionStore(system)
-    rounds = PromotionRounds(system, short_term, promotion, utc_now)
-    scoring = _scoring(settings, system, retention, promotion, rounds)
+    parts = _parts(settings, database, system, kms, redis, blobs, changes)
+    running = _Running(Feed(changes), Answers(redis), RetrievalCounts(system, parts.short_term))
+    memories = _memories(settings, parts, running, vectors)
+    scoring = _scoring(settings, parts)
+    embedding = EmbeddingService(EmbeddingJobs(database, system), parts.embeddings)
+    maintenance = _maintenance(settings, parts)
     agent_work = AgentWorkService(
-        AgentJobs(database, system), store, short_term, opener, reads, utc_now
-    )
-    embedding = EmbeddingService(EmbeddingJobs(database, system), embeddings)
-    maintenance = MaintenanceService(
-        KeyRotation(system, kms),
-        ReindexStore(database, data_keys),
-        _sweep(settings, system, blobs),
-        retention,
-        rounds,
+        AgentJobs(database, system),
+        parts.store,
+        parts.short_term,
+        parts.opener,
+        parts.reads,
         utc_now,
     )
-    erased = ErasedUsers(system)
-    privacy_work = PrivacyWorkService(
-        _eraser(settings, system, data_keys, blobs, redis),
-        UserExporter(
-            ExportStore(database, timedelta(days=settings.export_days)),
-            Dumper(database, system),
-            Histories(exporter, LifecycleStore(database), short_term, opener),
-            blobs,
-        ),
-    )
+    privacy_work = _privacy_work(settings, parts)
     readings = MemoryReadings(system)
 
     def register(server: grpc.aio.Server) -> None:
@@ -194,9 +161,9 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
         register,
         keys,
         ended,
-        erased,
+        ErasedUsers(system),
         open_toll(settings, stack, system),
-        loops=[blobs.keep_versions, feed.run, answers.run, counts.run],
+        loops=[blobs.keep_versions, running.feed.run, running.answers.run, running.counts.run],
         readings=[
             readings.usage,
             readings.meditations,
@@ -204,7 +171,7 @@ async def compose(settings: Settings, stack: AsyncExitStack) -> Application:
             readings.vectors,
             ShortTermReading(redis).held,
         ],
-        announce_drain=feed.drain,
+        announce_drain=running.feed.drain,
     )
 
 
@@ -213,44 +180,132 @@ def _question_vectors(settings: Settings) -> QuestionVectors:
     return QuestionVectors(load_embedders(directory) if directory else None)
 
 
-def _scoring(
+def _parts(
     settings: Settings,
+    database: Database,
     system: SystemDatabase,
-    retention: RetentionStore,
-    promotion: Promotion,
-    rounds: PromotionRounds,
-) -> ScoringService:
+    kms: Kms,
+    redis: Redis,
+    blobs: Blobs,
+    changes: ChangeStore,
+) -> _Parts:
+    data_keys = DataKeys(database, kms)
+    opener = Opener(data_keys)
+    short_term = ShortTermStore(redis, database, timedelta(seconds=settings.short_term_seconds))
+    promotion = Promotion(database, short_term)
+    reads = AgentReads(database)
+    collection = Collection(BulkStore(database), short_term, opener, reads)
+    return _Parts(
+        database=database,
+        system=system,
+        kms=kms,
+        redis=redis,
+        blobs=blobs,
+        data_keys=data_keys,
+        opener=opener,
+        store=MemoryStore(database, data_keys),
+        short_term=short_term,
+        embeddings=EmbeddingStore(database),
+        promotion=promotion,
+        rounds=PromotionRounds(system, short_term, promotion, utc_now),
+        retention=RetentionStore(system),
+        reads=reads,
+        collection=collection,
+        exporter=Exporter(collection, changes),
+    )
+
+
+def _memories(
+    settings: Settings, parts: _Parts, running: _Running, vectors: QuestionVectors
+) -> MemoryService:
+    database, short_term, opener = parts.database, parts.short_term, parts.opener
+    search, shared = SearchStore(database), SharedStore(database)
+    url_lifetime = timedelta(seconds=settings.upload_url_seconds)
+    doomed = DoomedObjects(database, parts.blobs)
+    transcripts = Transcripts(database, parts.blobs, doomed, url_lifetime)
+    retrieval = Retrieval(
+        search,
+        EmbeddingSearch(database),
+        short_term,
+        shared,
+        opener,
+        utc_now,
+        vectors=vectors,
+    )
+    return MemoryService(
+        parts.store,
+        BatchStore(database, parts.data_keys),
+        LifecycleStore(database),
+        UsageStore(database),
+        search,
+        shared,
+        parts.embeddings,
+        short_term,
+        parts.promotion,
+        Sessions(database, short_term, parts.promotion, parts.collection, search, transcripts),
+        Queries(retrieval, running.answers, running.counts),
+        Attachments(AttachmentStore(database), parts.blobs, doomed, url_lifetime),
+        transcripts,
+        MeditationStore(database),
+        Undoing(parts.system),
+        GoalStore(database),
+        Streams(
+            Importer(ImportStore(database, parts.data_keys), utc_now),
+            parts.exporter,
+            Watcher(running.feed, parts.collection.some, session_seconds=watch_seconds(settings)),
+        ),
+        opener,
+        parts.reads,
+        utc_now,
+    )
+
+
+def _scoring(settings: Settings, parts: _Parts) -> ScoringService:
     return ScoringService(
-        ScoringStore(system, settings.meditation_shards, writers=settings.scoring_writers),
+        ScoringStore(parts.system, settings.meditation_shards, writers=settings.scoring_writers),
         Tidying(
-            system,
-            retention,
-            promotion,
-            rounds,
+            parts.system,
+            parts.retention,
+            parts.promotion,
+            parts.rounds,
             utc_now,
             most_a_day=settings.archived_a_day,
         ),
     )
 
 
-def _eraser(
-    settings: Settings, system: SystemDatabase, data_keys: DataKeys, blobs: Blobs, redis: Redis
-) -> Eraser:
-    return Eraser(
-        system,
-        ErasureStore(system, patience(settings)),
-        data_keys,
-        blobs,
-        redis,
-        object_kinds=(*Kind, withdrawals.KIND),
-    )
-
-
-def _sweep(settings: Settings, system: SystemDatabase, blobs: Blobs) -> Sweep:
-    return Sweep(
-        system,
-        blobs,
+def _maintenance(settings: Settings, parts: _Parts) -> MaintenanceService:
+    sweep = Sweep(
+        parts.system,
+        parts.blobs,
         utc_now,
         url_lifetime=timedelta(seconds=settings.upload_url_seconds),
         margin=timedelta(seconds=settings.sweep_margin_seconds),
     )
+    return MaintenanceService(
+        KeyRotation(parts.system, parts.kms),
+        ReindexStore(parts.database, parts.data_keys),
+        sweep,
+        parts.retention,
+        parts.rounds,
+        utc_now,
+    )
+
+
+def _privacy_work(settings: Settings, parts: _Parts) -> PrivacyWorkService:
+    eraser = Eraser(
+        parts.system,
+        ErasureStore(parts.system, patience(settings)),
+        parts.data_keys,
+        parts.blobs,
+        parts.redis,
+        object_kinds=(*Kind, withdrawals.KIND),
+    )
+    database = parts.database
+    exporter = UserExporter(
+        ExportStore(database, timedelta(days=settings.export_days)),
+        Dumper(database, parts.system),
+        Histories(parts.exporter, LifecycleStore(database), parts.short_term, parts.opener),
+        parts.blobs,
+    )
+    return PrivacyWorkService(eraser, exporter)

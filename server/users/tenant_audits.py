@@ -5,10 +5,11 @@ from typing import Final
 from uuid import UUID
 
 from server import audit, ids
-from server.access import ROLES, Access
+from server.access import Access
 from server.caller import Caller
 from server.database import Connection, SystemDatabase
 from server.errors import NotFound, PermissionDenied
+from server.roles import check_role
 from server.users.store import AuditEvent
 
 # Who was erased is no member any more; the events that tell of it stay.
@@ -75,19 +76,9 @@ class TenantAudits:
 
 
 async def _check_may_look(connection: Connection, caller: Caller) -> None:
-    role = await connection.fetchval(
-        """
-        SELECT users.role
-          FROM users
-          LEFT JOIN users AS home ON home.id = users.home_id
-         WHERE users.tenant_id = $1 AND users.id = $2
-           AND users.disabled_at IS NULL AND home.disabled_at IS NULL
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
-    if caller.agent or role not in ROLES[Access.AUDITOR]:
+    if caller.agent:
         raise PermissionDenied
+    await check_role(connection, caller, Access.AUDITOR)
 
 
 async def _check_member(connection: Connection, caller: Caller, whose: UUID) -> None:

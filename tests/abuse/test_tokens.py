@@ -28,7 +28,6 @@ BY_PROCESS = {
 }
 HOUR = 3600
 OWN_KEY = ec.generate_private_key(ec.SECP256R1())
-OTHER_CURVE = ec.generate_private_key(ec.SECP384R1())
 
 Make = Callable[[Forger], str]
 

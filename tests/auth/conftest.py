@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import argon2
+import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
@@ -33,7 +34,7 @@ from server.auth.session_store import SessionStore
 from server.auth.sign_up_store import SignUpStore
 from server.auth.store import AccountStore
 from server.auth.tenant_service import TenantService
-from server.caller import Credentials
+from server.caller import Caller, Credentials
 from server.database import SystemDatabase
 from server.grants import EndedGrants
 from server.kms.local import LocalKms
@@ -279,6 +280,30 @@ async def sign_up(auth: Auth, email: str = "ada@example.com") -> pb.Tokens:
     """Make an account and return the tokens of its first session."""
     response = await auth.SignUp(pb.SignUpRequest(email=email, password=PASSWORD))
     return response.tokens
+
+
+async def log_in(auth: Auth, person: Person) -> pb.LogInResponse:
+    """Log in with the password that every person here has."""
+    return await auth.LogIn(pb.LogInRequest(email=person.email, password=PASSWORD))
+
+
+async def owners(connection: asyncpg.Connection, count: int) -> list[Caller]:
+    """Return the owners of a new tenant."""
+    tenant_id = ids.new_id()
+    callers = [Caller(tenant_id, ids.new_id()) for _ in range(count)]
+    await connection.execute("INSERT INTO tenants VALUES ($1, now())", tenant_id)
+    await connection.executemany(
+        """
+        INSERT INTO users (tenant_id, id, email, display_name, created_at)
+        VALUES ($1, $2, $3, 'somebody', now())
+        """,
+        [(each.tenant_id, each.user_id, f"{each.user_id}@example.com") for each in callers],
+    )
+    await connection.executemany(
+        "INSERT INTO accounts (tenant_id, user_id, password_hash) VALUES ($1, $2, '$argon2id$')",
+        [(each.tenant_id, each.user_id) for each in callers],
+    )
+    return callers
 
 
 async def refresh(auth: Auth, refresh_token: str) -> pb.Tokens:

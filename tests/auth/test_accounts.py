@@ -1,3 +1,5 @@
+"""Who signs up and logs in, and that passwords are kept as nothing but slow hashes."""
+
 import asyncio
 from typing import Literal
 

@@ -12,9 +12,8 @@ from server.auth.membership_store import MembershipStore
 from server.clock import utc_now
 from server.errors import StateConflict
 from server.privacy.erasure_store import ErasureStore
-from tests.auth.conftest import Auth, Meet, Person, Tenants, reason_of, refresh
+from tests.auth.conftest import Auth, Meet, Person, Tenants, log_in, owners, reason_of, refresh
 from tests.auth.guests import ROUNDS, Guest, guest, join, leaving, switch, tenants_of
-from tests.auth.test_members import log_in, owners
 from tests.conftest import bearer
 
 __all__ = ["guest", "join", "switch"]

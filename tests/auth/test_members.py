@@ -16,7 +16,6 @@ from server.auth.member_store import MemberStore
 from server.auth.members import may_change
 from server.auth.postman import Postman
 from server.auth.session_store import SessionStore
-from server.caller import Caller
 from server.database import SystemDatabase
 from server.errors import Unauthenticated
 from server.grants import EndedGrants
@@ -28,6 +27,8 @@ from tests.auth.conftest import (
     Meet,
     Person,
     Tenants,
+    log_in,
+    owners,
     reason_of,
     refresh,
     sign_up,
@@ -36,10 +37,6 @@ from tests.auth.mails import deliver, mailed, read
 from tests.conftest import FakeClock, bearer
 
 ROUNDS = 20
-
-
-async def log_in(auth: Auth, person: Person) -> pb.LogInResponse:
-    return await auth.LogIn(pb.LogInRequest(email=person.email, password=PASSWORD))
 
 
 # --- joining -----------------------------------------------------------------------------------
@@ -283,25 +280,6 @@ async def test_who_is_disabled_is_out_with_all_they_had_open(
     await tenants.EnableMember(pb.EnableMemberRequest(user_id=bob.id), metadata=ada.as_)
     await log_in(auth, bob)
     await verifier.verify((await auth.ExchangeToken(exchange)).access_token)
-
-
-async def owners(connection: asyncpg.Connection, count: int) -> list[Caller]:
-    """Return the owners of a new tenant."""
-    tenant_id = ids.new_id()
-    callers = [Caller(tenant_id, ids.new_id()) for _ in range(count)]
-    await connection.execute("INSERT INTO tenants VALUES ($1, now())", tenant_id)
-    await connection.executemany(
-        """
-        INSERT INTO users (tenant_id, id, email, display_name, created_at)
-        VALUES ($1, $2, $3, 'somebody', now())
-        """,
-        [(each.tenant_id, each.user_id, f"{each.user_id}@example.com") for each in callers],
-    )
-    await connection.executemany(
-        "INSERT INTO accounts (tenant_id, user_id, password_hash) VALUES ($1, $2, '$argon2id$')",
-        [(each.tenant_id, each.user_id) for each in callers],
-    )
-    return callers
 
 
 async def test_of_log_ins_and_a_disabling_at_once_no_session_is_left(

@@ -22,7 +22,17 @@ from server.errors import AccountErased, PermissionDenied, Unauthenticated
 from server.grants import EndedGrants
 from server.privacy.erasure_store import ErasureStore
 from server.tokens import TokenVerifier
-from tests.auth.conftest import PASSWORD, Auth, Invite, Meet, Person, Tenants, reason_of, refresh
+from tests.auth.conftest import (
+    PASSWORD,
+    Auth,
+    Invite,
+    Meet,
+    Person,
+    Tenants,
+    log_in,
+    reason_of,
+    refresh,
+)
 from tests.auth.guests import (
     ROUNDS,
     Guest,
@@ -35,7 +45,6 @@ from tests.auth.guests import (
     tenants_of,
 )
 from tests.auth.mails import mailed
-from tests.auth.test_members import log_in
 from tests.conftest import FakeClock, bearer
 
 __all__ = ["guest", "join", "switch"]

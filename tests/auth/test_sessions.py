@@ -1,3 +1,5 @@
+"""Sessions: refresh tokens that are used once, and what ends a session."""
+
 import asyncio
 import base64
 import hashlib

@@ -1,3 +1,5 @@
+"""The keys that sign access tokens: made once, rotated, withdrawn, and known to all services."""
+
 import asyncio
 from collections import deque
 from datetime import timedelta

@@ -18,9 +18,8 @@ from server.database import SystemDatabase
 from server.errors import Unauthenticated
 from server.grants import EndedGrants
 from server.tokens import TokenVerifier
-from tests.auth.conftest import SESSION_LIFETIME, Auth, Person, reason_of, refresh
+from tests.auth.conftest import SESSION_LIFETIME, Auth, Person, log_in, reason_of, refresh
 from tests.auth.guests import ROUNDS, Guest, Switch, guest, join, leaving, sessions_of, switch
-from tests.auth.test_members import log_in
 from tests.conftest import FakeClock
 
 __all__ = ["guest", "join", "switch"]

@@ -17,6 +17,7 @@ from tests.crashes.faults import Fault, Kind
 from tests.crashes.stored import Reader, Stored, Verdict, judge
 from tests.crashes.story import Story
 from tests.crashes.victim import Victim
+from tests.deciding import write_decision
 
 ASKED_BY_DRIVER: Final = 3
 """How often the client of S3 asks before it gives up."""
@@ -70,15 +71,7 @@ class Trials:
     async def _consenting(self) -> Caller:
         """Return somebody new who consents to everything that is stored."""
         caller = await new_caller(self.database)
-        async with self.database.transaction(caller) as connection:
-            await connection.execute(
-                """
-                INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-                VALUES ($1, $2, 'memory.sensitive', 1, true)
-                """,
-                caller.tenant_id,
-                caller.user_id,
-            )
+        await write_decision(self.database, caller, "memory.sensitive", granted=True)
         return caller
 
 

@@ -30,7 +30,6 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "auth.member_store.-": "a part of a statement: a member, and the home of their account",
     "auth.member_store._changeable": "the user's id is the column id",
     "auth.member_store._check_may_ask": TENANT,
-    "auth.member_store._check_role": "the user's id is the column id",
     "auth.member_store._forget_expired": TENANT,
     "auth.member_store._update": "the user's id is the column id",
     "auth.member_store.forget": "system role: what is old goes, whose it ever was",
@@ -59,6 +58,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "auth.store.mark_verified": "the user's id is the column id",
     "auth.store.one_hash_of_each_cost": "system role: what hashes cost, whosever they are",
     "auth.store.replace_hash": ONE,
+    "roles.check_role": "the user's id is the column id",
     "grants._ended_within": "system role: what ended is refused, whose it ever was",
     "grants.forget": "system role: what is old goes, whose it ever was",
     "erased.refresh": "system role: whose tokens open nothing, whoever shows one",
@@ -115,7 +115,6 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "users.checkpoint_store.recorded": CHAIN,
     "users.metrics.lag": ALL,
     "users.metrics.unsigned": ALL,
-    "users.tenant_audits._check_may_look": "the user's id is the column id",
     "users.store.get": "the user's id is the column id",
     "users.store.rename": "the user's id is the column id",
 }

@@ -22,11 +22,12 @@ from kimberly.cli import app as kimberly
 
 from deploy.__main__ import app as deploy
 from deploy.manifests import Manifests
-from deploy.rendering import TOOLS, render, targets
+from deploy.rendering import render, targets
 from deploy.secrets import new_values
 from local.__main__ import app as local
 from local.layout import CHECKOUT
 from server.__main__ import app as server
+from tests.needs import needs_kustomize
 
 DOCUMENTS = (
     "README.md",
@@ -36,9 +37,6 @@ DOCUMENTS = (
 )
 APPS = {"server": server, "deploy": deploy, "local": local, "kimberly.cli": kimberly}
 MISSING = ("Missing argument", "Missing option", "Missing command")
-needs_kustomize = pytest.mark.skipif(
-    not TOOLS.is_dir(), reason="make build/deploy/installed brings kustomize"
-)
 USAGE: Any = typer.BadParameter.__base__
 """What every command line raises that is not understood."""
 OTHERS = ("docker", "flyctl", "kind", "kubectl", "ssh", "terraform")

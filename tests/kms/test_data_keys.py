@@ -1,3 +1,5 @@
+"""One data key a user: wrapped, made once, and shredded for good."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""Master keys in a file: what it may say, and who may read it."""
+
 from __future__ import annotations
 
 import base64

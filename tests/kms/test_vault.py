@@ -1,3 +1,5 @@
+"""Master keys in HashiCorp Vault: what it is asked, and what happens when it does not answer."""
+
 from __future__ import annotations
 
 import asyncio

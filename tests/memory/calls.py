@@ -1,4 +1,4 @@
-"""Calls that many tests make."""
+"""Calls that many tests make, and what is left of them in Valkey."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
+from server.cache import KEY_PREFIX, Redis
 from server.caller import Caller
 from tests.conftest import bearer
 
@@ -35,3 +36,28 @@ async def change(memories: Stub, caller: Caller, memory: pb.Memory, **fields: ob
         update_mask=FieldMask(paths=list(fields)),
     )
     return (await memories.UpdateMemory(request, metadata=bearer(caller))).memory
+
+
+async def versions(
+    memories: Stub, caller: Caller, memory: pb.Memory, size: int = 0
+) -> list[pb.Memory]:
+    """Return all versions of a memory, the newest first."""
+    told: list[pb.Memory] = []
+    token = ""
+    while True:
+        page = await memories.ListMemoryVersions(
+            pb.ListMemoryVersionsRequest(id=memory.id, page_size=size, page_token=token),
+            metadata=bearer(caller),
+        )
+        told += page.versions
+        token = page.next_page_token
+        if not token:
+            return told
+
+
+async def values_in(redis: Redis, caller: Caller) -> bytes:
+    """Return everything that Valkey holds of a user, whatever it is."""
+    found = b""
+    async for key in redis.scan_iter(f"{KEY_PREFIX}*{caller.user_id.hex}*"):
+        found += await redis.dump(key) or b""
+    return found

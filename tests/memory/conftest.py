@@ -11,13 +11,16 @@ import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
+from kimberly.embedding.v1 import embedding_pb2_grpc as embedding_rpc
 from kimberly.maintenance.v1 import maintenance_pb2_grpc as maintenance_rpc
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 from kimberly.scoring.v1 import scoring_pb2_grpc as scoring_rpc
 
 from server.blobs import Blobs
 from server.cache import Redis
+from server.caller import Caller
 from server.database import Database, SystemDatabase
+from server.jobs.queue import Queue
 from server.kms.local import LocalKms
 from server.memory import answers as kept_answers
 from server.memory import legs, objects
@@ -29,7 +32,9 @@ from server.memory.batch_store import BatchStore
 from server.memory.bulk_store import BulkStore
 from server.memory.change_store import ChangeStore
 from server.memory.collection import Collection
+from server.memory.embedding_jobs import EmbeddingJobs
 from server.memory.embedding_search import EmbeddingSearch
+from server.memory.embedding_service import EmbeddingService
 from server.memory.embedding_store import SCANNED, EmbeddingStore
 from server.memory.exporting import Exporter
 from server.memory.goal_store import GoalStore
@@ -57,8 +62,9 @@ from server.memory.transcripts import Transcripts
 from server.memory.undoing import Undoing
 from server.memory.usage_store import UsageStore
 from server.memory.watching import Feed, Watcher
-from tests.conftest import FakeClock, Serve, data_keys_of
+from tests.conftest import FakeClock, Serve, data_keys_of, new_caller
 from tests.maintenance import maintenance_service, tidying_of
+from tests.memory.embedding_calls import choose, consent
 from tests.memory.scoring_calls import SHARDS
 
 URL_LIFETIME = timedelta(minutes=15)
@@ -247,6 +253,33 @@ async def scoring(
         lambda server: scoring_rpc.add_ScoringServiceServicer_to_server(service, server)
     )
     return scoring_rpc.ScoringServiceStub(channel)
+
+
+@pytest_asyncio.fixture
+async def chooser(database: Database, system_database: SystemDatabase) -> Caller:
+    """A user who consented and chose a model."""
+    caller = await new_caller(database)
+    await consent(system_database, caller)
+    await choose(database, caller)
+    return caller
+
+
+@pytest.fixture
+def queue(system_database: SystemDatabase) -> Queue:
+    """The queue of jobs, for tests that do them without a worker."""
+    return Queue(system_database, lease_seconds=30)
+
+
+@pytest_asyncio.fixture
+async def embedding(
+    serve: Serve, database: Database, system_database: SystemDatabase
+) -> embedding_rpc.EmbeddingServiceAsyncStub:
+    """A stub of the embedding service."""
+    service = EmbeddingService(EmbeddingJobs(database, system_database), EmbeddingStore(database))
+    channel = await serve(
+        lambda server: embedding_rpc.add_EmbeddingServiceServicer_to_server(service, server)
+    )
+    return embedding_rpc.EmbeddingServiceStub(channel)
 
 
 @pytest_asyncio.fixture

@@ -18,7 +18,7 @@ from server.caller import Caller
 from server.errors import StoreUnavailable
 from server.memory.attachment_store import object_name
 from tests.conftest import bearer
-from tests.memory.test_update_and_delete import create
+from tests.memory.calls import create
 
 PART = 16 * 1024 * 1024
 

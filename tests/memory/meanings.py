@@ -1,4 +1,4 @@
-"""Vectors for tests, and users who let them be used."""
+"""Vectors of memories, for tests: uploaded, asked by, found."""
 
 from __future__ import annotations
 
@@ -8,27 +8,9 @@ from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
 from server.caller import Caller
-from server.database import Database
 from tests.conftest import bearer
 
 MODEL = "tiny"
-
-
-async def decide(database: Database, caller: Caller, purpose: str, *, granted: bool) -> None:
-    """Record a user's word on a purpose."""
-    async with database.transaction(caller) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            SELECT $1, $2, $3, coalesce(max(version), 0) + 1, $4
-              FROM consents
-             WHERE tenant_id = $1 AND user_id = $2 AND purpose = $3
-            """,
-            caller.tenant_id,
-            caller.user_id,
-            purpose,
-            granted,
-        )
 
 
 def of(memory: pb.Memory, values: Iterable[float], model: str = MODEL) -> pb.Embedding:

@@ -14,11 +14,7 @@ from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
 
 from server import ids
 from server.caller import Caller
-from server.database import Database
-from server.memory.import_store import Chunk, ImportStore
-from server.memory.model import Draft, Source, Tier
-from server.memory.store import MemoryStore
-from tests.conftest import FakeClock, as_worker, data_keys_of
+from tests.conftest import as_worker
 from tests.refusals import refusal_of
 
 SHARDS = 4
@@ -115,13 +111,6 @@ async def refusal_of_stream(stream: Stream) -> tuple[str, tuple[str, ...]]:
     return refusal.reason, refusal.fields
 
 
-async def remember(store: MemoryStore, caller: Caller, *texts: str) -> None:
-    drafts = [Draft(Tier.LONG_TERM, text, (), Source.CHAT, "", None, "", None) for text in texts]
-    await ImportStore(store._database, data_keys_of(store._database)).store(
-        caller, Chunk(drafts), FakeClock()()
-    )
-
-
 async def choose(owner: asyncpg.Connection, caller: Caller, weights: tuple[float, ...]) -> None:
     await owner.execute(
         """
@@ -147,15 +136,3 @@ async def scores(owner: asyncpg.Connection, caller: Caller) -> list[tuple[Any, .
         caller.user_id,
     )
     return [tuple(row) for row in rows]
-
-
-async def withdraw(database: Database, caller: Caller) -> None:
-    async with database.transaction(caller) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            VALUES ($1, $2, 'memory.store', 2, false)
-            """,
-            caller.tenant_id,
-            caller.user_id,
-        )

@@ -23,8 +23,8 @@ from server.memory.answers import Answers
 from tests.abuse.meanings import FIELDS, METHODS, Means, put, request_of
 from tests.acting import EVERYTHING, READ_WRITE, let_agents, new_agent
 from tests.conftest import Urls, bearer, new_caller
-from tests.memory.calls import Stub, create
-from tests.memory.test_answers import values_in
+from tests.deciding import write_decision
+from tests.memory.calls import Stub, create, values_in
 from tests.refusals import refusal_of
 
 SERVICE: Final = "/kimberly.memory.v1.MemoryService/"
@@ -274,15 +274,7 @@ async def test_what_the_user_reads_is_not_told(
 
 @pytest_asyncio.fixture
 async def secret(memories: Stub, database: Database, user: Caller) -> pb.Memory:
-    async with database.transaction(user) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            VALUES ($1, $2, 'memory.sensitive', 1, true)
-            """,
-            user.tenant_id,
-            user.user_id,
-        )
+    await write_decision(database, user, "memory.sensitive", granted=True)
     return await create(memories, user, SECRET, sensitive=True)
 
 
@@ -354,15 +346,7 @@ async def test_what_others_share_is_for_people_and_what_is_public_for_agents_too
     memories: Any, database: Database, user: Caller, agent: Caller
 ) -> None:
     colleague = Caller(user.tenant_id, ids.new_id())
-    async with database.transaction(colleague) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            VALUES ($1, $2, 'memory.store', 1, true)
-            """,
-            colleague.tenant_id,
-            colleague.user_id,
-        )
+    await write_decision(database, colleague, "memory.store", granted=True)
     shared = await create(memories, colleague, "shared tea", scope=pb.SCOPE_SHARED)
     public = await create(memories, colleague, "public tea", scope=pb.SCOPE_PUBLIC)
     request = pb.ListMemoriesRequest(shared=True)

@@ -12,16 +12,17 @@ import pytest_asyncio
 from kimberly.memory.v1 import memory_pb2 as pb
 
 from server import ids
-from server.cache import KEY_PREFIX, Redis, open_cache
+from server.cache import Redis, open_cache
 from server.caller import Caller
 from server.database import Database
 from server.memory import answers as answers_module
 from server.memory.answers import LARGEST_ANSWER, LIFETIME, MOST_ANSWERS, Answers
 from server.memory.search_store import Versions
 from tests.conftest import FakeClock, bearer, new_caller
+from tests.deciding import write_decision
 from tests.faults.reach import until
-from tests.memory.calls import Stub, archive, change, create, restore
-from tests.memory.meanings import MODEL, ask, decide, of, texts, upload
+from tests.memory.calls import Stub, archive, change, create, restore, values_in
+from tests.memory.meanings import MODEL, ask, of, texts, upload
 from tests.refusals import refusal_of
 
 Write = Callable[[Stub, Caller, pb.Memory], Awaitable[object]]
@@ -31,7 +32,7 @@ Write = Callable[[Stub, Caller, pb.Memory], Awaitable[object]]
 async def caller(database: Database) -> Caller:
     """A user who consented to memory.store and memory.embed."""
     caller = await new_caller(database)
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     return caller
 
 
@@ -150,10 +151,10 @@ async def test_withdrawn_consent_ends_answers_at_once(
 ) -> None:
     await upload(memories, caller, of(await create(memories, caller, "tea at four"), (1, 0)))
     await marked.ask(caller, "tea", (1.0, 0.0))
-    await decide(database, caller, purpose, granted=False)
+    await write_decision(database, caller, purpose, granted=False)
     refusal = await refusal_of(ask(memories, caller, "tea", (1.0, 0.0)))
     assert refusal.reason == "CONSENT_MISSING"
-    await decide(database, caller, purpose, granted=True)
+    await write_decision(database, caller, purpose, granted=True)
     assert await marked.is_kept(caller, "tea", (1.0, 0.0))
 
 
@@ -200,14 +201,6 @@ async def test_answer_ends_with_the_first_short_term_memory_that_expires(
     assert texts(await ask(memories, caller, "tea")) == ["tea at four"]
 
 
-async def values_in(redis: Redis, caller: Caller) -> bytes:
-    """Return everything that Valkey holds of a user, whatever it is."""
-    found = b""
-    async for key in redis.scan_iter(f"{KEY_PREFIX}*{caller.user_id.hex}*"):
-        found += await redis.dump(key) or b""
-    return found
-
-
 @pytest.mark.parametrize("tier", [pb.TIER_LONG_TERM, pb.TIER_SHORT_TERM])
 async def test_deleted_memory_leaves_no_text_in_valkey(
     memories: Stub, caller: Caller, redis: Redis, answers: Answers, tier: pb.Tier.ValueType
@@ -252,7 +245,7 @@ async def test_sensitive_memories_and_those_of_others_are_not_kept(
 ) -> None:
     await create(memories, caller, "tea at four")
     await ask(memories, caller, "tea", include_shared=True)
-    await decide(database, caller, "memory.sensitive", granted=True)
+    await write_decision(database, caller, "memory.sensitive", granted=True)
     await create(memories, caller, "tea for two", sensitive=True)
     # However it came to be found: here, by words that it has not given away by itself.
     await owner.execute(

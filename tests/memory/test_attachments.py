@@ -20,6 +20,8 @@ from server.caller import Caller
 from server.database import Database
 from server.memory.attachments import part_sizes
 from tests.conftest import bearer, new_caller
+from tests.deciding import withdraw
+from tests.memory.calls import create
 from tests.memory.files import (
     PART,
     BrokenBlobs,
@@ -32,7 +34,6 @@ from tests.memory.files import (
     left_of,
     upload,
 )
-from tests.memory.test_update_and_delete import create
 from tests.refusals import refusal_of
 
 DATA = b"hello " * 1000
@@ -380,7 +381,7 @@ async def test_attachment_of_a_foreign_or_short_term_memory_is_not_found(
 ) -> None:
     stranger = await new_caller(database)
     foreign = await create(memories, caller, "mine")
-    fleeting = await create(memories, caller, "soon gone", pb.TIER_SHORT_TERM)
+    fleeting = await create(memories, caller, "soon gone", tier=pb.TIER_SHORT_TERM)
     for user, memory in ((stranger, foreign), (caller, fleeting)):
         refusal = await refusal_of(announce(memories, user, DATA, memory_id=memory.id))
         assert refusal.code is grpc.StatusCode.NOT_FOUND
@@ -407,14 +408,6 @@ async def test_without_consent_nothing_is_completed(
 ) -> None:
     announced = await announce(memories, caller, DATA)
     await upload(announced, DATA)
-    async with database.transaction(caller) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            VALUES ($1, $2, 'memory.store', 2, false)
-            """,
-            caller.tenant_id,
-            caller.user_id,
-        )
+    await withdraw(database, caller)
     refusal = await refusal_of(complete(memories, caller, announced))
     assert refusal.reason == "CONSENT_MISSING"

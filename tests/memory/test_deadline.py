@@ -19,10 +19,11 @@ from server.caller import Caller
 from server.database import Database
 from server.memory.legs import PATIENCE_SECONDS, patience_ends
 from tests.conftest import bearer, new_caller
+from tests.deciding import write_decision
 from tests.in_time import first_in_time
 from tests.memory.calls import Stub, create
-from tests.memory.meanings import decide, of, texts, upload
-from tests.memory.test_embedding_jobs import choose
+from tests.memory.embedding_calls import choose
+from tests.memory.meanings import of, texts, upload
 
 pytestmark = pytest.mark.alone
 HALF_A_SECOND = 0.5
@@ -41,10 +42,10 @@ def patience_seconds() -> float:
 async def caller(database: Database, memories: Stub) -> Caller:
     """A user with a memory that has a vector, and with somebody who shares one."""
     caller = await new_caller(database)
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     await upload(memories, caller, of(await create(memories, caller, "olive tree"), (1, 0)))
     colleague = Caller(caller.tenant_id, ids.new_id())
-    await decide(database, colleague, "memory.store", granted=True)
+    await write_decision(database, colleague, "memory.store", granted=True)
     await create(memories, colleague, "olive oil", scope=pb.SCOPE_SHARED)
     return caller
 

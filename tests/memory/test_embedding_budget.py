@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 import pytest_asyncio
-from kimberly.embedding.v1 import embedding_pb2 as pb
 from kimberly.embedding.v1 import embedding_pb2_grpc as rpc
 
 from server.billing.plans import Usage
@@ -16,20 +15,8 @@ from server.billing.store import BillingStore
 from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.jobs.queue import Queue
-from tests.memory.test_embedding_jobs import (
-    Stream,
-    chooser,
-    lease,
-    queue,
-    remember,
-    settle,
-    states,
-    streaming,
-    stub,
-    vectors,
-)
-
-__all__ = ["chooser", "queue", "stub"]
+from tests.memory.embedding_calls import lease, states, streaming, vectors, work
+from tests.remembering import remember
 
 TEXTS = ("one", "two", "three", "four", "five")
 
@@ -53,29 +40,6 @@ def billing(system_database: SystemDatabase) -> BillingStore:
     return BillingStore(system_database)
 
 
-async def work(
-    stub: rpc.EmbeddingServiceAsyncStub, queue: Queue, *, size: int = 2
-) -> tuple[list[list[str]], pb.Done]:
-    """Do the job that is due as a worker does, and return the batches and the last word."""
-    held = (await lease(queue)).held
-    batches: list[list[str]] = []
-    async with streaming(stub) as stream:
-        await stream.open(held, size=size)
-        done = await to_the_end(stream, batches)
-    await settle(queue, held)
-    return batches, done
-
-
-async def to_the_end(stream: Stream, batches: list[list[str]]) -> pb.Done:
-    while True:
-        response = await stream.call.read()
-        assert isinstance(response, pb.EmbedResponse), response
-        if response.WhichOneof("message") == "done":
-            return response.done
-        batches.append(list(response.batch.texts))
-        await stream.answer(response.batch)
-
-
 async def used(billing: BillingStore, caller: Caller) -> list[Usage]:
     return [each.used for each in await billing.used(caller)]
 
@@ -88,7 +52,7 @@ def next_month() -> datetime:
 
 
 async def test_job_stops_where_the_budget_does_and_says_why(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -96,7 +60,7 @@ async def test_job_stops_where_the_budget_does_and_says_why(
     billing: BillingStore,
 ) -> None:
     await remember(database, chooser, *TEXTS)
-    batches, done = await work(stub, queue)
+    batches, done = await work(embedding, queue)
     assert batches == [["one", "two"], ["three"]]
     assert done.kept == 3
     assert done.stopped == (
@@ -113,7 +77,7 @@ async def test_job_stops_where_the_budget_does_and_says_why(
 
 
 async def test_what_is_written_meanwhile_makes_no_further_jobs_and_the_next_month_goes_on(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -121,7 +85,7 @@ async def test_what_is_written_meanwhile_makes_no_further_jobs_and_the_next_mont
     billing: BillingStore,
 ) -> None:
     await remember(database, chooser, *TEXTS)
-    await work(stub, queue)
+    await work(embedding, queue)
     await remember(database, chooser, "six")
     assert await states(owner) == ["succeeded", "waiting"]
     run_at = await owner.fetchval("SELECT run_at FROM jobs WHERE state = 'waiting'")
@@ -135,45 +99,45 @@ async def test_what_is_written_meanwhile_makes_no_further_jobs_and_the_next_mont
         """
     )
     await queue.admit()
-    batches, done = await work(stub, queue)
+    batches, done = await work(embedding, queue)
     assert (batches, done.stopped) == ([["four", "five"], ["six"]], "")
     assert await used(billing, chooser) == [Usage(embeddings=3), Usage(embeddings=3)]
     assert await states(owner) == ["succeeded", "succeeded"]
 
 
 async def test_larger_plan_goes_on_at_once_as_far_as_it_reaches(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
     billing: BillingStore,
 ) -> None:
     await remember(database, chooser, *TEXTS)
-    await work(stub, queue)
+    await work(embedding, queue)
     await billing.request(chooser, "premium")
     assert not await queue.lease("worker", ["embedding.batch"], 1)
     await billing.settle(chooser, "premium")
-    batches, done = await work(stub, queue)
+    batches, done = await work(embedding, queue)
     assert (batches, bool(done.stopped)) == ([["four"]], True)
     assert await used(billing, chooser) == [Usage(embeddings=4)]
     assert (await billing.plan_of(chooser)).monthly.embeddings == 4
 
 
 async def test_budget_that_just_suffices_ends_the_job_without_a_word(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
     owner: asyncpg.Connection,
 ) -> None:
     await remember(database, chooser, *TEXTS[:3])
-    _, done = await work(stub, queue)
+    _, done = await work(embedding, queue)
     assert (done.kept, done.stopped) == (3, "")
     assert await states(owner) == ["succeeded"]
 
 
 async def test_nothing_counts_of_a_batch_that_was_not_kept(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -182,7 +146,7 @@ async def test_nothing_counts_of_a_batch_that_was_not_kept(
 ) -> None:
     await remember(database, chooser, *TEXTS[:2])
     held = (await lease(queue)).held
-    async with streaming(stub) as stream:
+    async with streaming(embedding) as stream:
         await stream.open(held)
         batch = await stream.batch()
         # The lease passes to another worker before the answer comes.

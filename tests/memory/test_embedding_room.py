@@ -19,21 +19,8 @@ from server.memory.embeddings import Upload, read_embedding
 from server.memory.model import Change
 from server.memory.store import MemoryStore
 from tests.conftest import FakeClock, data_keys_of
-from tests.memory.test_embedding_budget import to_the_end, work
-from tests.memory.test_embedding_jobs import (
-    MODEL,
-    chooser,
-    lease,
-    queue,
-    remember,
-    settle,
-    states,
-    streaming,
-    stub,
-    vectors,
-)
-
-__all__ = ["chooser", "queue", "stub"]
+from tests.memory.embedding_calls import MODEL, lease, settle, states, streaming, vectors, work
+from tests.remembering import remember
 
 pytestmark = pytest.mark.usefixtures("plans")
 
@@ -56,7 +43,7 @@ async def upload(database: Database, caller: Caller, memory_id: UUID, model: str
 
 
 async def test_job_keeps_what_there_is_room_for_and_says_how_many_texts_it_left(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -64,7 +51,7 @@ async def test_job_keeps_what_there_is_room_for_and_says_how_many_texts_it_left(
 ) -> None:
     await allow(owner, 3)
     await remember(database, chooser, *TEXTS)
-    batches, done = await work(stub, queue)
+    batches, done = await work(embedding, queue)
     assert batches == [["one", "two"], ["three"]]
     tomorrow = await owner.fetchval("SELECT run_at FROM jobs WHERE state = 'waiting'")
     assert timedelta(hours=23) < tomorrow - datetime.now(UTC) <= timedelta(days=1)
@@ -78,7 +65,7 @@ async def test_job_keeps_what_there_is_room_for_and_says_how_many_texts_it_left(
 
 
 async def test_what_is_written_meanwhile_makes_no_further_jobs_and_room_is_used_the_next_day(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -86,7 +73,7 @@ async def test_what_is_written_meanwhile_makes_no_further_jobs_and_room_is_used_
 ) -> None:
     await allow(owner, 3)
     await remember(database, chooser, *TEXTS)
-    await work(stub, queue)
+    await work(embedding, queue)
     await remember(database, chooser, "six")
     assert await states(owner) == ["succeeded", "waiting"]
     store = MemoryStore(database, data_keys_of(database))
@@ -94,14 +81,14 @@ async def test_what_is_written_meanwhile_makes_no_further_jobs_and_room_is_used_
         await store.delete(chooser, await memory_of(owner, text))
     await owner.execute("UPDATE jobs SET run_at = now() WHERE state = 'waiting'")
     await queue.admit()
-    batches, done = await work(stub, queue)
+    batches, done = await work(embedding, queue)
     assert batches == [["four"]]
     assert done.stopped.endswith("until then: 1")
     assert sorted(await vectors(owner)) == ["four", "three", "two"]
 
 
 async def test_larger_plan_makes_room_at_once(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -110,14 +97,14 @@ async def test_larger_plan_makes_room_at_once(
 ) -> None:
     await allow(owner, 3)
     await remember(database, chooser, *TEXTS)
-    await work(stub, queue)
+    await work(embedding, queue)
     await BillingStore(system_database).settle(chooser, "premium")
-    batches, done = await work(stub, queue)
+    batches, done = await work(embedding, queue)
     assert (batches, done.stopped) == ([["four", "five"]], "")
 
 
 async def test_room_that_just_suffices_ends_the_job_without_a_word(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -125,13 +112,13 @@ async def test_room_that_just_suffices_ends_the_job_without_a_word(
 ) -> None:
     await allow(owner, 3)
     await remember(database, chooser, *TEXTS[:3])
-    _, done = await work(stub, queue)
+    _, done = await work(embedding, queue)
     assert (done.kept, done.stopped) == (3, "")
     assert await states(owner) == ["succeeded"]
 
 
 async def test_new_text_of_an_old_memory_needs_no_room(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -139,19 +126,19 @@ async def test_new_text_of_an_old_memory_needs_no_room(
 ) -> None:
     await allow(owner, 2)
     await remember(database, chooser, "one", "two")
-    await work(stub, queue)
+    await work(embedding, queue)
     await remember(database, chooser, "three")
     await MemoryStore(database, data_keys_of(database)).update(
         chooser, await memory_of(owner, "two"), Change(content="second"), FakeClock()()
     )
-    batches, done = await work(stub, queue)
+    batches, done = await work(embedding, queue)
     assert batches == [["second"]]
     assert done.stopped.endswith("until then: 1")
     assert sorted(await vectors(owner)) == ["one", "second"]
 
 
 async def test_what_the_model_knows_nothing_of_is_not_left_over(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -160,17 +147,17 @@ async def test_what_the_model_knows_nothing_of_is_not_left_over(
     await allow(owner, 1)
     await remember(database, chooser, "???", "one")
     held = (await lease(queue)).held
-    async with streaming(stub) as stream:
+    async with streaming(embedding) as stream:
         await stream.open(held, size=1)
         await stream.answer(await stream.batch(), np.zeros((1, 3), "<f4").tobytes())
-        done = await to_the_end(stream, [])
+        _, done = await stream.to_the_end()
     await settle(queue, held)
     assert (done.kept, done.stopped) == (1, "")
     assert await states(owner) == ["succeeded"]
 
 
 async def test_room_that_uploads_take_meanwhile_fails_no_job(
-    stub: rpc.EmbeddingServiceAsyncStub,
+    embedding: rpc.EmbeddingServiceAsyncStub,
     queue: Queue,
     chooser: Caller,
     database: Database,
@@ -179,14 +166,13 @@ async def test_room_that_uploads_take_meanwhile_fails_no_job(
     await allow(owner, 3)
     await remember(database, chooser, "one", "two", "three")
     held = (await lease(queue)).held
-    batches: list[list[str]] = []
-    async with streaming(stub) as stream:
+    async with streaming(embedding) as stream:
         await stream.open(held, size=3)
         batch = await stream.batch()
         for text in ("one", "two"):
             await upload(database, chooser, await memory_of(owner, text), "theirs")
         await stream.answer(batch)
-        done = await to_the_end(stream, batches)
+        batches, done = await stream.to_the_end()
     await settle(queue, held)
     assert batches == [["one"]]
     assert done.kept == 1

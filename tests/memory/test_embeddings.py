@@ -16,8 +16,9 @@ from kimberly.memory.v1 import memory_pb2_grpc as rpc
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer, new_caller
-from tests.memory.meanings import MODEL, ask, decide, of, texts, upload
-from tests.memory.test_update_and_delete import create
+from tests.deciding import write_decision
+from tests.memory.calls import create
+from tests.memory.meanings import MODEL, ask, of, texts, upload
 from tests.refusals import refusal_of
 
 EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)
@@ -27,7 +28,7 @@ EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)
 async def caller(database: Database) -> Caller:
     """A user who consented to memory.store and memory.embed."""
     caller = await new_caller(database)
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     return caller
 
 
@@ -132,7 +133,7 @@ async def test_vectors_of_missing_and_foreign_memories_are_refused_one_by_one(
     stranger = await new_caller(database)
     mine = await create(memories, caller, "mine")
     foreign = await create(memories, stranger, "theirs")
-    fleeting = await create(memories, caller, "soon gone", pb.TIER_SHORT_TERM)
+    fleeting = await create(memories, caller, "soon gone", tier=pb.TIER_SHORT_TERM)
     missing = pb.Memory(id="mem_" + "0" * 32)
     outcome = await upload(
         memories, caller, *(of(memory, EAST) for memory in (foreign, mine, missing, fleeting))
@@ -239,12 +240,12 @@ async def test_withdrawn_consent_stops_uploads_and_vectors_at_once(
 ) -> None:
     memory = await create(memories, caller, "private")
     await upload(memories, caller, of(memory, EAST))
-    await decide(database, caller, purpose, granted=False)
+    await write_decision(database, caller, purpose, granted=False)
     for call in (upload(memories, caller, of(memory, EAST)), ask(memories, caller, "", EAST)):
         refusal = await refusal_of(call)
         assert refusal.reason == "CONSENT_MISSING"
         assert purpose in refusal.message
-    await decide(database, caller, purpose, granted=True)
+    await write_decision(database, caller, purpose, granted=True)
     assert texts(await ask(memories, caller, "", EAST)) == ["private"]
 
 
@@ -311,7 +312,7 @@ async def test_vectors_of_one_model_are_dropped_and_all_others_stay(
     owner: asyncpg.Connection,
 ) -> None:
     other = await new_caller(database)
-    await decide(database, other, "memory.embed", granted=True)
+    await write_decision(database, other, "memory.embed", granted=True)
     theirs = await create(memories, other, "theirs")
     await upload(memories, other, of(theirs, EAST))
     for text in ("one", "two"):
@@ -342,7 +343,7 @@ async def test_vectors_are_dropped_whether_or_not_their_user_still_consents(
 ) -> None:
     await upload(memories, caller, of(await create(memories, caller, "one"), EAST))
     for purpose in ("memory.embed", "memory.store"):
-        await decide(database, caller, purpose, granted=False)
+        await write_decision(database, caller, purpose, granted=False)
     assert (await drop(memories, caller, MODEL)).deleted == 1
 
 

@@ -14,8 +14,9 @@ from kimberly.memory.v1 import memory_pb2_grpc as rpc
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer, new_caller
-from tests.memory.test_update_and_delete import create
-from tests.memory.test_watch import changes, to_the_end, watching, withdraw
+from tests.deciding import withdraw
+from tests.memory.calls import create
+from tests.memory.test_watch import changes, to_the_end, watching
 from tests.refusals import refusal_of
 
 ALL_TIERS = (pb.TIER_SHORT_TERM, pb.TIER_LONG_TERM, pb.TIER_PERMANENT)

@@ -20,8 +20,9 @@ from server.memory import ranking
 from server.memory.fusion import Weights
 from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
-from tests.memory.meanings import ask, decide, of, texts, upload
-from tests.memory.test_update_and_delete import create
+from tests.deciding import write_decision
+from tests.memory.calls import create
+from tests.memory.meanings import ask, of, texts, upload
 from tests.refusals import refusal_of
 
 
@@ -29,7 +30,7 @@ from tests.refusals import refusal_of
 async def caller(database: Database) -> Caller:
     """A user who consented to memory.store and memory.embed."""
     caller = await new_caller(database)
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     return caller
 
 
@@ -116,7 +117,7 @@ async def test_memory_without_a_vector_is_found_by_its_words(
 ) -> None:
     await upload(memories, caller, of(await create(memories, caller, "far away"), (0, 1)))
     await create(memories, caller, "a cello in the attic")
-    await create(memories, caller, "the cello is played tonight", pb.TIER_SHORT_TERM)
+    await create(memories, caller, "the cello is played tonight", tier=pb.TIER_SHORT_TERM)
     found = texts(await ask(memories, caller, "cello", (1, 0)))
     assert set(found[:2]) == {"a cello in the attic", "the cello is played tonight"}
 
@@ -186,7 +187,7 @@ async def test_freshness_and_expiry_are_those_of_the_asked_instant(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, clock: FakeClock
 ) -> None:
     await create(memories, caller, "kiwi for long")
-    fleeting = await create(memories, caller, "kiwi for now", pb.TIER_SHORT_TERM)
+    fleeting = await create(memories, caller, "kiwi for now", tier=pb.TIER_SHORT_TERM)
     now = await ask(memories, caller, "kiwi")
     assert [match.freshness for match in now.matches] == [1.0, 1.0]
     moments = [(fleeting.expire_time.ToDatetime(UTC) + timedelta(seconds=n)) for n in (-1, 0)]

@@ -21,9 +21,10 @@ from server.memory.goals import MOST, NO_GOALS, Goals
 from server.memory.meditation_store import MeditationStore
 from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
+from tests.deciding import withdraw
 from tests.memory.calls import Stub, create
 from tests.memory.calls import change as rewrite
-from tests.memory.scoring_calls import scoring_stream, withdraw
+from tests.memory.scoring_calls import scoring_stream
 from tests.refusals import refusal_of
 
 ACTIVE = pb.ListGoalsRequest(active_only=True)

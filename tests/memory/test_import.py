@@ -16,8 +16,8 @@ from server.memory import importing
 from server.memory.import_store import not_fitting
 from server.memory.model import Draft, Source, Tier
 from tests.conftest import bearer, new_caller
+from tests.deciding import withdraw
 from tests.memory.calls import Stub, archive, create
-from tests.memory.test_watch import withdraw
 from tests.mesh import eventually
 from tests.refusals import refusal_of
 

@@ -10,12 +10,13 @@ from kimberly.memory.v1 import memory_pb2 as pb
 from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
 
 from server.caller import Caller
+from server.database import Database
 from server.memory.meditation_store import Meditation, MeditationStore
 from server.memory.score_batches import MOVED
-from server.memory.store import MemoryStore
 from tests.conftest import bearer
 from tests.memory.calls import Stub, create
-from tests.memory.scoring_calls import choose, remember, scoring_stream
+from tests.memory.scoring_calls import choose, scoring_stream
+from tests.remembering import remember
 
 
 async def meditate(
@@ -46,11 +47,11 @@ async def everything(owner: asyncpg.Connection) -> list[Any]:
 async def test_run_stores_only_scores_that_moved(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
 ) -> None:
-    await remember(store, caller, *(f"text {n}" for n in range(5)))
+    await remember(database, caller, *(f"text {n}" for n in range(5)))
     first = await meditate(scoring, meditations, caller, 0.5)
     assert (first.total, first.processed, first.scored, first.full_run) == (5, 5, 5, False)
     near = await meditate(scoring, meditations, caller, 0.5 + MOVED * 0.9)
@@ -65,11 +66,11 @@ async def test_run_stores_only_scores_that_moved(
 async def test_full_run_stores_every_score(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
 ) -> None:
-    await remember(store, caller, "a", "b", "c")
+    await remember(database, caller, "a", "b", "c")
     await meditate(scoring, meditations, caller, 0.5)
     again = await meditate(scoring, meditations, caller, 0.5, full_run=True)
     assert (again.processed, again.scored, again.full_run) == (3, 3, True)
@@ -88,12 +89,12 @@ async def test_full_run_stores_every_score(
 async def test_what_was_learned_is_stored_though_the_score_stays(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
     change: str,
 ) -> None:
-    await remember(store, caller, "changed", "as it was")
+    await remember(database, caller, "changed", "as it was")
     await meditate(scoring, meditations, caller, 0.5)
     await owner.execute(
         f"{change} WHERE memory_id = (SELECT id FROM memories WHERE content = 'changed')"
@@ -167,10 +168,10 @@ async def test_dry_run_and_run_go_on_beside_each_other(
 async def test_dry_run_begins_anew_after_a_crash(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
 ) -> None:
-    await remember(store, caller, *(f"text {n}" for n in range(6)))
+    await remember(database, caller, *(f"text {n}" for n in range(6)))
     run = await meditations.start(caller, "", dry_run=True)
     async with scoring_stream(scoring) as dying:
         await dying.open(run.id, size=2)

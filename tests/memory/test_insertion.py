@@ -16,6 +16,7 @@ from server.memory.model import Draft, Source, Tier
 from server.memory.store import MemoryStore
 from server.preferences import Language
 from tests.conftest import FakeClock, data_keys_of, new_caller
+from tests.deciding import write_decision
 
 
 class OneStatementOnly(Database):
@@ -134,7 +135,7 @@ async def test_language_is_learned_from_the_first_transaction(
 
 
 async def test_users_who_want_vectors_are_left_to_the_transaction(
-    at_once: AtOnce, caller: Caller, clock: FakeClock, owner: asyncpg.Connection
+    at_once: AtOnce, database: Database, caller: Caller, clock: FakeClock, owner: asyncpg.Connection
 ) -> None:
     await owner.execute(
         """
@@ -146,14 +147,7 @@ async def test_users_who_want_vectors_are_left_to_the_transaction(
         caller.tenant_id,
         caller.user_id,
     )
-    await owner.execute(
-        """
-        INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-        VALUES ($1, $2, 'memory.embed', 1, true)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await write_decision(database, caller, "memory.embed", granted=True)
     assert await at_once.create(caller, draft(), "", clock()) is None
 
 

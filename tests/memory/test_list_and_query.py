@@ -9,7 +9,7 @@ from kimberly.memory.v1 import memory_pb2_grpc as rpc
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer, new_caller
-from tests.memory.test_update_and_delete import create
+from tests.memory.calls import create
 from tests.refusals import refusal_of
 
 
@@ -18,7 +18,7 @@ async def test_pages_hold_every_memory_once_newest_first(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, size: int
 ) -> None:
     tiers = [pb.TIER_LONG_TERM, pb.TIER_SHORT_TERM, pb.TIER_PERMANENT]
-    made = [await create(memories, caller, f"number {n}", tiers[n % 3]) for n in range(9)]
+    made = [await create(memories, caller, f"number {n}", tier=tiers[n % 3]) for n in range(9)]
     listed: list[str] = []
     token = ""
     while True:
@@ -64,7 +64,7 @@ async def test_query_finds_the_memory_that_answers(
         ("The group of hikers left at noon", pb.TIER_LONG_TERM),
         ("Dinner with Melanie at seven", pb.TIER_SHORT_TERM),
     ]:
-        await create(memories, caller, content, tier)
+        await create(memories, caller, content, tier=tier)
     answer = await memories.QueryMemories(
         pb.QueryMemoriesRequest(query="Which support groups did Caroline visit?"),
         metadata=bearer(caller),
@@ -146,7 +146,7 @@ async def test_another_users_memories_look_like_missing_ones(
     neighbour = await new_caller(database)
     sibling = Caller(tenant_id=caller.tenant_id, user_id=neighbour.user_id)
     for tier in (pb.TIER_LONG_TERM, pb.TIER_SHORT_TERM):
-        mine = await create(memories, caller, "private", tier)
+        mine = await create(memories, caller, "private", tier=tier)
         missing = pb.GetMemoryRequest(id="mem_" + "1" * 32)
         for stranger in (neighbour, sibling):
             metadata = bearer(stranger)

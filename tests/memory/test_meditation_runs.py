@@ -16,25 +16,24 @@ from server.database import Database
 from server.errors import ConsentMissing, NotFound
 from server.memory.meditation_store import MeditationState, MeditationStore
 from server.memory.scoring_store import ScoringStore
-from server.memory.store import MemoryStore
 from tests.conftest import as_worker, new_caller
+from tests.deciding import withdraw
 from tests.memory.scoring_calls import (
     SHARDS,
-    remember,
     scores,
     scoring_stream,
-    withdraw,
 )
+from tests.remembering import remember
 
 
 async def test_run_of_a_user_scores_everything_and_ends(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
 ) -> None:
-    await remember(store, caller, *(f"text {n}" for n in range(5)))
+    await remember(database, caller, *(f"text {n}" for n in range(5)))
     run = await meditations.start(caller, "")
     assert (run.state, run.shards, run.scored) == (MeditationState.RUNNING, 1, 0)
     async with scoring_stream(scoring) as stream:
@@ -144,13 +143,12 @@ async def test_application_role_cannot_move_a_run(
 
 async def test_run_of_all_users_scores_each_memory_in_one_shard(
     scoring: rpc.ScoringServiceAsyncStub,
-    store: MemoryStore,
     database: Database,
     owner: asyncpg.Connection,
 ) -> None:
     callers = [await new_caller(database) for _ in range(12)]
     for caller in callers:
-        await remember(store, caller, "one", "two", "three")
+        await remember(database, caller, "one", "two", "three")
     plan = await scoring.PlanMeditation(
         pb.PlanMeditationRequest(job_id=ids.show(ids.JOB, ids.new_id())), metadata=as_worker()
     )
@@ -207,9 +205,9 @@ async def test_concurrent_plans_make_one_run(
 
 
 async def test_memories_of_a_user_who_withdrew_are_not_sent(
-    scoring_store: ScoringStore, store: MemoryStore, database: Database, caller: Caller
+    scoring_store: ScoringStore, database: Database, caller: Caller
 ) -> None:
-    await remember(store, caller, "secret")
+    await remember(database, caller, "secret")
     await withdraw(database, caller)
     meditation_id, shards = await scoring_store.plan_all(ids.new_id())
     for n in range(shards):
@@ -220,12 +218,11 @@ async def test_memories_of_a_user_who_withdrew_are_not_sent(
 async def test_withdrawal_stops_a_batch_that_is_out(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
     database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
 ) -> None:
-    await remember(store, caller, "secret")
+    await remember(database, caller, "secret")
     run = await meditations.start(caller, "")
     async with scoring_stream(scoring) as stream:
         await stream.open(run.id)

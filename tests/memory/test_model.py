@@ -30,9 +30,9 @@ from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.memory.retention_store import RetentionStore
 from tests.conftest import FakeClock, bearer, new_caller
+from tests.deciding import write_decision
 from tests.memory.acts import Act, acts, changing, creating, drafts, people
 from tests.memory.calls import Stub
-from tests.memory.meanings import decide
 from tests.memory.model_of_memories import (
     FREE,
     Answer,
@@ -138,7 +138,9 @@ class Story(RuleBasedStateMachine):
         person.is_consenting = not person.is_consenting
         person.consent_version += 1
         self.world.run(
-            decide(self.world.database, person.caller, "memory.store", granted=person.is_consenting)
+            write_decision(
+                self.world.database, person.caller, "memory.store", granted=person.is_consenting
+            )
         )
 
     @rule(
@@ -213,7 +215,7 @@ class Story(RuleBasedStateMachine):
     async def _strangers_and_a_colleague(self) -> list[Person]:
         callers = [await new_caller(self.world.database) for _ in range(3)]
         colleague = Caller(callers[0].tenant_id, ids.new_id())
-        await decide(self.world.database, colleague, "memory.store", granted=True)
+        await write_decision(self.world.database, colleague, "memory.store", granted=True)
         return [Person(caller) for caller in (callers[0], colleague, *callers[1:])]
 
     async def _choose(self, person: Person, *chosen: int | None) -> None:

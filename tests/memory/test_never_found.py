@@ -13,7 +13,8 @@ from kimberly.memory.v1 import memory_pb2_grpc as rpc
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer, new_caller
-from tests.memory.meanings import ask, decide, of, upload
+from tests.deciding import write_decision
+from tests.memory.meanings import ask, of, upload
 from tests.refusals import refusal_of
 
 WORDS = ["boat", "harbour", "cello", "garden", "letter"]
@@ -121,7 +122,7 @@ class Story:
         purpose = self._dice.choice(sorted(person.consents))
         # More often yes than no: a user without consent has nothing to find.
         person.consents[purpose] = granted = self._dice.random() < 0.7
-        await decide(self._database, person.caller, purpose, granted=granted)
+        await write_decision(self._database, person.caller, purpose, granted=granted)
 
     def _text(self) -> str:
         self._written += 1
@@ -141,7 +142,7 @@ class Found:
         story = Story(memories, database, seed)
         people = [Person(await new_caller(database)) for _ in range(2)]
         for person in people:
-            await decide(database, person.caller, "memory.embed", granted=True)
+            await write_decision(database, person.caller, "memory.embed", granted=True)
         for _ in range(STEPS):
             for person in people:
                 await story.happen(person)

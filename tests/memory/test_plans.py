@@ -28,9 +28,9 @@ from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
 from server.preferences import Language
 from tests.conftest import data_keys_of, new_caller
+from tests.deciding import write_decision
 from tests.memory.crowds import crowd, database_for, embed, fill, graph_made_anew
 from tests.memory.explained import Plan, explained
-from tests.memory.meanings import decide
 
 OTHERS = 1_000
 THEIRS = 500
@@ -120,7 +120,7 @@ async def _user(
 ) -> Caller:
     """Make a user whose memories have vectors and are shown to the tenant."""
     caller = await new_caller(watched.database)
-    await decide(watched.database, caller, "memory.embed", granted=True)
+    await write_decision(watched.database, caller, "memory.embed", granted=True)
     await fill(superuser, caller, memories, scope="shared")
     await embed(superuser, caller, MODEL, DIMENSION, in_graph=in_graph)
     return caller

@@ -36,7 +36,8 @@ from server.memory.short_term import Remembered, ShortTermStore
 from server.memory.short_term_bodies import Kept
 from server.preferences import PRESETS, USUAL_WEIGHTS, ScoringPreset
 from tests.conftest import FakeClock, as_worker, bearer, data_keys_of, new_caller
-from tests.memory.calls import Stub, archive, change, create
+from tests.deciding import withdraw
+from tests.memory.calls import Stub, archive, change, create, versions
 from tests.refusals import refusal_of
 from workers import scoring
 from workers.promotion import PROMOTE, Promoting
@@ -63,12 +64,6 @@ async def get(memories: Stub, caller: Caller, memory: pb.Memory) -> pb.Memory:
 async def listed(memories: Stub, caller: Caller, **fields: Any) -> list[tuple[str, int]]:
     answer = await memories.ListMemories(pb.ListMemoriesRequest(**fields), metadata=bearer(caller))
     return [(memory.content, memory.tier) for memory in answer.memories]
-
-
-async def versions(memories: Stub, caller: Caller, memory: pb.Memory) -> list[pb.Memory]:
-    request = pb.ListMemoryVersionsRequest(id=memory.id)
-    answer = await memories.ListMemoryVersions(request, metadata=bearer(caller))
-    return list(answer.versions)
 
 
 async def delete(memories: Stub, caller: Caller, memory: pb.Memory) -> None:
@@ -558,14 +553,7 @@ async def test_user_who_withdrew_consent_is_passed_over(
     other = await new_caller(database)
     for whose in (caller, other):
         await rate(memories, whose, await keep(memories, whose, "good"), thumbs_up=True)
-    await owner.execute(
-        """
-        INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-        VALUES ($1, $2, 'memory.store', 2, false)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await withdraw(database, caller)
     assert await run(maintenance_channel) == 1
     assert await listed(memories, caller) == [("good", SHORT)]
     assert await listed(memories, other) == [("good", LONG)]

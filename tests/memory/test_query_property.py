@@ -33,8 +33,9 @@ from server.memory.metrics import CACHE
 from server.memory.scoring_store import ScoringStore
 from server.memory.tidying import Tidying
 from tests.conftest import FakeClock, bearer, new_caller
+from tests.deciding import write_decision
 from tests.memory.calls import Stub, archive, change, create, restore
-from tests.memory.meanings import ask, decide, of, upload
+from tests.memory.meanings import ask, of, upload
 from tests.memory.model_of_queries import Kept, Person, Question, is_explained, subsets
 from tests.memory.test_tidying import quota, tidied
 from tests.refusals import read
@@ -160,10 +161,10 @@ class Story(RuleBasedStateMachine):
     async def _people(self) -> list[Person]:
         first, stranger = [await new_caller(self.world.database) for _ in range(2)]
         callers = [first, Caller(first.tenant_id, ids.new_id()), stranger]
-        await decide(self.world.database, callers[1], "memory.store", granted=True)
+        await write_decision(self.world.database, callers[1], "memory.store", granted=True)
         for caller in callers:
             for purpose in PURPOSES[1:]:
-                await decide(self.world.database, caller, purpose, granted=True)
+                await write_decision(self.world.database, caller, purpose, granted=True)
         return [Person(caller, dict.fromkeys(PURPOSES, True)) for caller in callers]
 
     # --- what happens
@@ -394,7 +395,9 @@ class Story(RuleBasedStateMachine):
         return self._deed_of(
             act,
             f"{act.who} {act.purpose}",
-            lambda _, caller: decide(self.world.database, caller, act.purpose, granted=granted),
+            lambda _, caller: write_decision(
+                self.world.database, caller, act.purpose, granted=granted
+            ),
             lambda person, _: person.deciding(act.purpose, granted=granted),
         )
 

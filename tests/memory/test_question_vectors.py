@@ -24,9 +24,10 @@ from server.memory.sensitive import Opener
 from server.memory.shared_store import SharedStore
 from server.memory.short_term import ShortTermStore
 from tests.conftest import FakeClock, bearer, data_keys_of, new_caller
+from tests.deciding import write_decision
 from tests.memory.calls import Stub, create
-from tests.memory.meanings import ask, decide, of, texts, upload
-from tests.memory.test_embedding_jobs import choose
+from tests.memory.embedding_calls import choose
+from tests.memory.meanings import ask, of, texts, upload
 from tests.shipped_models import NARROW, WIDE
 
 CAT, BANK = "Our cat sleeps on its sofa.", "Their bank raised all interest rates."
@@ -60,7 +61,7 @@ def retrieval(
 async def caller(database: Database, memories: Stub, embedders: Mapping[str, Embedder]) -> Caller:
     """A user of a local model, whose memories have the vectors that it makes."""
     caller = await new_caller(database)
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     await choose(database, caller, NARROW)
     for text in (CAT, BANK):
         memory = await create(memories, caller, text)
@@ -112,7 +113,7 @@ async def test_vectors_of_another_length_under_the_name_are_not_compared(
     memories: Stub, database: Database
 ) -> None:
     caller = await new_caller(database)
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     await choose(database, caller, NARROW)
     await upload(memories, caller, of(await create(memories, caller, CAT), (1, 0), NARROW))
     answer = await ask(memories, caller, "the cat")
@@ -125,7 +126,7 @@ async def test_consent_that_is_withdrawn_counts_for_answers_that_are_kept_too(
     for _ in range(2):
         assert texts(await ask(memories, caller, ABOUT_THE_CAT))[0] == CAT
         await answers.flush()
-    await decide(database, caller, "memory.embed", granted=False)
+    await write_decision(database, caller, "memory.embed", granted=False)
     answer = await ask(memories, caller, ABOUT_THE_CAT)
     assert (answer.semantic_model, answer.semantic_late, texts(answer)) == ("", False, [])
 

@@ -12,22 +12,16 @@ from server import ids
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer, new_caller
+from tests.deciding import withdraw, write_decision
 from tests.memory.calls import Stub, archive, change, create
 from tests.refusals import refusal_of
 
 
 @pytest.fixture
-async def colleague(caller: Caller, owner: asyncpg.Connection) -> Caller:
+async def colleague(caller: Caller, database: Database) -> Caller:
     """Another user of the caller's tenant."""
     other = Caller(caller.tenant_id, ids.new_id())
-    await owner.execute(
-        """
-        INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-        VALUES ($1, $2, 'memory.store', 1, true)
-        """,
-        other.tenant_id,
-        other.user_id,
-    )
+    await write_decision(database, other, "memory.store", granted=True)
     return other
 
 
@@ -120,7 +114,7 @@ async def test_who_sees_a_memory_can_not_change_it(
 
 
 async def test_memory_that_is_private_again_archived_or_without_consent_is_not_shown(
-    memories: Stub, caller: Caller, colleague: Caller, owner: asyncpg.Connection
+    memories: Stub, caller: Caller, colleague: Caller, database: Database
 ) -> None:
     hidden = await create(memories, colleague, "hidden code", scope=pb.SCOPE_SHARED)
     put_away = await create(memories, colleague, "archived code", scope=pb.SCOPE_SHARED)
@@ -128,14 +122,7 @@ async def test_memory_that_is_private_again_archived_or_without_consent_is_not_s
     await change(memories, colleague, hidden, scope=pb.SCOPE_PRIVATE)
     await archive(memories, colleague, put_away)
     assert await shown(memories, caller) == ["withdrawn code"]
-    await owner.execute(
-        """
-        INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-        VALUES ($1, $2, 'memory.store', 2, false)
-        """,
-        colleague.tenant_id,
-        colleague.user_id,
-    )
+    await withdraw(database, colleague)
     assert await shown(memories, caller) == []
     assert await found(memories, caller, "code", shared=True) == []
     for memory in (hidden, put_away):

@@ -11,23 +11,22 @@ from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.memory.meditation_store import MeditationStore
 from server.memory.scoring_store import ScoringStore
-from server.memory.store import MemoryStore
 from tests.conftest import new_caller
 from tests.memory.scoring_calls import (
     choose,
-    remember,
     scoring_stream,
 )
+from tests.remembering import remember
 
 
 async def test_batch_holds_what_is_known_of_each_memory(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
 ) -> None:
-    await remember(store, caller, "a", "b")
+    await remember(database, caller, "a", "b")
     await owner.execute(
         """
         UPDATE memory_scores
@@ -65,14 +64,13 @@ async def test_batch_holds_what_is_known_of_each_memory(
 
 async def test_batch_holds_the_weights_of_each_memory_s_user(
     scoring: rpc.ScoringServiceAsyncStub,
-    store: MemoryStore,
     database: Database,
     system_database: SystemDatabase,
     owner: asyncpg.Connection,
 ) -> None:
     callers = sorted([await new_caller(database) for _ in range(4)], key=lambda one: one.user_id)
     for caller in callers:
-        await remember(store, caller, "a", "b")
+        await remember(database, caller, "a", "b")
     own = (0.0, 0.25, 0.25, 0.5)
     await choose(owner, callers[1], own)
     await choose(owner, callers[3], own[::-1])
@@ -90,11 +88,11 @@ async def test_batch_holds_the_weights_of_each_memory_s_user(
 async def test_memory_seen_after_the_run_began_is_not_younger_than_nothing(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
 ) -> None:
-    await remember(store, caller, "a")
+    await remember(database, caller, "a")
     run = await meditations.start(caller, "")
     await owner.execute("UPDATE memory_scores SET last_seen_at = now() + interval '1 h'")
     async with scoring_stream(scoring) as stream:
@@ -106,10 +104,10 @@ async def test_memory_seen_after_the_run_began_is_not_younger_than_nothing(
 async def test_long_texts_make_short_batches(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
 ) -> None:
-    await remember(store, caller, *(f"{n} " + "x" * 60_000 for n in range(40)))
+    await remember(database, caller, *(f"{n} " + "x" * 60_000 for n in range(40)))
     run = await meditations.start(caller, "")
     async with scoring_stream(scoring) as stream:
         await stream.open(run.id, size=65_536, window=2)
@@ -123,10 +121,10 @@ async def test_long_texts_make_short_batches(
 async def test_no_more_batches_come_ahead_than_the_window(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
 ) -> None:
-    await remember(store, caller, *(f"text {n}" for n in range(6)))
+    await remember(database, caller, *(f"text {n}" for n in range(6)))
     run = await meditations.start(caller, "")
     async with scoring_stream(scoring) as stream:
         await stream.open(run.id, window=2)

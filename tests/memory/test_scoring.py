@@ -13,16 +13,16 @@ from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
 
 from server import ids
 from server.caller import Caller
+from server.database import Database
 from server.memory.meditation_store import MeditationStore
-from server.memory.store import MemoryStore
 from tests.conftest import bearer
 from tests.memory.scoring_calls import (
     refusal_of_stream,
-    remember,
     scores,
     scoring_stream,
 )
 from tests.refusals import refusal_of
+from tests.remembering import remember
 
 
 @pytest.mark.parametrize(
@@ -40,13 +40,13 @@ from tests.refusals import refusal_of
 async def test_scores_that_make_no_sense_are_refused(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
     others: dict[str, Any],
     field: str,
 ) -> None:
-    await remember(store, caller, "a", "b")
+    await remember(database, caller, "a", "b")
     run = await meditations.start(caller, "")
     async with scoring_stream(scoring) as stream:
         await stream.open(run.id)

@@ -11,26 +11,26 @@ from kimberly.memory.v1 import memory_pb2_grpc as memory_rpc
 from kimberly.scoring.v1 import scoring_pb2_grpc as rpc
 
 from server.caller import Caller
+from server.database import Database
 from server.memory.meditation_store import MeditationStore
 from server.memory.scoring_store import ScoringStore
-from server.memory.store import MemoryStore
 from tests.conftest import bearer
 from tests.memory.scoring_calls import (
     refusal_of_stream,
-    remember,
     scores,
     scoring_stream,
 )
+from tests.remembering import remember
 
 
 async def test_interrupted_shard_goes_on_at_its_cursor(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
 ) -> None:
-    await remember(store, caller, *(f"text {n}" for n in range(6)))
+    await remember(database, caller, *(f"text {n}" for n in range(6)))
     run = await meditations.start(caller, "")
     async with scoring_stream(scoring) as dying:
         await dying.open(run.id, window=1)
@@ -48,11 +48,11 @@ async def test_interrupted_shard_goes_on_at_its_cursor(
 async def test_scores_of_a_zombie_are_refused(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
 ) -> None:
-    await remember(store, caller, "a", "b")
+    await remember(database, caller, "a", "b")
     run = await meditations.start(caller, "")
     async with scoring_stream(scoring) as zombie, scoring_stream(scoring) as stream:
         await zombie.open(run.id, token=1)
@@ -82,10 +82,10 @@ async def test_zombie_cannot_open_a_shard_again(
 async def test_batch_counts_once_when_two_streams_of_one_lease_answer_it(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
 ) -> None:
-    await remember(store, caller, "a", "b", "c")
+    await remember(database, caller, "a", "b", "c")
     run = await meditations.start(caller, "")
     async with scoring_stream(scoring) as first, scoring_stream(scoring) as second:
         await first.open(run.id)
@@ -103,10 +103,10 @@ async def test_batch_counts_once_when_two_streams_of_one_lease_answer_it(
 async def test_finished_shard_is_done_at_once(
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
 ) -> None:
-    await remember(store, caller, "a")
+    await remember(database, caller, "a")
     run = await meditations.start(caller, "")
     async with scoring_stream(scoring) as stream:
         await stream.open(run.id)
@@ -180,11 +180,11 @@ async def test_write_that_waited_for_a_change_of_the_text_sees_it(
     scoring_store: ScoringStore,
     scoring: rpc.ScoringServiceAsyncStub,
     meditations: MeditationStore,
-    store: MemoryStore,
+    database: Database,
     caller: Caller,
     owner: asyncpg.Connection,
 ) -> None:
-    await remember(store, caller, "before")
+    await remember(database, caller, "before")
     run = await meditations.start(caller, "")
     async with scoring_stream(scoring) as stream:
         await stream.open(run.id)

@@ -1,3 +1,5 @@
+"""Sensitive content, sealed: who opens it, and that every change of it is noticed."""
+
 from __future__ import annotations
 
 import hashlib

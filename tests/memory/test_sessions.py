@@ -19,6 +19,7 @@ from server.cache import KEY_PREFIX, Redis
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import FakeClock, bearer, new_caller
+from tests.deciding import withdraw
 from tests.memory.calls import Stub, change, create
 from tests.refusals import refusal_of
 
@@ -381,17 +382,10 @@ async def test_bad_ends_are_refused(memories: Stub, caller: Caller) -> None:
 
 
 async def test_after_consent_is_withdrawn_a_conversation_can_only_be_dropped(
-    memories: Stub, caller: Caller, owner: asyncpg.Connection
+    memories: Stub, caller: Caller, database: Database
 ) -> None:
     await append(memories, caller, "a", "b")
-    await owner.execute(
-        """
-        INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-        VALUES ($1, $2, 'memory.store', 2, false)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await withdraw(database, caller)
     for keep in (EARNED, ALL):
         assert (await refusal_of(end(memories, caller, keep))).reason == "CONSENT_MISSING"
     assert len(await tiers(memories, caller)) == 2

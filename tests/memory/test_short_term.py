@@ -29,7 +29,8 @@ from server.memory.short_term_bodies import body_of
 from server.memory.short_term_cache import Snapshot, Snapshots
 from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
-from tests.memory.calls import Stub, change, create
+from tests.deciding import withdraw
+from tests.memory.calls import Stub, change, create, versions
 from tests.refusals import refusal_of
 
 SHORT = pb.TIER_SHORT_TERM
@@ -77,12 +78,6 @@ async def used(memories: Stub, caller: Caller) -> tuple[int, int]:
     answer = await memories.GetUsage(pb.GetUsageRequest(), metadata=bearer(caller))
     (short,) = (tier for tier in answer.tiers if tier.tier == SHORT)
     return short.used_bytes, short.count
-
-
-async def versions(memories: Stub, caller: Caller, memory: pb.Memory) -> list[pb.Memory]:
-    request = pb.ListMemoryVersionsRequest(id=memory.id)
-    answer = await memories.ListMemoryVersions(request, metadata=bearer(caller))
-    return list(answer.versions)
 
 
 # --- everything a memory has
@@ -289,10 +284,10 @@ async def test_feedback_is_kept_and_makes_no_version(
 
 
 async def test_without_consent_nothing_is_changed_or_rated_and_all_can_be_deleted(
-    memories: Stub, caller: Caller, owner: asyncpg.Connection
+    memories: Stub, caller: Caller, database: Database
 ) -> None:
     memory = await keep(memories, caller, "tea")
-    await withdraw(owner, caller)
+    await withdraw(database, caller)
     feedback = pb.GiveFeedbackRequest(id=memory.id, useful=True)
     for call in (
         change(memories, caller, memory, content="coffee"),
@@ -302,17 +297,6 @@ async def test_without_consent_nothing_is_changed_or_rated_and_all_can_be_delete
         assert (await refusal_of(call)).reason == "CONSENT_MISSING"
     await delete(memories, caller, memory)
     assert await used(memories, caller) == (0, 0)
-
-
-async def withdraw(owner: asyncpg.Connection, caller: Caller) -> None:
-    await owner.execute(
-        """
-        INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-        VALUES ($1, $2, 'memory.store', 2, false)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
 
 
 # --- quota

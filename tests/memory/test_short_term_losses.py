@@ -32,8 +32,9 @@ from server.cache import Redis, open_cache
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer
+from tests.deciding import write_decision
 from tests.memory.calls import Stub, change, create
-from tests.memory.meanings import decide, of, upload
+from tests.memory.meanings import of, upload
 from tests.refusals import Refusal, refusal_of
 
 SHORT, LONG = pb.TIER_SHORT_TERM, pb.TIER_LONG_TERM
@@ -323,7 +324,7 @@ async def test_without_redis_durable_memories_are_written_read_found_and_listed(
 async def test_redis_that_hangs_leaves_the_other_legs_their_time(
     memories: Stub, caller: Caller, doomed: Doomed, database: Database
 ) -> None:
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     await upload(memories, caller, of(await create(memories, caller, "kiwi jam"), (1, 0)))
     await keep(memories, caller, "kiwi")
     pid = doomed.process.pid

@@ -21,8 +21,9 @@ from server.memory.meditation_store import Meditation, MeditationStore
 from server.memory.scoring_store import ScoringStore
 from server.memory.tidying import Tidying
 from tests.conftest import FakeClock, bearer, new_caller
+from tests.deciding import withdraw
 from tests.memory.calls import Stub, archive, create, restore
-from tests.memory.scoring_calls import scoring_stream, withdraw
+from tests.memory.scoring_calls import scoring_stream
 from tests.refusals import refusal_of
 
 SIZE = 10

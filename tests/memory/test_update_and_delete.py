@@ -13,19 +13,10 @@ from kimberly.memory.v1 import memory_pb2_grpc as rpc
 
 from server.caller import Caller
 from tests.conftest import bearer
+from tests.memory.calls import create
 from tests.refusals import refusal_of
 
 TIERS = [pb.TIER_SHORT_TERM, pb.TIER_LONG_TERM, pb.TIER_PERMANENT]
-
-
-async def create(
-    memories: rpc.MemoryServiceAsyncStub,
-    caller: Caller,
-    content: str,
-    tier: pb.Tier.ValueType = pb.TIER_LONG_TERM,
-) -> pb.Memory:
-    request = pb.CreateMemoryRequest(memory=pb.Memory(content=content, tier=tier))
-    return (await memories.CreateMemory(request, metadata=bearer(caller))).memory
 
 
 def change(memory: pb.Memory, **fields: object) -> pb.UpdateMemoryRequest:
@@ -37,7 +28,7 @@ def change(memory: pb.Memory, **fields: object) -> pb.UpdateMemoryRequest:
 async def test_update_changes_the_named_fields_only(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, tier: pb.Tier.ValueType
 ) -> None:
-    memory = await create(memories, caller, "Ann likes tea", tier)
+    memory = await create(memories, caller, "Ann likes tea", tier=tier)
     request = change(memory, tags=["drinks"])
     request.memory.content = "not named in the mask"
     changed = (await memories.UpdateMemory(request, metadata=bearer(caller))).memory
@@ -50,7 +41,7 @@ async def test_update_changes_the_named_fields_only(
 async def test_stale_etag_is_refused(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, tier: pb.Tier.ValueType
 ) -> None:
-    memory = await create(memories, caller, "one", tier)
+    memory = await create(memories, caller, "one", tier=tier)
     await memories.UpdateMemory(change(memory, content="two"), metadata=bearer(caller))
     for etag in (memory.etag, "nonsense", "v", "v-1", "v" + "9" * 40):
         request = change(memory, content="three")
@@ -63,7 +54,7 @@ async def test_stale_etag_is_refused(
 async def test_fifty_updates_with_one_etag_have_one_winner(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, tier: pb.Tier.ValueType
 ) -> None:
-    memory = await create(memories, caller, "start", tier)
+    memory = await create(memories, caller, "start", tier=tier)
     answers = await asyncio.gather(
         *(
             memories.UpdateMemory(change(memory, content=f"text {n}"), metadata=bearer(caller))
@@ -83,8 +74,8 @@ async def test_fifty_updates_with_one_etag_have_one_winner(
 async def test_update_to_the_text_of_another_memory_is_refused(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, tier: pb.Tier.ValueType
 ) -> None:
-    await create(memories, caller, "taken", tier)
-    memory = await create(memories, caller, "free", tier)
+    await create(memories, caller, "taken", tier=tier)
+    memory = await create(memories, caller, "free", tier=tier)
     refusal = await refusal_of(
         memories.UpdateMemory(change(memory, content="taken"), metadata=bearer(caller))
     )
@@ -111,7 +102,7 @@ async def test_deleted_memory_is_gone(
     owner: asyncpg.Connection,
     tier: pb.Tier.ValueType,
 ) -> None:
-    memory = await create(memories, caller, "ephemeral", tier)
+    memory = await create(memories, caller, "ephemeral", tier=tier)
     metadata = bearer(caller)
     await memories.DeleteMemory(pb.DeleteMemoryRequest(id=memory.id), metadata=metadata)
     for call in (
@@ -150,7 +141,7 @@ async def test_ten_deletions_at_once_are_one(
 async def test_text_of_a_deleted_memory_can_be_kept_again(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, tier: pb.Tier.ValueType
 ) -> None:
-    first = await create(memories, caller, "again", tier)
+    first = await create(memories, caller, "again", tier=tier)
     await memories.DeleteMemory(pb.DeleteMemoryRequest(id=first.id), metadata=bearer(caller))
-    second = await create(memories, caller, "again", tier)
+    second = await create(memories, caller, "again", tier=tier)
     assert second.id != first.id

@@ -28,9 +28,9 @@ from server.memory.lifecycle_store import LifecycleStore
 from server.memory.model import Change, Filter, Tier
 from server.memory.store import MemoryStore
 from tests.conftest import data_keys_of, new_caller
+from tests.deciding import write_decision
 from tests.memory.crowds import FIRST_TURN, database_for, embed, graph_made_anew, talk
 from tests.memory.explained import explained
-from tests.memory.meanings import decide
 
 MODEL = "tiny"
 DIMENSION = 64
@@ -144,7 +144,7 @@ async def askers(pool: asyncpg.Pool, superuser: asyncpg.Connection) -> dict[str,
     async with graph_made_anew(superuser, DIMENSION):
         for name, size in (*SIZES.items(), (SCANNED, 200)):
             caller = callers[name] = await new_caller(database)
-            await decide(database, caller, "memory.embed", granted=True)
+            await write_decision(database, caller, "memory.embed", granted=True)
             await talk(superuser, caller, size)
             await embed(superuser, caller, MODEL, DIMENSION, in_graph=name != SCANNED)
     await superuser.execute("ANALYZE")
@@ -293,7 +293,7 @@ async def test_what_is_archived_sensitive_or_deleted_neither_comes_nor_counts_fo
 ) -> None:
     database, asker = Database(pool), askers["10 %"]
     caller, now = asker.caller, datetime.now(UTC)
-    await decide(database, caller, "memory.sensitive", granted=True)
+    await write_decision(database, caller, "memory.sensitive", granted=True)
     store, lifecycle = MemoryStore(database, data_keys_of(database)), LifecycleStore(database)
     gone: set[UUID] = set()
     for _, question in questions():

@@ -11,9 +11,10 @@ from kimberly.memory.v1 import memory_pb2_grpc as rpc
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import new_caller
+from tests.deciding import write_decision
+from tests.memory.calls import create
 from tests.memory.crowds import embed, fill, graph_made_anew
-from tests.memory.meanings import ask, decide, of, texts, upload
-from tests.memory.test_update_and_delete import create
+from tests.memory.meanings import ask, of, texts, upload
 
 DIMENSION = 64
 K = 10
@@ -22,7 +23,7 @@ QUESTIONS = 20
 
 async def someone(database: Database) -> Caller:
     caller = await new_caller(database)
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     return caller
 
 

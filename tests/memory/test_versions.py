@@ -9,24 +9,8 @@ from kimberly.memory.v1 import memory_pb2 as pb
 
 from server.caller import Caller
 from tests.conftest import FakeClock, bearer
-from tests.memory.calls import Stub, archive, change, create, restore
+from tests.memory.calls import Stub, archive, change, create, restore, versions
 from tests.refusals import refusal_of
-
-
-async def versions(
-    memories: Stub, caller: Caller, memory: pb.Memory, size: int = 0
-) -> list[pb.Memory]:
-    told: list[pb.Memory] = []
-    token = ""
-    while True:
-        page = await memories.ListMemoryVersions(
-            pb.ListMemoryVersionsRequest(id=memory.id, page_size=size, page_token=token),
-            metadata=bearer(caller),
-        )
-        told += page.versions
-        token = page.next_page_token
-        if not token:
-            return told
 
 
 async def test_every_change_keeps_the_version_before_it(

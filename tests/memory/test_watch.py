@@ -23,8 +23,9 @@ from server.database import Database, SystemDatabase
 from server.memory.change_store import KINDS, Cursor
 from server.memory.watching import STREAMS, WAITING, Feed, cursor_to
 from tests.conftest import bearer, new_caller
+from tests.deciding import withdraw
 from tests.faults.reach import until
-from tests.memory.test_update_and_delete import create
+from tests.memory.calls import create
 from tests.refusals import refusal_of
 
 Stream: TypeAlias = "grpc.aio.UnaryStreamCall[pb.WatchMemoriesRequest, pb.WatchMemoriesResponse]"
@@ -78,18 +79,6 @@ async def changes(stream: Stream, count: int) -> list[pb.WatchMemoriesResponse]:
         if response.HasField("change"):
             found.append(response)
     return found
-
-
-async def withdraw(database: Database, caller: Caller) -> None:
-    async with database.transaction(caller) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            VALUES ($1, $2, 'memory.store', 2, false)
-            """,
-            caller.tenant_id,
-            caller.user_id,
-        )
 
 
 @pytest.mark.parametrize("tier", [pb.TIER_LONG_TERM, pb.TIER_SHORT_TERM])

@@ -1,3 +1,5 @@
+"""What users see and change of themselves, and what they consent to."""
+
 import asyncio
 from dataclasses import replace
 

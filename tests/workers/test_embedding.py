@@ -20,12 +20,11 @@ from server.embedding_models import Embedder, Floats, load_embedders
 from server.memory.embedding_search import EmbeddingSearch
 from server.memory.embedding_store import EmbeddingStore
 from server.memory.embeddings import read_embedding
-from server.memory.import_store import Chunk, ImportStore
-from server.memory.model import Change, Draft, Filter, Source, Tier
+from server.memory.model import Change, Filter
 from server.memory.store import MemoryStore
-from server.users.store import SettingsChange, UserStore
 from tests.conftest import FakeClock, as_worker, data_keys_of, new_caller
-from tests.deciding import decide
+from tests.memory.embedding_calls import choose, consent
+from tests.remembering import remember
 from tests.shipped_models import NARROW, WIDE
 from tests.workers.conftest import Mesh, let_lapse, until
 from workers.embedding import EMBED, Embedding
@@ -94,22 +93,6 @@ async def caller(database: Database, system_database: SystemDatabase) -> Caller:
     await consent(system_database, caller, granted=True)
     await remember(database, caller, *TALK)
     return caller
-
-
-async def remember(database: Database, caller: Caller, *texts: str) -> None:
-    drafts = [Draft(Tier.LONG_TERM, text, (), Source.CHAT, "", None, "", None) for text in texts]
-    await ImportStore(database, data_keys_of(database)).store(caller, Chunk(drafts), FakeClock()())
-
-
-async def consent(system_database: SystemDatabase, caller: Caller, *, granted: bool) -> None:
-    await decide(system_database, caller, "memory.embed", granted=granted)
-
-
-async def choose(database: Database, caller: Caller, model: str) -> None:
-    change = SettingsChange(
-        language=None, scoring=None, retrieval={}, embedding_model=model, expected_version=None
-    )
-    await UserStore(database).update_settings(caller, change)
 
 
 async def idle(owner: asyncpg.Connection) -> None:

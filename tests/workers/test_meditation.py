@@ -18,23 +18,17 @@ from server import ids
 from server.caller import Caller
 from server.database import Database
 from server.enqueue import enqueue
-from server.memory.import_store import Chunk, ImportStore
 from server.memory.meditation_store import Meditation as Run
 from server.memory.meditation_store import MeditationState, MeditationStore
-from server.memory.model import Draft, Source, Tier
 from server.memory.scoring_store import ScoringStore
 from server.preferences import PRESETS, USUAL_WEIGHTS
-from tests.conftest import FakeClock, as_worker, data_keys_of, new_caller
+from tests.conftest import as_worker, new_caller
+from tests.remembering import remember
 from tests.workers.conftest import Mesh, let_lapse, meditating, until
 from tests.workers.test_scoring import Memory, reference
 from workers.meditation import Meditation
 from workers.sentiment import sentiments
 from workers.stream import Task
-
-
-async def remember(database: Database, caller: Caller, *texts: str) -> None:
-    drafts = [Draft(Tier.LONG_TERM, text, (), Source.CHAT, "", None, "", None) for text in texts]
-    await ImportStore(database, data_keys_of(database)).store(caller, Chunk(drafts), FakeClock()())
 
 
 async def chooses(

@@ -27,6 +27,7 @@ from server.memory.short_term import ShortTermStore
 from server.memory.store import MemoryStore
 from tests.acting import EVERYTHING, READ_WRITE, let_agents, new_agent
 from tests.conftest import as_worker, bearer, data_keys_of, new_caller
+from tests.deciding import write_decision
 from tests.refusals import refusal_of
 from tests.workers.conftest import Mesh, let_lapse, until
 from workers.digest import Digest
@@ -344,15 +345,7 @@ async def test_what_is_sensitive_is_quoted_only_by_who_may_and_stays_so(
     system_database: SystemDatabase,
     owner: asyncpg.Connection,
 ) -> None:
-    async with database.transaction(user) as connection:
-        await connection.execute(
-            """
-            INSERT INTO consents (tenant_id, user_id, purpose, version, granted)
-            VALUES ($1, $2, 'memory.sensitive', 1, true)
-            """,
-            user.tenant_id,
-            user.user_id,
-        )
+    await write_decision(database, user, "memory.sensitive", granted=True)
     await memories.create(user, turn(8, SECRET, is_sensitive=True), "", utc_now())
     seeing = await new_agent(
         system_database, user, kind="summarize_session", scopes=EVERYTHING, sees_sensitive=True

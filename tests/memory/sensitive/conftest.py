@@ -8,8 +8,8 @@ import pytest_asyncio
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import new_caller
+from tests.deciding import write_decision
 from tests.kms import conftest as of_kms
-from tests.memory.meanings import decide
 from tests.users import conftest as of_users
 
 # The user service and both key managers, and what they are made of.
@@ -35,5 +35,5 @@ def _archive(archive_of_checkpoints: object) -> object:
 async def caller(database: Database) -> Caller:
     """A user who consented to memory.store and memory.sensitive."""
     caller = await new_caller(database)
-    await decide(database, caller, "memory.sensitive", granted=True)
+    await write_decision(database, caller, "memory.sensitive", granted=True)
     return caller

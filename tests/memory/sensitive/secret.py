@@ -14,8 +14,7 @@ from server.caller import Caller
 from server.memory import words
 from server.preferences import Language
 from tests.conftest import bearer
-from tests.memory.calls import Stub, create
-from tests.memory.test_answers import values_in
+from tests.memory.calls import Stub, create, values_in
 
 SECRET = "Diagnosed with psoriasis"
 AGAIN = "Cured of psoriasis, says Dr. Quill"

@@ -14,11 +14,10 @@ from server import ids
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import new_caller
-from tests.memory.calls import Stub, archive, change, create, restore
-from tests.memory.meanings import decide
+from tests.deciding import write_decision
+from tests.memory.calls import Stub, archive, change, create, restore, versions
 from tests.memory.sensitive.secret import AGAIN, SECRET, delete, get, keep, whole_database
 from tests.memory.test_import import imported
-from tests.memory.test_versions import versions
 from tests.refusals import refusal_of
 
 
@@ -40,7 +39,7 @@ async def test_writing_needs_consent_and_a_withdrawal_acts_at_once(
 ) -> None:
     kept, put_away = await keep(memories, caller), await keep(memories, caller, AGAIN)
     await archive(memories, caller, put_away)
-    await decide(database, caller, "memory.sensitive", granted=False)
+    await write_decision(database, caller, "memory.sensitive", granted=False)
     for call in [
         *await without_consent(memories, caller, kept),
         restore(memories, caller, put_away),
@@ -56,7 +55,7 @@ async def test_writing_needs_consent_and_a_withdrawal_acts_at_once(
     assert (await change(memories, caller, kept, sensitive=False)).content == SECRET
     await archive(memories, caller, kept)
     await delete(memories, caller, put_away)
-    await decide(database, caller, "memory.sensitive", granted=True)
+    await write_decision(database, caller, "memory.sensitive", granted=True)
     assert (await keep(memories, caller)).sensitive
 
 

@@ -13,11 +13,10 @@ from server import ids
 from server.caller import Caller
 from server.database import Database, SystemDatabase
 from tests.conftest import data_keys_of, new_caller
-from tests.memory.calls import Stub, change
-from tests.memory.meanings import decide
+from tests.deciding import write_decision
+from tests.memory.calls import Stub, change, versions
 from tests.memory.sensitive.secret import AGAIN, SECRET, delete, get, keep, listed, whole_database
 from tests.memory.test_export import export
-from tests.memory.test_versions import versions
 from tests.refusals import refusal_of
 
 
@@ -64,7 +63,7 @@ async def test_text_of_another_user_does_not_open(
     memories: Stub, caller: Caller, database: Database, owner: asyncpg.Connection
 ) -> None:
     other = await new_caller(database)
-    await decide(database, other, "memory.sensitive", granted=True)
+    await write_decision(database, other, "memory.sensitive", granted=True)
     kept, theirs = await keep(memories, caller), await keep(memories, other)
     key = ids.parse(ids.MEMORY, theirs.id, "id")
     await owner.execute(

@@ -22,11 +22,11 @@ from server.database import Database, SystemDatabase
 from server.memory.answers import Answers
 from server.memory.meditation_store import MeditationStore
 from tests.conftest import FakeClock, as_worker, bearer, data_keys_of
-from tests.memory.calls import Stub, archive, change, create, restore
-from tests.memory.meanings import ask, decide, of, texts, upload
+from tests.deciding import write_decision
+from tests.memory.calls import Stub, archive, change, create, restore, values_in
+from tests.memory.meanings import ask, of, texts, upload
 from tests.memory.scoring_calls import scoring_stream
 from tests.memory.sensitive.secret import AGAIN, SECRET, assert_no_trace, delete, keep, listed
-from tests.memory.test_answers import values_in
 from tests.memory.test_conversation import turn
 from tests.memory.test_import import imported
 from tests.users.conftest import Users
@@ -35,7 +35,7 @@ from tests.users.conftest import Users
 async def test_no_vector_is_taken_for_it(
     memories: Stub, caller: Caller, database: Database, owner: asyncpg.Connection
 ) -> None:
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     kept = await keep(memories, caller)
     answer = await upload(memories, caller, of(kept, (1, 0)))
     assert (answer.stored, [refusal.field for refusal in answer.refusals]) == (

@@ -22,9 +22,10 @@ from server.memory.model import Draft, Source, Tier
 from server.memory.sensitive import Opener
 from server.memory.store import MemoryStore
 from tests.conftest import FakeClock, bearer, new_caller
+from tests.deciding import write_decision
 from tests.kms.conftest import Master
-from tests.memory.calls import Stub, archive, change, create, restore
-from tests.memory.meanings import ask, decide, of, texts, upload
+from tests.memory.calls import Stub, archive, change, create, restore, versions
+from tests.memory.meanings import ask, of, texts, upload
 from tests.memory.sensitive.secret import (
     AGAIN,
     SECRET,
@@ -37,7 +38,6 @@ from tests.memory.sensitive.secret import (
 )
 from tests.memory.test_export import export
 from tests.memory.test_import import imported
-from tests.memory.test_versions import versions
 from tests.memory.test_watch import caught_up, changes, watching
 from tests.refusals import refusal_of
 
@@ -68,7 +68,7 @@ async def test_no_store_and_no_log_has_a_trace_of_it(
     redis: Redis,
     answers: Answers,
 ) -> None:
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     with structlog.testing.capture_logs() as logs:
         request = pb.CreateMemoryRequest(
             memory=pb.Memory(
@@ -198,7 +198,7 @@ async def test_who_watches_sees_it(memories: Stub, caller: Caller) -> None:
 async def test_others_see_nothing_of_it(memories: Stub, caller: Caller, database: Database) -> None:
     kept = await keep(memories, caller)
     other = Caller(caller.tenant_id, (await new_caller(database)).user_id)
-    await decide(database, other, "memory.store", granted=True)
+    await write_decision(database, other, "memory.store", granted=True)
     refusal = await refusal_of(get(memories, other, kept))
     assert refusal.code is grpc.StatusCode.NOT_FOUND
     request = pb.ListMemoriesRequest(shared=True)

@@ -16,13 +16,12 @@ from server.database import Database
 from server.memory import store as store_module
 from server.memory.answers import Answers
 from tests.conftest import bearer
-from tests.memory.calls import Stub, change, create
-from tests.memory.meanings import ask, decide, of, texts, upload
+from tests.deciding import write_decision
+from tests.memory.calls import Stub, change, create, values_in, versions
+from tests.memory.meanings import ask, of, texts, upload
 from tests.memory.sensitive.secret import AGAIN, SECRET, assert_no_trace, get, keep, whole_database
-from tests.memory.test_answers import values_in
 from tests.memory.test_batch import create_all
 from tests.memory.test_sessions import append, transcript, write_down
-from tests.memory.test_versions import versions
 from tests.refusals import refusal_of
 
 
@@ -36,7 +35,7 @@ async def test_marking_later_takes_along_all_that_was_known_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(store_module, "_VERSIONS_AT_ONCE", 2)
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     request = pb.CreateMemoryRequest(
         memory=pb.Memory(content=SECRET, session_id="visit", session_position=1),
         request_id="once",
@@ -165,7 +164,7 @@ async def test_marking_and_rewriting_at_once_end_sealed(
 async def test_vector_that_is_being_kept_goes_when_its_memory_is_marked(
     memories: Stub, caller: Caller, database: Database, owner: asyncpg.Connection
 ) -> None:
-    await decide(database, caller, "memory.embed", granted=True)
+    await write_decision(database, caller, "memory.embed", granted=True)
     memory = await create(memories, caller, SECRET)
     await upload(memories, caller, of(await create(memories, caller, "tea"), (0, 1)))
     async with owner.transaction():
