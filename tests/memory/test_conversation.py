@@ -16,7 +16,7 @@ from server.memory.conversation import REACH
 from server.preferences import Language
 from tests.conftest import bearer
 from tests.deciding import write_settings
-from tests.memory.test_import import in_chunks
+from tests.memory.streams import in_chunks
 
 WORDS = ["boat", "harbour", "cello", "recital", "garden", "hazelnut", "letter", "winter", "rope"]
 

@@ -16,7 +16,7 @@ from tests.conftest import data_keys_of, new_caller
 from tests.deciding import write_decision
 from tests.memory.calls import Stub, change, delete, get, versions
 from tests.memory.sensitive.secret import AGAIN, SECRET, keep, listed, whole_database
-from tests.memory.test_export import export
+from tests.memory.streams import export
 from tests.refusals import refusal_of
 
 

@@ -27,8 +27,8 @@ from tests.memory.calls import Stub, archive, change, create, delete, restore, v
 from tests.memory.meanings import ask, of, texts, upload
 from tests.memory.scoring_calls import scoring_stream
 from tests.memory.sensitive.secret import AGAIN, SECRET, assert_no_trace, keep, listed
+from tests.memory.streams import imported
 from tests.memory.test_conversation import turn
-from tests.memory.test_import import imported
 from tests.users.conftest import Users
 
 

@@ -35,9 +35,7 @@ from tests.memory.sensitive.secret import (
     traces,
     whole_database,
 )
-from tests.memory.test_export import export
-from tests.memory.test_import import imported
-from tests.memory.test_watch import caught_up, changes, watching
+from tests.memory.streams import caught_up, changes, export, imported, watching
 from tests.refusals import refusal_of
 
 
