@@ -104,7 +104,7 @@ class Costs(CountingHasher):
         super().__init__(memory_cost)
         self.paid = list[int]()
 
-    def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002 - as it is there
+    def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002
         self.paid.append(argon2.extract_parameters(str(hash)).memory_cost)
         return super().verify(hash, password)
 
@@ -184,7 +184,7 @@ async def test_hashing_never_runs_more_often_at_once_than_allowed(auth: Auth) ->
     class Gauge(CountingHasher):
         running = most = 0
 
-        def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002 - as it is there
+        def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002
             self.running += 1
             self.most = max(self.most, self.running)
             try:
