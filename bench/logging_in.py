@@ -6,7 +6,6 @@ statistic that would tell them apart; and what a service does to know who calls.
 """
 
 import asyncio
-import math
 import secrets
 import statistics
 import time
@@ -158,19 +157,6 @@ def _percentiles(taken: list[float]) -> str:
 
 def _told_apart(times: Mapping[str, list[float]]) -> str:
     return ", ".join(f"{chance:.2f}" for _, _, chance in chances(times))
-
-
-def kolmogorov_smirnov_p(one: list[float], other: list[float]) -> float:
-    """Return how likely samples of one distribution differ as much (Numerical Recipes, 14.3)."""
-    n, m = len(one), len(other)
-    seen, gap = [0, 0], 0.0
-    for _, sample in sorted([(value, 0) for value in one] + [(value, 1) for value in other]):
-        seen[sample] += 1
-        gap = max(gap, abs(seen[0] / n - seen[1] / m))
-    root = (n * m / (n + m)) ** 0.5
-    scaled = (root + 0.12 + 0.11 / root) * gap
-    terms = (math.exp(-2 * (k * scaled) ** 2) * (1 if k % 2 else -1) for k in range(1, 101))
-    return min(1.0, max(0.0, 2 * sum(terms)))
 
 
 # --- being known -------------------------------------------------------------------------------

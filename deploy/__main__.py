@@ -63,7 +63,7 @@ def render_command(
 
 @app.command("lint")
 def lint_command() -> None:
-    """Check images, workflows, scripts and what observes, as far as that is done in seconds."""
+    """Check images, workflows, scripts, rules and dashboards: all of it that takes seconds."""
     observing_tools = tools.observing()
     found = [*observing.drifted(), *tools.run((*tools.FAST, *observing_tools))]
     if not observing_tools and os.environ.get("GITHUB_ACTIONS") == "true":
@@ -90,9 +90,11 @@ def smoke_command(
     edge: Annotated[str, typer.Argument(help="Such as https://api.staging.kimberly.example")],
     ca: Annotated[Path | None, typer.Option(help="The authority that signed its name.")] = None,
     email: Annotated[str, typer.Option(envvar="SMOKE_EMAIL", help="Log in as this user.")] = "",
-    password: Annotated[str, typer.Option(envvar="SMOKE_PASSWORD", help="By this.")] = "",
+    password: Annotated[
+        str, typer.Option(envvar="SMOKE_PASSWORD", help="With this password.")
+    ] = "",
 ) -> None:
-    """Ask a mesh to do its main job once, as a new user, or as one who is there for that."""
+    """Have a mesh do its main job once, for a new user or for one who signed up for that."""
     account = Account(email, password) if email else None
     trust = ssl.create_default_context(cafile=ca) if ca else None
     try:

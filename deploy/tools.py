@@ -137,4 +137,5 @@ def run(tools: Sequence[Tool]) -> Iterator[str]:
     for process in running:
         said, _ = process.communicate()
         if process.returncode:
-            yield f"{Path(str(process.args[0])).name}:\n{said.strip()}"  # type: ignore[index]
+            program = process.args[0]  # type: ignore[index] # a list, as it was given
+            yield f"{Path(str(program)).name}:\n{said.strip()}"

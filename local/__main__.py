@@ -59,9 +59,9 @@ def up(workers: Workers = 2, detach: Detach = False) -> None:  # noqa: FBT002 - 
     The first start makes databases, keys and certificates; later ones find what was stored. A
     process that dies is started again. Ctrl-C stops everything in order, a second one at once.
 
-    Alone it shows a live table until Ctrl-C. With --detach it runs in the background, until
-    `make down`. More workers are more hands for the nightly meditation. A Prometheus, where the
-    machine has one, remembers what the mesh measures; `status` asks it.
+    It shows a live table until Ctrl-C; with --detach it runs in the background until `make down`.
+    More workers finish the nightly meditation sooner. A Prometheus, where the machine has one,
+    remembers what the mesh measures; `status` asks it.
     """
     layout = Layout.default()
     if detach:

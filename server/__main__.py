@@ -85,6 +85,8 @@ app = typer.Typer(
     help="Services of the memory mesh. Settings are environment variables named KIMBERLY_….",
     no_args_is_help=True,
     add_completion=False,
+    # Paragraphs are filled anew for the width of the terminal.
+    rich_markup_mode="markdown",
     # Tracebacks are for logs: plain, one event, no values.
     pretty_exceptions_enable=False,
 )

@@ -187,7 +187,7 @@ class Worker:
                 metrics.RECONNECTS.inc()
                 log.info("stream broke", error=_brief(error), failures=failures)
             if not self._is_finished():
-                await asyncio.sleep(_pause_seconds(failures, random.random()))  # noqa: S311
+                await asyncio.sleep(_pause_seconds(failures, random.random()))  # noqa: S311 - no secret
 
     def _is_finished(self) -> bool:
         if self._give_up_at is None:

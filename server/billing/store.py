@@ -42,22 +42,6 @@ class BillingStore:
             )
         return [_plan(row) for row in rows]
 
-    async def plan_of(self, caller: Caller) -> Plan:
-        """Return the plan that a user has."""
-        async with self._database.transaction() as connection:
-            row = await connection.fetchrow(
-                f"""
-                SELECT {_PLAN}
-                  FROM plans AS plan
-                 WHERE name = coalesce((SELECT plan FROM subscriptions
-                                         WHERE tenant_id = $1 AND user_id = $2), $3)
-                """,  # noqa: S608 - constants
-                caller.tenant_id,
-                caller.user_id,
-                FREE,
-            )
-        return _plan(row)
-
     async def rates_of(self, caller: Caller) -> Rates:
         """Return how fast a user may call, and all users of their tenant together.
 

@@ -37,7 +37,7 @@ class Snapshot:
         self, version: bytes, entries: Iterable[Entry], before: "Snapshot | None" = None
     ) -> None:
         """Read what the scripts return of the memories; `before` is an earlier snapshot."""
-        read = before._read if before else {}  # noqa: SLF001
+        read = before._read if before else {}  # noqa: SLF001 - another snapshot's
         self.version = version
         self._read: dict[bytes, tuple[Entry, Memory]] = {
             entry[0]: _understood(entry, read.get(entry[0])) for entry in entries
@@ -48,7 +48,7 @@ class Snapshot:
             memory.size_bytes + _BYTES_BESIDE_TEXT for memory in self.memories
         )
         """About how much it takes here."""
-        self._known: Mapping[_Said, Terms] = before._known if before else {}  # noqa: SLF001
+        self._known: Mapping[_Said, Terms] = before._known if before else {}  # noqa: SLF001 - another snapshot's
         self._terms: dict[Language, Mapping[UUID, Terms]] = {}
 
     async def terms(self, language: Language) -> Mapping[UUID, Terms]:

@@ -180,7 +180,7 @@ def _retrieval_from(message: pb.RetrievalWeights, paths: set[str]) -> dict[str, 
     ]
     return {
         name: _share(getattr(message, name), f"settings.retrieval_weights.{name}")
-        if message.HasField(name)  # type: ignore[arg-type]
+        if message.HasField(name)  # type: ignore[arg-type] # one of its fields
         else None
         for name in named
     }
@@ -207,7 +207,7 @@ def _given(
 ) -> dict[str, int | None]:
     """Return the fields that the mask names; None for one that is not given."""
     return {
-        name: getattr(message, name) if message.HasField(name) else None  # type: ignore[arg-type]
+        name: getattr(message, name) if message.HasField(name) else None  # type: ignore[arg-type] # one of its fields
         for name in names
         if paths & {path, f"{path}.{name}"}
     }

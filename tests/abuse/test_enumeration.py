@@ -26,7 +26,7 @@ import pytest_asyncio
 from google.protobuf.message import Message
 from kimberly.auth.v1 import auth_pb2 as auth
 
-from bench.logging_in import kolmogorov_smirnov_p
+from bench.distributions import chance
 from local.fleet import Commands
 from local.layout import Layout
 from local.mesh import Mesh, in_background
@@ -200,7 +200,7 @@ async def test_time_does_not_tell_who_has_an_account(
     count = HASHED if what in {"sign-up", "log-in"} else CHEAP
     for _ in range(SAMPLES):
         times = await sample(has, has_not, count)
-        p = kolmogorov_smirnov_p(*times)
+        p = chance(*times)
         middle = [statistics.median(each) for each in times]
         with capsys.disabled():
             sys.stdout.write(

@@ -1,4 +1,4 @@
-"""Tokens that must be believed, and all the ones that must not (reliability.md A1–A4)."""
+"""Tokens that must be believed, and all those that must not: A1–A4 of tests/abuse/README.md."""
 
 import base64
 import json

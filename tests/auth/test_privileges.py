@@ -1,4 +1,4 @@
-"""What the database itself keeps from the services (reliability.md row 14)."""
+"""What the database itself keeps from the services."""
 
 import asyncpg
 import pytest

@@ -20,6 +20,39 @@ async def create(memories: Stub, caller: Caller, content: str, **fields: Any) ->
     return (await memories.CreateMemory(request, metadata=bearer(caller))).memory
 
 
+async def keep(memories: Stub, caller: Caller, content: str, **fields: Any) -> pb.Memory:
+    """Create a memory of the short term."""
+    return await create(memories, caller, content, tier=pb.TIER_SHORT_TERM, **fields)
+
+
+async def get(memories: Stub, caller: Caller, memory: pb.Memory) -> pb.Memory:
+    request = pb.GetMemoryRequest(id=memory.id)
+    return (await memories.GetMemory(request, metadata=bearer(caller))).memory
+
+
+async def delete(memories: Stub, caller: Caller, memory: pb.Memory, **fields: Any) -> None:
+    request = pb.DeleteMemoryRequest(id=memory.id, **fields)
+    await memories.DeleteMemory(request, metadata=bearer(caller))
+
+
+async def rate(memories: Stub, caller: Caller, memory: pb.Memory, **fields: Any) -> pb.Memory:
+    request = pb.GiveFeedbackRequest(id=memory.id, **fields)
+    return (await memories.GiveFeedback(request, metadata=bearer(caller))).memory
+
+
+async def listed(memories: Stub, caller: Caller, **fields: Any) -> list[tuple[str, int]]:
+    """Return contents and tiers of the first page of a list."""
+    answer = await memories.ListMemories(pb.ListMemoriesRequest(**fields), metadata=bearer(caller))
+    return [(memory.content, memory.tier) for memory in answer.memories]
+
+
+async def short_term_used(memories: Stub, caller: Caller) -> tuple[int, int]:
+    """Return bytes and number of short-term memories."""
+    answer = await memories.GetUsage(pb.GetUsageRequest(), metadata=bearer(caller))
+    (short,) = (tier for tier in answer.tiers if tier.tier == pb.TIER_SHORT_TERM)
+    return short.used_bytes, short.count
+
+
 async def archive(memories: Stub, caller: Caller, memory: pb.Memory, etag: str = "") -> pb.Memory:
     request = pb.ArchiveMemoryRequest(id=memory.id, etag=etag)
     return (await memories.ArchiveMemory(request, metadata=bearer(caller))).memory

@@ -218,6 +218,11 @@ async def memories(
 
 
 @pytest.fixture
+def promotion(database: Database, short_term: ShortTermStore) -> Promotion:
+    return Promotion(database, short_term)
+
+
+@pytest.fixture
 def meditations(database: Database) -> MeditationStore:
     return MeditationStore(database)
 

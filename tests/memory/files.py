@@ -21,6 +21,9 @@ from tests.conftest import bearer
 from tests.memory.calls import create
 
 PART = 16 * 1024 * 1024
+DATA = b"hello " * 1000
+LARGE = bytes(range(256)) * (PART // 256) + b"and a little more"
+"""A file of two parts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,19 +111,6 @@ async def refusal_of_stream(stream: Stream) -> tuple[str, tuple[str, ...]]:
     return refusal.reason, refusal.fields
 
 
-async def choose(owner: asyncpg.Connection, caller: Caller, weights: tuple[float, ...]) -> None:
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version)
-        VALUES ($1, $2, 'english', 'custom', $3, $4, $5, $6, 1)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        *weights,
-    )
-
-
 async def scores(owner: asyncpg.Connection, caller: Caller) -> list[tuple[Any, ...]]:
     rows = await owner.fetch(
         """

@@ -19,7 +19,7 @@ from server.memory import answers as answers_module
 from server.memory.answers import LARGEST_ANSWER, LIFETIME, MOST_ANSWERS, Answers
 from server.memory.search_store import Versions
 from tests.conftest import FakeClock, bearer, new_caller
-from tests.deciding import write_decision
+from tests.deciding import write_decision, write_settings
 from tests.faults.reach import until
 from tests.memory.calls import Stub, archive, change, create, restore, values_in
 from tests.memory.meanings import MODEL, ask, of, texts, upload
@@ -163,16 +163,7 @@ async def test_changed_settings_count_at_the_next_question(
 ) -> None:
     await create(memories, caller, "tea at four")
     await marked.ask(caller, "tea")
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency,
-                              memory_score, freshness, version)
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, 0, 1)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await write_settings(owner, caller, memory_score=1, freshness=0)
     (match,) = (await ask(memories, caller, "tea")).matches
     assert match.score == pytest.approx(1 + 0.25 + 0.1)
 

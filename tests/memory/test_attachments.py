@@ -23,6 +23,8 @@ from tests.conftest import bearer, new_caller
 from tests.deciding import withdraw
 from tests.memory.calls import create
 from tests.memory.files import (
+    DATA,
+    LARGE,
     PART,
     BrokenBlobs,
     Gate,
@@ -36,8 +38,6 @@ from tests.memory.files import (
 )
 from tests.refusals import refusal_of
 
-DATA = b"hello " * 1000
-LARGE = bytes(range(256)) * (PART // 256) + b"and a little more"
 ACTIONS = "SELECT action FROM audit_events WHERE resource = $1 ORDER BY id"
 
 

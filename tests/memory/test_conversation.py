@@ -15,7 +15,8 @@ from server.memory import ranking
 from server.memory.conversation import REACH
 from server.preferences import Language
 from tests.conftest import bearer
-from tests.memory.test_import import in_chunks
+from tests.deciding import write_settings
+from tests.memory.streams import in_chunks
 
 WORDS = ["boat", "harbour", "cello", "recital", "garden", "hazelnut", "letter", "winter", "rope"]
 
@@ -59,16 +60,7 @@ async def test_turn_of_someone_whom_the_question_names_comes_first(
 async def test_weights_that_the_user_chose_decide_the_order(
     memories: rpc.MemoryServiceAsyncStub, caller: Caller, owner: asyncpg.Connection
 ) -> None:
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, speaker,
-                              version)
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 0, 1)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await write_settings(owner, caller, speaker=0)
     for speaker, text in (("Ann", "Sailing, sailing!"), ("Ben", "I like sailing on warm days")):
         await memories.CreateMemory(
             pb.CreateMemoryRequest(memory=pb.Memory(content=text, speaker=speaker)),

@@ -120,7 +120,8 @@ async def test_larger_plan_goes_on_at_once_as_far_as_it_reaches(
     batches, done = await work(embedding, queue)
     assert (batches, bool(done.stopped)) == ([["four"]], True)
     assert await used(billing, chooser) == [Usage(embeddings=4)]
-    assert (await billing.plan_of(chooser)).monthly.embeddings == 4
+    budgets = {plan.name: plan.monthly.embeddings for plan in await billing.plans()}
+    assert budgets[(await billing.subscription(chooser)).plan] == 4
 
 
 async def test_budget_that_just_suffices_ends_the_job_without_a_word(

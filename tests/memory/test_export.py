@@ -16,22 +16,10 @@ from server.database import Database
 from tests.conftest import bearer, new_caller
 from tests.deciding import withdraw
 from tests.memory.calls import create
-from tests.memory.test_watch import changes, to_the_end, watching
+from tests.memory.streams import changes, export, to_the_end, watching
 from tests.refusals import refusal_of
 
 ALL_TIERS = (pb.TIER_SHORT_TERM, pb.TIER_LONG_TERM, pb.TIER_PERMANENT)
-
-
-async def export(
-    memories: rpc.MemoryServiceAsyncStub,
-    caller: Caller,
-    tier: pb.Tier.ValueType = pb.TIER_UNSPECIFIED,
-) -> tuple[list[pb.Memory], pb.ExportEnd]:
-    stream = memories.ExportMemories(pb.ExportMemoriesRequest(tier=tier), metadata=bearer(caller))
-    *parts, last = [response async for response in stream]
-    assert last.HasField("end")
-    assert all(part.HasField("memory") for part in parts)
-    return [part.memory for part in parts], last.end
 
 
 async def test_an_export_holds_every_tier_in_order_and_says_what_it_was(

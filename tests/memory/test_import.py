@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import asyncpg
 import grpc
@@ -18,13 +18,9 @@ from server.memory.model import Draft, Source, Tier
 from tests.conftest import bearer, new_caller
 from tests.deciding import withdraw
 from tests.memory.calls import Stub, archive, create
-from tests.mesh import eventually
+from tests.memory.streams import TURNS, imported, in_chunks, stored
 from tests.refusals import refusal_of
 
-TURNS = [
-    pb.Memory(content=f"turn {n}", session_id="talk", session_position=n, speaker="Ann")
-    for n in range(250)
-]
 ID = "import-1"
 
 CREATED, EXISTING, REFUSED, SKIPPED = (
@@ -33,26 +29,6 @@ CREATED, EXISTING, REFUSED, SKIPPED = (
     pb.IMPORT_RESULT_REFUSED,
     pb.IMPORT_RESULT_SKIPPED,
 )
-
-
-async def in_chunks(
-    memories: Sequence[pb.Memory], size: int, *, start: int = 0, request_id: str = ""
-) -> AsyncIterator[pb.ImportMemoriesRequest]:
-    """Yield memories in chunks; only the first one says what import it is of."""
-    for first in range(start, len(memories), size):
-        yield pb.ImportMemoriesRequest(
-            first_index=first,
-            memories=memories[first : first + size],
-            request_id=request_id if first == start else "",
-        )
-
-
-async def imported(
-    stub: Stub, caller: Caller, memories: Sequence[pb.Memory], size: int = 100, **resume: str
-) -> pb.ImportMemoriesResponse:
-    return await stub.ImportMemories(
-        in_chunks(memories, size, request_id=resume.get("request_id", "")), metadata=bearer(caller)
-    )
 
 
 async def progress(stub: Stub, caller: Caller, request_id: str = ID) -> tuple[int, ...]:
@@ -68,13 +44,6 @@ async def progress(stub: Stub, caller: Caller, request_id: str = ID) -> tuple[in
 async def texts(owner: asyncpg.Connection, caller: Caller) -> list[str]:
     rows = await owner.fetch("SELECT content FROM memories WHERE user_id = $1", caller.user_id)
     return sorted(row["content"] for row in rows)
-
-
-async def stored(owner: asyncpg.Connection, expected: int) -> None:
-    """Wait until so many memories are stored."""
-    await eventually(
-        lambda: owner.fetchval("SELECT count(*) FROM memories"), lambda count: count == expected
-    )
 
 
 # --- what is stored ----------------------------------------------------------------------------

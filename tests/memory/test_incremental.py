@@ -14,8 +14,9 @@ from server.database import Database
 from server.memory.meditation_store import Meditation, MeditationStore
 from server.memory.score_batches import MOVED
 from tests.conftest import bearer
+from tests.deciding import write_weights
 from tests.memory.calls import Stub, create
-from tests.memory.scoring_calls import choose, scoring_stream
+from tests.memory.scoring_calls import scoring_stream
 from tests.remembering import remember
 
 
@@ -116,7 +117,7 @@ async def test_dry_run_tells_and_changes_nothing(
 ) -> None:
     for n in range(4):
         await create(memories, caller, f"text {n}")
-    await choose(owner, caller, (0.4, 0.3, 0.2, 0.1))
+    await write_weights(owner, caller, (0.4, 0.3, 0.2, 0.1))
     size = await owner.fetchval("SELECT sum(size_bytes) FROM memories")
     await owner.execute("UPDATE settings SET long_term_bytes = $1", size - 1)
     before = await everything(owner)
@@ -139,7 +140,7 @@ async def test_dry_run_foretells_the_run_that_follows(
 ) -> None:
     for n in range(10):
         await create(memories, caller, f"text {n}")
-    await choose(owner, caller, (0.4, 0.3, 0.2, 0.1))
+    await write_weights(owner, caller, (0.4, 0.3, 0.2, 0.1))
     await owner.execute("UPDATE settings SET long_term_bytes = 30")
     told = await meditate(scoring, meditations, caller, 0.5, dry_run=True)
     done = await meditate(scoring, meditations, caller, 0.5)

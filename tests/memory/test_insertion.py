@@ -16,7 +16,7 @@ from server.memory.model import Draft, Source, Tier
 from server.memory.store import MemoryStore
 from server.preferences import Language
 from tests.conftest import FakeClock, data_keys_of, new_caller
-from tests.deciding import write_decision
+from tests.deciding import write_decision, write_settings
 
 
 class OneStatementOnly(Database):
@@ -120,15 +120,7 @@ async def test_what_does_not_fit_is_refused_and_leaves_nothing(
 async def test_language_is_learned_from_the_first_transaction(
     at_once: AtOnce, caller: Caller, clock: FakeClock, owner: asyncpg.Connection
 ) -> None:
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version)
-        VALUES ($1, $2, 'german', 'balanced', 0.4, 0.3, 0.2, 0.1, 1)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await write_settings(owner, caller, language="german")
     assert await at_once.create(caller, draft("Häuser"), "", clock()) is None
     at_once.learn(caller, Language.GERMAN)
     assert await at_once.create(caller, draft("Häuser"), "", clock())
@@ -137,16 +129,7 @@ async def test_language_is_learned_from_the_first_transaction(
 async def test_users_who_want_vectors_are_left_to_the_transaction(
     at_once: AtOnce, database: Database, caller: Caller, clock: FakeClock, owner: asyncpg.Connection
 ) -> None:
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version,
-                              embedding_model)
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, 'a model')
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await write_settings(owner, caller, embedding_model="a model")
     await write_decision(database, caller, "memory.embed", granted=True)
     assert await at_once.create(caller, draft(), "", clock()) is None
 

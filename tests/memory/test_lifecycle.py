@@ -17,6 +17,7 @@ from kimberly.memory.v1 import memory_pb2 as pb
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import FakeClock, bearer, new_caller
+from tests.deciding import write_settings
 from tests.memory.calls import Stub, archive, create, restore
 from tests.refusals import refusal_of
 
@@ -54,16 +55,7 @@ async def test_archived_memory_can_be_restored_for_thirty_days_or_as_the_user_ch
 ) -> None:
     first = await archive(memories, caller, await create(memories, caller, "one"))
     assert lasts(first) == dt.timedelta(days=30)
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version,
-                              archive_grace_days)
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, 7)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await write_settings(owner, caller, archive_grace_days=7)
     second = await archive(memories, caller, await create(memories, caller, "two"))
     assert lasts(second) == dt.timedelta(days=7)
 

@@ -20,7 +20,7 @@ from server.database import SystemDatabase
 from tests.conftest import bearer
 from tests.memory.calls import Stub, change, create
 from tests.memory.files import announce, complete, upload
-from tests.memory.test_import import TURNS, in_chunks, stored
+from tests.memory.streams import TURNS, in_chunks, stored
 from tests.refusals import refusal_of
 
 

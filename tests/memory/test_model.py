@@ -30,7 +30,7 @@ from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.memory.retention_store import RetentionStore
 from tests.conftest import FakeClock, bearer, new_caller
-from tests.deciding import write_decision
+from tests.deciding import write_decision, write_settings
 from tests.memory.acts import Act, acts, changing, creating, drafts, people
 from tests.memory.calls import Stub
 from tests.memory.model_of_memories import (
@@ -219,21 +219,9 @@ class Story(RuleBasedStateMachine):
         return [Person(caller) for caller in (callers[0], colleague, *callers[1:])]
 
     async def _choose(self, person: Person, *chosen: int | None) -> None:
-        await self.world.owner.execute(
-            """
-            INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                                  emotional_weight, predictive_value, recency_frequency, version,
-                                  long_term_bytes, permanent_bytes, long_term_days,
-                                  archive_grace_days)
-            VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, $3, $4, $5, $6)
-                ON CONFLICT (user_id, tenant_id) DO UPDATE
-               SET long_term_bytes = $3, permanent_bytes = $4, long_term_days = $5,
-                   archive_grace_days = $6
-            """,
-            person.caller.tenant_id,
-            person.caller.user_id,
-            *chosen,
-        )
+        columns = ("long_term_bytes", "permanent_bytes", "long_term_days", "archive_grace_days")
+        named = dict(zip(columns, chosen, strict=True))
+        await write_settings(self.world.owner, person.caller, **named)
 
     async def _keep_house(self) -> None:
         """Let two sweepers at once do what is due."""

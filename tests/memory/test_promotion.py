@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import asyncpg
 import grpc
-import numpy as np
 import pytest
 import pytest_asyncio
 from google.protobuf.field_mask_pb2 import FieldMask
-from kimberly.maintenance.v1 import maintenance_pb2 as maintenance
-from kimberly.maintenance.v1 import maintenance_pb2_grpc as maintenance_rpc
 from kimberly.memory.v1 import memory_pb2 as pb
 
 from server import ids
 from server.cache import KEY_PREFIX, Redis
 from server.caller import Caller
 from server.database import Database
-from server.memory.earning import fresh_score, has_earned
 from server.memory.embedding_search import EmbeddingSearch
-from server.memory.model import Change, Filter, Memory, Source, Tier
+from server.memory.model import Change, Filter, Tier
 from server.memory.promotion import Promotion
 from server.memory.questions import Question
 from server.memory.retrieval import Answer, Retrieval
@@ -33,53 +28,29 @@ from server.memory.search_store import SearchStore, Words
 from server.memory.sensitive import Opener
 from server.memory.shared_store import SharedStore
 from server.memory.short_term import Remembered, ShortTermStore
-from server.memory.short_term_bodies import Kept
-from server.preferences import PRESETS, USUAL_WEIGHTS, ScoringPreset
-from tests.conftest import FakeClock, as_worker, bearer, data_keys_of, new_caller
-from tests.deciding import withdraw
-from tests.memory.calls import Stub, archive, change, create, versions
+from tests.conftest import FakeClock, bearer, data_keys_of
+from tests.deciding import write_settings
+from tests.memory.calls import (
+    Stub,
+    archive,
+    change,
+    create,
+    delete,
+    get,
+    keep,
+    listed,
+    rate,
+    versions,
+)
 from tests.refusals import refusal_of
-from workers import scoring
-from workers.promotion import PROMOTE, Promoting
-from workers.stream import Task
 
 SHORT, LONG, PERMANENT = pb.TIER_SHORT_TERM, pb.TIER_LONG_TERM, pb.TIER_PERMANENT
-TASK = Task("job_1", 1, PROMOTE, {}, 1)
-
-
-async def keep(memories: Stub, caller: Caller, content: str, **fields: Any) -> pb.Memory:
-    return await create(memories, caller, content, tier=SHORT, **fields)
-
-
-async def rate(memories: Stub, caller: Caller, memory: pb.Memory, **fields: Any) -> pb.Memory:
-    request = pb.GiveFeedbackRequest(id=memory.id, **fields)
-    return (await memories.GiveFeedback(request, metadata=bearer(caller))).memory
-
-
-async def get(memories: Stub, caller: Caller, memory: pb.Memory) -> pb.Memory:
-    request = pb.GetMemoryRequest(id=memory.id)
-    return (await memories.GetMemory(request, metadata=bearer(caller))).memory
-
-
-async def listed(memories: Stub, caller: Caller, **fields: Any) -> list[tuple[str, int]]:
-    answer = await memories.ListMemories(pb.ListMemoriesRequest(**fields), metadata=bearer(caller))
-    return [(memory.content, memory.tier) for memory in answer.memories]
-
-
-async def delete(memories: Stub, caller: Caller, memory: pb.Memory) -> None:
-    request = pb.DeleteMemoryRequest(id=memory.id)
-    await memories.DeleteMemory(request, metadata=bearer(caller))
 
 
 def copy_of(caller: Caller, memory: pb.Memory) -> str:
     """Return the key of what Redis has of a memory."""
     digits = memory.id.removeprefix("mem_")
     return f"{KEY_PREFIX}{caller.tenant_id.hex}:{caller.user_id.hex}:short:{digits}"
-
-
-@pytest.fixture
-def promotion(database: Database, short_term: ShortTermStore) -> Promotion:
-    return Promotion(database, short_term)
 
 
 # --- by its user
@@ -180,24 +151,10 @@ async def test_what_does_not_fit_stays_short_term(
     memories: Stub, caller: Caller, owner: asyncpg.Connection
 ) -> None:
     memory = await keep(memories, caller, "x" * 121)
-    await choose(owner, caller, long_term_bytes=100)
+    await write_settings(owner, caller, long_term_bytes=100)
     refused = await refusal_of(change(memories, caller, memory, tier=LONG))
     assert refused.reason == "QUOTA_EXCEEDED"
     assert await listed(memories, caller) == [("x" * 121, SHORT)]
-
-
-async def choose(owner: asyncpg.Connection, caller: Caller, **settings: int) -> None:
-    names = "".join(f", {name}" for name in settings)
-    values = "".join(f", {value}" for value in settings.values())
-    await owner.execute(
-        f"""
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version{names})
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1{values})
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
 
 
 # --- crashes between Postgres and Redis
@@ -348,76 +305,6 @@ async def test_writes_and_promotions_at_once_lose_nothing(memories: Stub, caller
         assert (told[0].tier, told[0].feedback) == (LONG, 1)
 
 
-# --- what earns it
-
-
-@pytest.mark.parametrize("preset", list(PRESETS))
-@pytest.mark.parametrize("feedback", [None, 0.2, 0.6, 0.8, 1.0])
-@pytest.mark.parametrize(("use_count", "useful_count"), [(0, 0), (3, 0), (25, 0), (0, 1), (0, 4)])
-def test_score_is_the_scorer_s_of_a_memory_seen_just_now(
-    clock: FakeClock,
-    preset: ScoringPreset,
-    feedback: float | None,
-    use_count: int,
-    useful_count: int,
-) -> None:
-    kept = of(clock, feedback=feedback, use_count=use_count, useful_count=useful_count)
-    nan = np.array([np.nan])
-    signals = scoring.Signals(
-        days_since_last_seen=np.array([0.0]),
-        use_count=np.array([use_count]),
-        retrieved_count=np.array([0]),
-        useful_count=np.array([useful_count]),
-        feedback=nan if feedback is None else np.array([feedback]),
-        sentiment=nan,
-        goal_match=nan,
-        weights=np.array([PRESETS[preset]]),
-    )
-    expected = float(scoring.score(signals).score[0])
-    assert fresh_score(kept, PRESETS[preset]) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("known", "earned"),
-    [
-        ({}, False),
-        ({"feedback": 0.8}, True),
-        ({"feedback": 0.6}, False),
-        ({"useful_count": 1}, True),
-        ({"use_count": 9}, False),
-        ({"use_count": 10}, True),
-        ({"feedback": 0.2, "use_count": 10}, False),
-        ({"is_protected": True}, True),
-    ],
-)
-def test_what_earns_it_by_the_usual_weights(
-    clock: FakeClock, known: dict[str, Any], earned: bool
-) -> None:
-    assert has_earned(of(clock, **known), USUAL_WEIGHTS) is earned
-
-
-def of(clock: FakeClock, useful_count: int = 0, **known: Any) -> Kept:
-    memory = Memory(
-        id=UUID(int=0),
-        tier=Tier.SHORT_TERM,
-        content="tea",
-        tags=(),
-        source=Source.CHAT,
-        session_id="",
-        session_position=None,
-        speaker="",
-        occurred_at=clock.now,
-        size_bytes=3,
-        content_hash=b"",
-        version=1,
-        created_at=clock.now,
-        updated_at=clock.now,
-        last_seen_at=clock.now,
-        use_count=0,
-    )
-    return Kept(replace(memory, **known), useful_count)
-
-
 # --- what is asked meanwhile
 
 
@@ -514,113 +401,3 @@ async def test_nothing_is_looked_at_twice_where_nothing_moved(
         answer = await ask_for_tea(caller, database, durable, short, clock)
         assert sorted(one.memory.content for one in answer.matches) == ["more tea", "tea"]
     assert durable.looks == 2
-
-
-# --- every night
-
-
-async def run(channel: grpc.aio.Channel) -> int:
-    promoting = Promoting(channel, metadata=as_worker(), page_size=50)
-    return int((await promoting.promote(TASK))["promoted"])
-
-
-async def test_nightly_run_promotes_what_has_earned_it_of_every_user(
-    memories: Stub,
-    maintenance_channel: grpc.aio.Channel,
-    database: Database,
-    owner: asyncpg.Connection,
-) -> None:
-    callers = [await new_caller(database) for _ in range(7)]
-    for caller in callers:
-        good = await keep(memories, caller, "good")
-        await keep(memories, caller, "dull")
-        await rate(memories, caller, good, thumbs_up=True)
-    assert await run(maintenance_channel) == 7
-    for caller in callers:
-        assert await listed(memories, caller) == [("dull", SHORT), ("good", LONG)]
-    assert await run(maintenance_channel) == 0
-    actors = await owner.fetch("SELECT actor FROM audit_events WHERE action = 'memory.promote'")
-    assert [row["actor"] for row in actors] == ["system"] * 7
-
-
-async def test_user_who_withdrew_consent_is_passed_over(
-    memories: Stub,
-    maintenance_channel: grpc.aio.Channel,
-    caller: Caller,
-    database: Database,
-    owner: asyncpg.Connection,
-) -> None:
-    other = await new_caller(database)
-    for whose in (caller, other):
-        await rate(memories, whose, await keep(memories, whose, "good"), thumbs_up=True)
-    await withdraw(database, caller)
-    assert await run(maintenance_channel) == 1
-    assert await listed(memories, caller) == [("good", SHORT)]
-    assert await listed(memories, other) == [("good", LONG)]
-
-
-async def test_the_best_are_promoted_as_long_as_there_is_room(
-    memories: Stub, maintenance_channel: grpc.aio.Channel, caller: Caller, owner: asyncpg.Connection
-) -> None:
-    # Long-term memories may overrun by a fifth.
-    await choose(owner, caller, long_term_bytes=100)
-    for content, rating in (("a" * 50, 4), ("b" * 50, 5), ("c" * 60, 4), ("d" * 10, 4)):
-        await rate(memories, caller, await keep(memories, caller, content), rating=rating)
-    assert await run(maintenance_channel) == 3
-    kept = {content[0] for content, tier in await listed(memories, caller) if tier == LONG}
-    assert kept in ({"a", "b", "d"}, {"b", "c", "d"})
-
-
-async def test_text_that_the_long_term_has_counts_there_as_seen(
-    memories: Stub, maintenance_channel: grpc.aio.Channel, caller: Caller
-) -> None:
-    durable = await create(memories, caller, "tea")
-    short = await keep(memories, caller, "tea")
-    await rate(memories, caller, short, rating=5)
-    assert await run(maintenance_channel) == 1
-    assert await listed(memories, caller) == [("tea", LONG)]
-    seen = await get(memories, caller, durable)
-    assert (seen.use_count, seen.feedback) == (1, 1)
-
-
-async def test_exits_are_forgotten_when_no_copy_can_be_left(
-    memories: Stub, maintenance_channel: grpc.aio.Channel, caller: Caller, owner: asyncpg.Connection
-) -> None:
-    for content in ("old", "new"):
-        await delete(memories, caller, await keep(memories, caller, content))
-    await owner.execute(
-        """
-        UPDATE short_term_exits SET left_at = now() - interval '8 days 1 minute'
-         WHERE memory_id = (SELECT min(memory_id::text)::uuid FROM short_term_exits)
-        """
-    )
-    await run(maintenance_channel)
-    assert await owner.fetchval("SELECT count(*) FROM short_term_exits") == 1
-
-
-async def test_only_workers_may_promote_for_others(
-    maintenance_channel: grpc.aio.Channel, caller: Caller
-) -> None:
-    stub = maintenance_rpc.MaintenanceServiceStub(maintenance_channel)
-    request = maintenance.PromoteShortTermRequest()
-    for metadata in (bearer(caller), ()):
-        refused = await refusal_of(stub.PromoteShortTerm(request, metadata=metadata))
-        assert refused.code in (
-            grpc.StatusCode.PERMISSION_DENIED,
-            grpc.StatusCode.UNAUTHENTICATED,
-        )
-    refused = await refusal_of(
-        stub.PromoteShortTerm(
-            maintenance.PromoteShortTermRequest(page_token="x"), metadata=as_worker()
-        )
-    )
-    assert refused.reason == "PAGE_TOKEN_INVALID"
-
-
-async def test_more_than_one_page_is_promoted_in_one_go(
-    memories: Stub, caller: Caller, promotion: Promotion, clock: FakeClock
-) -> None:
-    for number in range(120):
-        await keep(memories, caller, f"tea {number}", protected=True)
-    assert await promotion.promote_earned(caller, clock()) == 120
-    assert await promotion.promote_earned(caller, clock()) == 0

@@ -13,6 +13,7 @@ from kimberly.memory.v1 import memory_pb2 as pb
 
 from server.caller import Caller
 from tests.conftest import bearer
+from tests.deciding import write_settings
 from tests.memory.calls import Stub, archive, change, create, restore
 from tests.refusals import read, refusal_of
 
@@ -180,16 +181,6 @@ async def test_user_may_lower_a_quota_but_not_raise_it(
 ) -> None:
     for chosen, effective in ((5_000, 5_000), (10**12, 2 * KIB * KIB)):
         await owner.execute("DELETE FROM settings")
-        await owner.execute(
-            """
-            INSERT INTO settings (tenant_id, user_id, language, scoring_preset,
-                                  relevance_to_goals, emotional_weight, predictive_value,
-                                  recency_frequency, version, long_term_bytes)
-            VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, $3)
-            """,
-            caller.tenant_id,
-            caller.user_id,
-            chosen,
-        )
+        await write_settings(owner, caller, long_term_bytes=chosen)
         tiers = {tier.tier: tier for tier in (await usage(memories, caller)).tiers}
         assert tiers[pb.TIER_LONG_TERM].limit_bytes == effective

@@ -27,8 +27,8 @@ from server.database import Database
 from server.migrate import migrate, read_migrations
 from server.preferences import Language
 from tests.conftest import FakeClock, as_worker, bearer, new_caller
+from tests.memory.streams import in_chunks
 from tests.memory.test_conversation import assert_terms_are_right, turn
-from tests.memory.test_import import in_chunks
 from tests.refusals import refusal_of
 from tests.users import conftest as of_users
 from tests.users.conftest import Users

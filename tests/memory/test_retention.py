@@ -14,6 +14,7 @@ from server.caller import Caller
 from server.database import Database, SystemDatabase
 from server.memory.retention_store import REQUESTS_KNOWN, RetentionStore
 from tests.conftest import FakeClock, as_worker, bearer, new_caller
+from tests.deciding import write_settings
 from tests.memory.calls import Stub, archive, create, restore
 from workers.housekeeping import SWEEP_MEMORIES, Housekeeping
 from workers.stream import Task
@@ -31,17 +32,7 @@ async def delete_later(memories: Stub, caller: Caller, memory: pb.Memory, second
 
 async def keep_for(owner: asyncpg.Connection, caller: Caller, days: int) -> None:
     """Let a user choose that what is unseen for so many days is archived."""
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version,
-                              long_term_days)
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, $3)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        days,
-    )
+    await write_settings(owner, caller, long_term_days=days)
 
 
 async def kept(owner: asyncpg.Connection) -> dict[str, bool]:

@@ -17,7 +17,7 @@ from server.memory.retrieval_counts import RetrievalCounts
 from server.memory.short_term import ShortTermStore
 from tests.conftest import FakeClock, bearer
 from tests.faults.reach import until
-from tests.memory.calls import Stub, change, create
+from tests.memory.calls import Stub, change, create, keep
 from tests.memory.meanings import ask
 
 
@@ -157,10 +157,6 @@ async def test_counts_that_are_being_written_when_it_ends_are_not_lost(
     with pytest.raises(asyncio.CancelledError):
         await running
     assert await counted(owner) == {"tea at four": 2}
-
-
-async def keep(memories: Stub, caller: Caller, content: str) -> pb.Memory:
-    return await create(memories, caller, content, tier=pb.TIER_SHORT_TERM)
 
 
 async def test_counts_of_short_term_memories_go_along_with_their_promotion(

@@ -12,8 +12,8 @@ from server.database import Database, SystemDatabase
 from server.memory.meditation_store import MeditationStore
 from server.memory.scoring_store import ScoringStore
 from tests.conftest import new_caller
+from tests.deciding import write_weights
 from tests.memory.scoring_calls import (
-    choose,
     scoring_stream,
 )
 from tests.remembering import remember
@@ -72,10 +72,10 @@ async def test_batch_holds_the_weights_of_each_memory_s_user(
     for caller in callers:
         await remember(database, caller, "a", "b")
     own = (0.0, 0.25, 0.25, 0.5)
-    await choose(owner, callers[1], own)
-    await choose(owner, callers[3], own[::-1])
+    await write_weights(owner, callers[1], own)
+    await write_weights(owner, callers[3], own[::-1])
     # Weights of the same user in another tenant are somebody else's.
-    await choose(owner, Caller(ids.new_id(), callers[2].user_id), own)
+    await write_weights(owner, Caller(ids.new_id(), callers[2].user_id), own)
     meditation_id, _ = await ScoringStore(system_database, shards=1).plan_all(ids.new_id())
     async with scoring_stream(scoring) as stream:
         await stream.open(meditation_id, size=100)

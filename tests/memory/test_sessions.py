@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC
-from typing import Any
 
 import asyncpg
 import grpc
@@ -19,8 +18,8 @@ from server.cache import KEY_PREFIX, Redis
 from server.caller import Caller
 from server.database import Database
 from tests.conftest import FakeClock, bearer, new_caller
-from tests.deciding import withdraw
-from tests.memory.calls import Stub, change, create
+from tests.deciding import withdraw, write_settings, write_weights
+from tests.memory.calls import Stub, change, create, rate
 from tests.refusals import refusal_of
 
 ALL, NONE, EARNED = pb.SESSION_KEEP_ALL, pb.SESSION_KEEP_NONE, pb.SESSION_KEEP_EARNED
@@ -43,11 +42,6 @@ async def end(
 ) -> pb.EndSessionResponse:
     request = pb.EndSessionRequest(session_id=session, keep=keep)
     return await memories.EndSession(request, metadata=bearer(caller))
-
-
-async def rate(memories: Stub, caller: Caller, memory: pb.Memory, **fields: Any) -> None:
-    request = pb.GiveFeedbackRequest(id=memory.id, **fields)
-    await memories.GiveFeedback(request, metadata=bearer(caller))
 
 
 async def tiers(memories: Stub, caller: Caller) -> Mapping[str, int]:
@@ -173,16 +167,7 @@ async def test_bad_turns_are_refused_with_the_field_at_fault(
 async def test_turns_that_do_not_all_fit_are_all_refused(
     memories: Stub, caller: Caller, owner: asyncpg.Connection
 ) -> None:
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version,
-                              short_term_bytes)
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, 100)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await write_settings(owner, caller, short_term_bytes=100)
     refused = await refusal_of(append(memories, caller, "a" * 60, "b" * 41))
     assert refused.reason == "QUOTA_EXCEEDED"
     assert await tiers(memories, caller) == {}
@@ -397,16 +382,7 @@ async def test_what_does_not_fit_into_the_long_term_stays_for_the_next_try(
     memories: Stub, caller: Caller, owner: asyncpg.Connection
 ) -> None:
     await append(memories, caller, "a" * 60, "b" * 61)
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version,
-                              long_term_bytes)
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, 100)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-    )
+    await write_settings(owner, caller, long_term_bytes=100)
     assert (await refusal_of(end(memories, caller, ALL))).reason == "QUOTA_EXCEEDED"
     assert set((await tiers(memories, caller)).values()) == {pb.TIER_SHORT_TERM}
     await owner.execute("UPDATE settings SET long_term_bytes = NULL")
@@ -514,16 +490,7 @@ async def refuse_events(owner: asyncpg.Connection, action: str) -> None:
 async def test_what_earns_it_depends_on_the_user_s_weights(
     memories: Stub, caller: Caller, owner: asyncpg.Connection, preset: tuple[float, ...]
 ) -> None:
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version)
-        VALUES ($1, $2, 'english', 'custom', $3, $4, $5, $6, 1)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        *preset,
-    )
+    await write_weights(owner, caller, preset)
     good, useful = await append(memories, caller, "good", "useful")
     await rate(memories, caller, good, thumbs_up=True)
     await rate(memories, caller, useful, useful=True)

@@ -29,8 +29,8 @@ from server.memory.short_term_bodies import body_of
 from server.memory.short_term_cache import Snapshot, Snapshots
 from server.preferences import Language
 from tests.conftest import FakeClock, bearer, new_caller
-from tests.deciding import withdraw
-from tests.memory.calls import Stub, change, create, versions
+from tests.deciding import withdraw, write_settings
+from tests.memory.calls import Stub, change, delete, get, keep, short_term_used, versions
 from tests.refusals import refusal_of
 
 SHORT = pb.TIER_SHORT_TERM
@@ -53,31 +53,10 @@ def key(caller: Caller, name: str) -> str:
     return f"{KEY_PREFIX}{caller.tenant_id.hex}:{caller.user_id.hex}:{name}"
 
 
-async def keep(memories: Stub, caller: Caller, content: str, **fields: Any) -> pb.Memory:
-    return await create(memories, caller, content, tier=SHORT, **fields)
-
-
-async def get(memories: Stub, caller: Caller, memory: pb.Memory) -> pb.Memory:
-    request = pb.GetMemoryRequest(id=memory.id)
-    return (await memories.GetMemory(request, metadata=bearer(caller))).memory
-
-
 async def listed(memories: Stub, caller: Caller, **fields: Any) -> list[str]:
     request = pb.ListMemoriesRequest(**fields)
     answer = await memories.ListMemories(request, metadata=bearer(caller))
     return [memory.content for memory in answer.memories]
-
-
-async def delete(memories: Stub, caller: Caller, memory: pb.Memory, **fields: Any) -> None:
-    request = pb.DeleteMemoryRequest(id=memory.id, **fields)
-    await memories.DeleteMemory(request, metadata=bearer(caller))
-
-
-async def used(memories: Stub, caller: Caller) -> tuple[int, int]:
-    """Return bytes and number of short-term memories."""
-    answer = await memories.GetUsage(pb.GetUsageRequest(), metadata=bearer(caller))
-    (short,) = (tier for tier in answer.tiers if tier.tier == SHORT)
-    return short.used_bytes, short.count
 
 
 # --- everything a memory has
@@ -127,9 +106,9 @@ async def test_memory_that_an_earlier_release_wrote_is_read(
     old = await get(memories, caller, memory)
     assert (old.content, old.scope, old.consent_version) == ("tea", pb.SCOPE_PRIVATE, 0)
     assert (await change(memories, caller, memory, content="green tea")).version == 2
-    assert await used(memories, caller) == (len("green tea"), 1)
+    assert await short_term_used(memories, caller) == (len("green tea"), 1)
     await delete(memories, caller, memory)
-    assert await used(memories, caller) == (0, 0)
+    assert await short_term_used(memories, caller) == (0, 0)
 
 
 async def test_what_is_sensitive_never_reaches_redis(
@@ -296,7 +275,7 @@ async def test_without_consent_nothing_is_changed_or_rated_and_all_can_be_delete
     ):
         assert (await refusal_of(call)).reason == "CONSENT_MISSING"
     await delete(memories, caller, memory)
-    assert await used(memories, caller) == (0, 0)
+    assert await short_term_used(memories, caller) == (0, 0)
 
 
 # --- quota
@@ -304,16 +283,16 @@ async def test_without_consent_nothing_is_changed_or_rated_and_all_can_be_delete
 
 async def test_usage_follows_every_change(memories: Stub, caller: Caller) -> None:
     memory = await keep(memories, caller, "żółw", tags=["ab"])
-    assert await used(memories, caller) == (9, 1)
+    assert await short_term_used(memories, caller) == (9, 1)
     await keep(memories, caller, "żółw", tags=["ab"])
-    assert await used(memories, caller) == (9, 1)
+    assert await short_term_used(memories, caller) == (9, 1)
     await change(memories, caller, memory, content="12345")
-    assert await used(memories, caller) == (7, 1)
+    assert await short_term_used(memories, caller) == (7, 1)
     other = await keep(memories, caller, "abc")
-    assert await used(memories, caller) == (10, 2)
+    assert await short_term_used(memories, caller) == (10, 2)
     await delete(memories, caller, memory)
     await delete(memories, caller, other)
-    assert await used(memories, caller) == (0, 0)
+    assert await short_term_used(memories, caller) == (0, 0)
 
 
 async def test_what_does_not_fit_is_refused_with_used_limit_and_advice(
@@ -334,7 +313,7 @@ async def test_what_does_not_fit_is_refused_with_used_limit_and_advice(
     await limit(owner, 50)
     # What is there already may shrink, however full it is.
     await change(memories, caller, memory, content="w" * 89)
-    assert await used(memories, caller) == (99, 2)
+    assert await short_term_used(memories, caller) == (99, 2)
 
 
 async def test_of_writers_at_once_exactly_those_who_fit_are_served(
@@ -345,7 +324,7 @@ async def test_of_writers_at_once_exactly_those_who_fit_are_served(
         *(keep(memories, caller, f"{number:010}") for number in range(40)), return_exceptions=True
     )
     assert sum(isinstance(answer, pb.Memory) for answer in answers) == 10
-    assert await used(memories, caller) == (100, 10)
+    assert await short_term_used(memories, caller) == (100, 10)
 
 
 async def test_shares_of_the_quota_are_told_to_the_audit_log_once(
@@ -404,10 +383,10 @@ async def test_what_expires_by_itself_makes_room_again(
     for round_of in range(3):
         memory = await keep(memories, caller, f"{round_of}" * 60)
         await change(memories, caller, memory, content=f"{round_of}" * 70)
-        assert await used(memories, caller) == (90, 2)
+        assert await short_term_used(memories, caller) == (90, 2)
         await expired(memory)
         assert await listed(memories, caller) == ["x" * 20]
-    assert await used(memories, caller) == (20, 1)
+    assert await short_term_used(memories, caller) == (20, 1)
     sizes = await redis.hgetall(key(caller, "short-sizes"))
     assert sorted(sizes.values()) == [b"0", b"20", b"20"]
 
@@ -416,12 +395,12 @@ async def test_a_shorter_life_that_was_chosen_later_takes_nothing_from_the_other
     memories: Stub, caller: Caller, owner: asyncpg.Connection, redis: Redis
 ) -> None:
     first = await keep(memories, caller, "for a day")
-    await choose_hours(owner, caller, 1)
+    await write_settings(owner, caller, short_term_hours=1)
     second = await keep(memories, caller, "for an hour")
     day = first.expire_time.ToMilliseconds()
     for name in ("shorts", "short-sizes"):
         assert await redis.pexpiretime(key(caller, name)) == day
-    await choose_hours(owner, caller, 168)
+    await write_settings(owner, caller, short_term_hours=168)
     third = await keep(memories, caller, "for a week")
     now = datetime.now(UTC)
     hours = [
@@ -433,21 +412,6 @@ async def test_a_shorter_life_that_was_chosen_later_takes_nothing_from_the_other
     for name in ("shorts", "short-sizes"):
         assert await redis.pexpiretime(key(caller, name)) == week
     assert await redis.pttl(key(caller, "shorts-version")) > 7 * 86_400_000
-
-
-async def choose_hours(owner: asyncpg.Connection, caller: Caller, hours: int) -> None:
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version,
-                              short_term_hours)
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, $3)
-            ON CONFLICT (user_id, tenant_id) DO UPDATE SET short_term_hours = $3
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        hours,
-    )
 
 
 # --- the version of it all
@@ -478,7 +442,7 @@ async def test_every_write_brings_another_version_and_reading_none(
     seen.append(await version())
     assert sorted(set(seen)) == seen
     await listed(memories, caller)
-    await used(memories, caller)
+    await short_term_used(memories, caller)
     assert await version() == seen[-1]
 
 

@@ -33,7 +33,7 @@ from server.caller import Caller
 from server.database import Database
 from tests.conftest import bearer
 from tests.deciding import write_decision
-from tests.memory.calls import Stub, change, create
+from tests.memory.calls import Stub, change, create, keep, listed, short_term_used
 from tests.memory.meanings import of, upload
 from tests.refusals import Refusal, refusal_of
 
@@ -100,10 +100,6 @@ async def redis(doomed: Doomed) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-async def keep(memories: Stub, caller: Caller, content: str, **fields: Any) -> pb.Memory:
-    return await create(memories, caller, content, tier=SHORT, **fields)
-
-
 async def say(memories: Stub, caller: Caller, *said: str, request_id: str = "") -> list[pb.Memory]:
     turns = [pb.SessionTurn(content=text) for text in said]
     request = pb.AppendToSessionRequest(session_id="s", turns=turns, request_id=request_id)
@@ -115,22 +111,10 @@ async def end(memories: Stub, caller: Caller) -> pb.EndSessionResponse:
     return await memories.EndSession(request, metadata=bearer(caller))
 
 
-async def listed(memories: Stub, caller: Caller, tier: int = 0) -> list[tuple[str, int]]:
-    request = pb.ListMemoriesRequest(tier=tier)  # type: ignore[arg-type]
-    answer = await memories.ListMemories(request, metadata=bearer(caller))
-    return [(memory.content, memory.tier) for memory in answer.memories]
-
-
 async def found(memories: Stub, caller: Caller, *tiers: pb.Tier.ValueType) -> list[str]:
     request = pb.QueryMemoriesRequest(query="kiwi", tiers=tiers)
     answer = await memories.QueryMemories(request, metadata=bearer(caller))
     return sorted(match.memory.content for match in answer.matches)
-
-
-async def used(memories: Stub, caller: Caller) -> tuple[int, int]:
-    answer = await memories.GetUsage(pb.GetUsageRequest(), metadata=bearer(caller))
-    (short,) = (tier for tier in answer.tiers if tier.tier == SHORT)
-    return short.used_bytes, short.count
 
 
 async def fsynced(doomed: Doomed) -> None:
@@ -149,11 +133,11 @@ async def test_what_is_a_second_old_outlives_a_crash(
     memory = await keep(memories, caller, "kiwi", tags=["a"])
     await change(memories, caller, memory, content="kiwis")
     turns = await say(memories, caller, "one", "two")
-    before = await listed(memories, caller), await used(memories, caller)
+    before = await listed(memories, caller), await short_term_used(memories, caller)
     await fsynced(doomed)
     await doomed.kill()
     await doomed.process.wait_ready()
-    assert (await listed(memories, caller), await used(memories, caller)) == before
+    assert (await listed(memories, caller), await short_term_used(memories, caller)) == before
     assert await found(memories, caller) == ["kiwis"]
     told = await memories.ListMemoryVersions(
         pb.ListMemoryVersionsRequest(id=memory.id), metadata=bearer(caller)
@@ -179,7 +163,7 @@ async def test_crash_in_the_middle_of_an_end_leaves_nothing_twice_and_nothing_ou
     answer = await end(memories, caller)
     assert (answer.promoted, answer.dropped) == (3, 0)
     assert await listed(memories, caller) == [("three", LONG), ("two", LONG), ("one", LONG)]
-    assert await used(memories, caller) == (0, 0)
+    assert await short_term_used(memories, caller) == (0, 0)
 
 
 async def started(call: Awaitable[Any], connection: Any) -> Any:
@@ -217,7 +201,7 @@ async def test_flushall_takes_only_the_short_term(
     await doomed.operator.flushall()
     assert await found(memories, caller) == durable
     assert sorted(content for content, _ in await listed(memories, caller)) == durable
-    assert await used(memories, caller) == (0, 0)
+    assert await short_term_used(memories, caller) == (0, 0)
     gone = memories.GetMemory(pb.GetMemoryRequest(id=lost.id), metadata=bearer(caller))
     assert (await refusal_of(gone)).code is grpc.StatusCode.NOT_FOUND
     # A retry does not pretend that what it made is there.
@@ -236,7 +220,7 @@ async def test_full_store_refuses_whole_writes_and_lets_go_of_what_is_deleted(
 ) -> None:
     memory = await keep(memories, caller, "kiwi")
     await say(memories, caller, "kiwi one", "kiwi two")
-    before = await listed(memories, caller), await used(memories, caller)
+    before = await listed(memories, caller), await short_term_used(memories, caller)
     keys = await state(doomed)
     await doomed.operator.config_set("maxmemory", 1)
     try:
@@ -251,13 +235,13 @@ async def test_full_store_refuses_whole_writes_and_lets_go_of_what_is_deleted(
         ):
             assert_unavailable(await refusal_of(call))
         assert await state(doomed) == keys
-        assert (await listed(memories, caller), await used(memories, caller)) == before
+        assert (await listed(memories, caller), await short_term_used(memories, caller)) == before
         assert len(await found(memories, caller)) == 3
         await create(memories, caller, "kiwi tea")
         request = pb.DeleteMemoryRequest(id=memory.id)
         await memories.DeleteMemory(request, metadata=bearer(caller))
         assert (await end(memories, caller)).promoted == 2
-        assert await used(memories, caller) == (0, 0)
+        assert await short_term_used(memories, caller) == (0, 0)
     finally:
         await doomed.operator.config_set("maxmemory", "256mb")
     assert (await keep(memories, caller, "kiwi")).tier == SHORT
@@ -298,7 +282,7 @@ async def test_without_redis_durable_memories_are_written_read_found_and_listed(
         answer = await memories.QueryMemories(everything, metadata=bearer(caller))
         assert answer.short_term_late
         assert len(answer.matches) == 2
-        assert await listed(memories, caller, LONG) == [("kiwi tea", LONG), ("kiwi pie", LONG)]
+        assert await listed(memories, caller, tier=LONG) == [("kiwi tea", LONG), ("kiwi pie", LONG)]
         for call in (
             keep(memories, caller, "kiwi two"),
             change(memories, caller, short, content="kiwi two"),
@@ -308,7 +292,7 @@ async def test_without_redis_durable_memories_are_written_read_found_and_listed(
             end(memories, caller),
             found(memories, caller, SHORT),
             listed(memories, caller),
-            used(memories, caller),
+            short_term_used(memories, caller),
         ):
             assert_unavailable(await refusal_of(call))
     finally:

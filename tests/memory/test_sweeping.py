@@ -24,6 +24,8 @@ from server.memory.sweeping import Sweep
 from tests.conftest import FakeClock, Serve, as_worker, bearer, new_caller
 from tests.memory.conftest import URL_LIFETIME
 from tests.memory.files import (
+    DATA,
+    LARGE,
     BrokenBlobs,
     announce,
     attach,
@@ -33,12 +35,10 @@ from tests.memory.files import (
     left_of,
     upload,
 )
-from tests.memory.test_attachments import LARGE
 from tests.refusals import refusal_of
 from workers.housekeeping import Housekeeping
 from workers.stream import Task
 
-DATA = b"hello " * 1000
 HOUR = timedelta(hours=1)
 LATER = 3 * HOUR
 """Later than any margin after what a test does now."""

@@ -21,7 +21,7 @@ from server.memory.meditation_store import Meditation, MeditationStore
 from server.memory.scoring_store import ScoringStore
 from server.memory.tidying import Tidying
 from tests.conftest import FakeClock, bearer, new_caller
-from tests.deciding import withdraw
+from tests.deciding import withdraw, write_settings
 from tests.memory.calls import Stub, archive, create, restore
 from tests.memory.scoring_calls import scoring_stream
 from tests.refusals import refusal_of
@@ -36,19 +36,8 @@ def text(n: int) -> str:
 
 async def quota(owner: asyncpg.Connection, caller: Caller, memories: int) -> None:
     """Let a user choose quotas for so many memories."""
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version,
-                              long_term_bytes, permanent_bytes)
-        VALUES ($1, $2, 'english', 'balanced', 0.4, 0.3, 0.2, 0.1, 1, $3, $3)
-            ON CONFLICT (user_id, tenant_id) DO UPDATE
-           SET long_term_bytes = $3, permanent_bytes = $3
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        memories * SIZE,
-    )
+    size = memories * SIZE
+    await write_settings(owner, caller, long_term_bytes=size, permanent_bytes=size)
 
 
 async def score(owner: asyncpg.Connection, caller: Caller, scores: dict[int, float]) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import grpc
 import pytest
@@ -26,59 +23,11 @@ from tests.conftest import bearer, new_caller
 from tests.deciding import withdraw
 from tests.faults.reach import until
 from tests.memory.calls import create
+from tests.memory.streams import caught_up, changes, next_of, to_the_end, watching
 from tests.refusals import refusal_of
-
-Stream: TypeAlias = "grpc.aio.UnaryStreamCall[pb.WatchMemoriesRequest, pb.WatchMemoriesResponse]"
 
 NO_CHANGES = {"memory.agent_access", "memory.embed", "memory.export", "memory.store"}
 """Words about memories that the watchers need not hear: consents, vectors, and who reads."""
-
-
-@asynccontextmanager
-async def watching(
-    memories: rpc.MemoryServiceAsyncStub,
-    caller: Caller,
-    cursor: str = "",
-    *,
-    include_memories: bool = False,
-) -> AsyncIterator[Stream]:
-    request = pb.WatchMemoriesRequest(cursor=cursor, include_memories=include_memories)
-    stream = memories.WatchMemories(request, metadata=bearer(caller), timeout=60)
-    try:
-        yield stream
-    finally:
-        stream.cancel()
-
-
-async def next_of(stream: Stream) -> pb.WatchMemoriesResponse:
-    async with asyncio.timeout(30):
-        response: Any = await stream.read()
-    assert isinstance(response, pb.WatchMemoriesResponse)
-    return response
-
-
-async def to_the_end(stream: Any, found: list[Any]) -> None:
-    """Read what is left into a list, until the stream ends."""
-    # What marks the end of a stream is false.
-    while response := await stream.read():
-        found.append(response)
-
-
-async def caught_up(stream: Stream) -> str:
-    """Read the mark that nothing is left, and return its cursor."""
-    response = await next_of(stream)
-    assert response.HasField("caught_up"), response
-    return response.cursor
-
-
-async def changes(stream: Stream, count: int) -> list[pb.WatchMemoriesResponse]:
-    """Read so many changes; the marks between them do not count."""
-    found: list[pb.WatchMemoriesResponse] = []
-    while len(found) < count:
-        response = await next_of(stream)
-        if response.HasField("change"):
-            found.append(response)
-    return found
 
 
 @pytest.mark.parametrize("tier", [pb.TIER_LONG_TERM, pb.TIER_SHORT_TERM])

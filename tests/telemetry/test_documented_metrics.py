@@ -8,8 +8,8 @@ from pathlib import Path
 from local.layout import CHECKOUT
 from server.backup.run_store import GAUGES
 
-KINDS = {"Counter": "_total", "Gauge": "", "Histogram": ""}
-"""What Prometheus adds to the name of each."""
+KIND = re.compile(r"\w*(Counter|Gauge|Histogram)")
+"""Prometheus's own kinds, and ours that are made of them."""
 
 
 def measured() -> set[str]:
@@ -22,8 +22,9 @@ def names_in(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             match node.func.id, node.args:
-                case str(kind), [ast.Constant(value=str(name)), *_] if kind in KINDS:
-                    yield name + KINDS[kind]
+                case str(made_by), [ast.Constant(value=str(name)), *_]:
+                    if kind := KIND.fullmatch(made_by):
+                        yield f"{name}_total" if kind[1] == "Counter" else name
 
 
 def documented() -> set[str]:

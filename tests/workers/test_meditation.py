@@ -23,6 +23,7 @@ from server.memory.meditation_store import MeditationState, MeditationStore
 from server.memory.scoring_store import ScoringStore
 from server.preferences import PRESETS, USUAL_WEIGHTS
 from tests.conftest import as_worker, new_caller
+from tests.deciding import write_weights
 from tests.remembering import remember
 from tests.workers.conftest import Mesh, let_lapse, meditating, until
 from tests.workers.test_scoring import Memory, reference
@@ -35,17 +36,7 @@ async def chooses(
     owner: asyncpg.Connection, caller: Caller, preset: str, weights: tuple[float, ...]
 ) -> Caller:
     """Choose scoring weights, past the user service."""
-    await owner.execute(
-        """
-        INSERT INTO settings (tenant_id, user_id, language, scoring_preset, relevance_to_goals,
-                              emotional_weight, predictive_value, recency_frequency, version)
-        VALUES ($1, $2, 'english', $3, $4, $5, $6, $7, 1)
-        """,
-        caller.tenant_id,
-        caller.user_id,
-        preset,
-        *weights,
-    )
+    await write_weights(owner, caller, weights, preset)
     return caller
 
 

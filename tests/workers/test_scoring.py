@@ -27,7 +27,7 @@ class Memory:
 
 
 def reference(memory: Memory) -> tuple[float, float, float, float, float]:
-    """Score one memory as product.md says it."""
+    """Score one memory by the formulas as they are written, a number at a time."""
     relevance = 0.5 if math.isnan(memory.goal_match) else memory.goal_match
     known = [x for x in (memory.feedback, memory.sentiment) if not math.isnan(x)]
     emotional = sum(known) / len(known) if known else 0.5

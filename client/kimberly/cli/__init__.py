@@ -11,6 +11,8 @@ app = typer.Typer(
         "each. Exit status: 0 what was asked for is so, 1 it is not, 2 it could not be told."
     ),
     no_args_is_help=True,
+    # Paragraphs are filled anew for the width of the terminal.
+    rich_markup_mode="markdown",
     # Tracebacks show values, and values are tokens.
     pretty_exceptions_enable=False,
 )

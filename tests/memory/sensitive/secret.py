@@ -24,18 +24,9 @@ async def keep(memories: Stub, caller: Caller, content: str = SECRET, **fields: 
     return await create(memories, caller, content, sensitive=True, **fields)
 
 
-async def get(memories: Stub, caller: Caller, memory: pb.Memory) -> pb.Memory:
-    request = pb.GetMemoryRequest(id=memory.id)
-    return (await memories.GetMemory(request, metadata=bearer(caller))).memory
-
-
 async def listed(memories: Stub, caller: Caller) -> list[pb.Memory]:
     request = pb.ListMemoriesRequest(page_size=1000)
     return list((await memories.ListMemories(request, metadata=bearer(caller))).memories)
-
-
-async def delete(memories: Stub, caller: Caller, memory: pb.Memory) -> None:
-    await memories.DeleteMemory(pb.DeleteMemoryRequest(id=memory.id), metadata=bearer(caller))
 
 
 async def whole_database(owner: asyncpg.Connection) -> str:

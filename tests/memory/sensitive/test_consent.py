@@ -15,9 +15,9 @@ from server.caller import Caller
 from server.database import Database
 from tests.conftest import new_caller
 from tests.deciding import write_decision
-from tests.memory.calls import Stub, archive, change, create, restore, versions
-from tests.memory.sensitive.secret import AGAIN, SECRET, delete, get, keep, whole_database
-from tests.memory.test_import import imported
+from tests.memory.calls import Stub, archive, change, create, delete, get, restore, versions
+from tests.memory.sensitive.secret import AGAIN, SECRET, keep, whole_database
+from tests.memory.streams import imported
 from tests.refusals import refusal_of
 
 

@@ -14,9 +14,9 @@ from server.caller import Caller
 from server.database import Database, SystemDatabase
 from tests.conftest import data_keys_of, new_caller
 from tests.deciding import write_decision
-from tests.memory.calls import Stub, change, versions
-from tests.memory.sensitive.secret import AGAIN, SECRET, delete, get, keep, listed, whole_database
-from tests.memory.test_export import export
+from tests.memory.calls import Stub, change, delete, get, versions
+from tests.memory.sensitive.secret import AGAIN, SECRET, keep, listed, whole_database
+from tests.memory.streams import export
 from tests.refusals import refusal_of
 
 

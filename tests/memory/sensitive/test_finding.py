@@ -23,12 +23,12 @@ from server.memory.answers import Answers
 from server.memory.meditation_store import MeditationStore
 from tests.conftest import FakeClock, as_worker, bearer, data_keys_of
 from tests.deciding import write_decision
-from tests.memory.calls import Stub, archive, change, create, restore, values_in
+from tests.memory.calls import Stub, archive, change, create, delete, restore, values_in
 from tests.memory.meanings import ask, of, texts, upload
 from tests.memory.scoring_calls import scoring_stream
-from tests.memory.sensitive.secret import AGAIN, SECRET, assert_no_trace, delete, keep, listed
+from tests.memory.sensitive.secret import AGAIN, SECRET, assert_no_trace, keep, listed
+from tests.memory.streams import imported
 from tests.memory.test_conversation import turn
-from tests.memory.test_import import imported
 from tests.users.conftest import Users
 
 

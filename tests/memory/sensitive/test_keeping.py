@@ -24,21 +24,18 @@ from server.memory.store import MemoryStore
 from tests.conftest import FakeClock, bearer, new_caller
 from tests.deciding import write_decision
 from tests.kms.conftest import Master
-from tests.memory.calls import Stub, archive, change, create, restore, versions
+from tests.memory.calls import Stub, archive, change, create, get, restore, versions
 from tests.memory.meanings import ask, of, texts, upload
 from tests.memory.sensitive.secret import (
     AGAIN,
     SECRET,
     assert_no_trace,
-    get,
     keep,
     listed,
     traces,
     whole_database,
 )
-from tests.memory.test_export import export
-from tests.memory.test_import import imported
-from tests.memory.test_watch import caught_up, changes, watching
+from tests.memory.streams import caught_up, changes, export, imported, watching
 from tests.refusals import refusal_of
 
 

@@ -17,9 +17,9 @@ from server.memory import store as store_module
 from server.memory.answers import Answers
 from tests.conftest import bearer
 from tests.deciding import write_decision
-from tests.memory.calls import Stub, change, create, values_in, versions
+from tests.memory.calls import Stub, change, create, get, values_in, versions
 from tests.memory.meanings import ask, of, texts, upload
-from tests.memory.sensitive.secret import AGAIN, SECRET, assert_no_trace, get, keep, whole_database
+from tests.memory.sensitive.secret import AGAIN, SECRET, assert_no_trace, keep, whole_database
 from tests.memory.test_batch import create_all
 from tests.memory.test_sessions import append, transcript, write_down
 from tests.refusals import refusal_of
