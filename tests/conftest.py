@@ -22,8 +22,7 @@ from xdist.scheduler import LoadScopeScheduling
 from local.layout import Layout
 from local.postgres import APPLICATION, OWNER, SUPERUSER, SYSTEM
 from local.servers import BUCKET, Stores
-from server import cache, ids
-from server import database as pools
+from server import ids
 from server.access import EDGE, WORKER, Role, Scope, spiffe_id
 from server.blobs import Blobs
 from server.cache import Redis, open_cache
@@ -31,14 +30,11 @@ from server.caller import ActingAgent, Caller, Credentials
 from server.data_keys import DataKeys
 from server.database import Database, SystemDatabase, open_pool
 from server.errors import Unauthenticated
-from server.jobs import queue
-from server.kms import Kms, vault
+from server.kms import Kms
 from server.kms.local import LocalKms
-from server.memory import objects
 from server.migrate import migrate, read_migrations
 from server.rpc.interceptors import Gate, chain
 from server.rpc.serving import Server
-from server.users import checkpoint_archive
 from tests import shipped_models as shipped
 from tests.canaries import (
     overheard,
@@ -49,6 +45,7 @@ from tests.canaries import (
     pytest_testnodedown,
 )
 from tests.kms.key_files import key_file
+from tests.unhurried import PATIENT_SECONDS, unhurry
 
 __all__ = [
     "pytest_runtest_logreport",
@@ -60,8 +57,6 @@ __all__ = [
 
 WITH_ENVOYS = ("abuse", "deploy", "e2e", "telemetry")
 """Linux gives a user 128 watchers of files, and each Envoy takes four: one process has them all."""
-PATIENT_SECONDS = 30.0
-"""Longer than a machine that runs the tests stands still."""
 DATABASE = "test"
 MASTER_KEY = bytes(range(32))
 WORKER_ID = spiffe_id("kimberly.local", "test", WORKER)
@@ -78,7 +73,7 @@ def group_of(nodeid: str) -> str:
     return "envoys" if file.split("/")[1] in WITH_ENVOYS else file
 
 
-class Together(LoadScopeScheduling):
+class Together(LoadScopeScheduling):  # type: ignore[misc] # it is untyped
     """Gives each group to one process.
 
     Marks would say so too, but of xdist 3.8 pytest 9.2 hears none: every test is a group of its
@@ -99,15 +94,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Togethe
 def unhurried() -> Iterator[None]:
     """Have nobody refused because a busy machine made others wait longer than they should."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "_PATIENCE_SECONDS", PATIENT_SECONDS)
-        for module in (pools, queue):
-            patch.setattr(module, "ACQUIRE_SECONDS", PATIENT_SECONDS)
-        patch.setattr(objects, "_PATIENCE_SECONDS", PATIENT_SECONDS)
-        patch.setattr(checkpoint_archive, "_READ_SECONDS", PATIENT_SECONDS)
-        for limit in ("_TRY_SECONDS", "_ALL_TRIES_SECONDS"):
-            patch.setattr(vault, limit, PATIENT_SECONDS)
-        for limit in ("lock_timeout", "statement_timeout"):
-            patch.setitem(pools._SETTINGS, limit, f"{PATIENT_SECONDS:.0f}s")
+        unhurry(patch)
         yield
 
 
