@@ -94,7 +94,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Togethe
 def unhurried() -> Iterator[None]:
     """Have nobody refused because a busy machine made others wait longer than they should."""
     with pytest.MonkeyPatch.context() as patch:
-        unhurry(patch)
+        unhurry(
+            patch,
+            "server.jobs.queue.ACQUIRE_SECONDS",
+            "server.kms.vault._ALL_TRIES_SECONDS",
+            "server.kms.vault._TRY_SECONDS",
+            "server.memory.objects._PATIENCE_SECONDS",
+            "server.users.checkpoint_archive._READ_SECONDS",
+        )
         yield
 
 
