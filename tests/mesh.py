@@ -35,7 +35,7 @@ PASSWORD = "correct horse battery staple"
 # takes as long as those that an erasure waits for.
 SETTINGS = ("KIMBERLY_LOG_LEVEL=debug", "KIMBERLY_ERASURE_SETTLE_SECONDS=5")
 COMMANDS = Commands(
-    service=("env", *SETTINGS, sys.executable, "-m", "server"),
+    service=("env", *SETTINGS, sys.executable, "-m", "tests.unhurried"),
     worker=("env", "KIMBERLY_LOG_LEVEL=debug", sys.executable, "-m", "workers"),
 )
 GRANT = users.RecordConsentRequest(purpose=users.CONSENT_PURPOSE_MEMORY_STORE, granted=True)

@@ -28,7 +28,7 @@ async def answer_to(
 ) -> Refusal:
     """Return how a call with one message is refused. On the wire all kinds of call begin alike."""
     call = channel.unary_unary(method, bytes, bytes)
-    return await refusal_of(call(data, metadata=metadata, timeout=5))
+    return await refusal_of(call(data, metadata=metadata, timeout=30))
 
 
 async def open_methods(channel: grpc.aio.Channel, metadata: Metadata = ()) -> set[str]:

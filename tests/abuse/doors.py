@@ -148,7 +148,12 @@ async def _tunnel(
             # The door was shut: the channel is to see that.
             back.close()
             return
-        await asyncio.gather(_pump(near, forth), _pump(far, back))
+        try:
+            await asyncio.gather(_pump(near, forth), _pump(far, back))
+        finally:
+            # TLS waits for the other side's last word, and nobody stays to hear it.
+            for writer in (forth, back):
+                writer.transport.abort()
 
     def begin(near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         # Somebody has to hold it: else it may be garbage before it has ended.

@@ -49,7 +49,7 @@ NOT_THERE = {
 async def code_of(
     channel: grpc.aio.Channel, method: str, metadata: Metadata = ()
 ) -> grpc.StatusCode:
-    call = channel.unary_unary(method, bytes, bytes)(b"", metadata=metadata, timeout=5)
+    call = channel.unary_unary(method, bytes, bytes)(b"", metadata=metadata, timeout=30)
     return (await refusal_of(call)).code
 
 

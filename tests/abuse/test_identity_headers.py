@@ -92,7 +92,7 @@ async def test_bob_stays_bob_over_grpc(
     channel: grpc.aio.Channel, ann: User, bob: User, name: str
 ) -> None:
     said = (*bearer(bob.token), (name, claim(name, ann)))
-    answer = await channel.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=5)
+    answer = await channel.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=30)
     assert users.GetUserResponse.FromString(answer).user.id == bob.id
 
 
@@ -107,7 +107,7 @@ async def test_bob_stays_bob_for_whoever_holds_the_edges_certificate(
 ) -> None:
     said = (*bearer(bob.token), *everything(ann).items())
     for door in (await doors.sidecar("auth", EDGE), await doors.service("auth")):
-        answer = await door.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=5)
+        answer = await door.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=30)
         assert users.GetUserResponse.FromString(answer).user.id == bob.id
 
 
@@ -151,14 +151,14 @@ async def test_a_header_is_no_token_over_grpc(
     channel: grpc.aio.Channel, ann: User, name: str
 ) -> None:
     said = ((name, claim(name, ann)),)
-    call = channel.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=5)
+    call = channel.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=30)
     assert (await refusal_of(call)).code is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_no_header_makes_a_service_believe(doors: Doors, ann: User) -> None:
     channel = await doors.service("auth")
     said = tuple(everything(ann).items())
-    call = channel.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=5)
+    call = channel.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=30)
     assert (await refusal_of(call)).reason == "TOKEN_INVALID"
 
 
@@ -187,7 +187,7 @@ async def test_an_underscore_ends_the_call_over_grpc(
     channel: grpc.aio.Channel, ann: User, bob: User, name: str
 ) -> None:
     said = (*bearer(bob.token), (name, claim(name, ann)))
-    call = channel.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=5)
+    call = channel.unary_unary(GET_USER, bytes, bytes)(b"", metadata=said, timeout=30)
     assert (await refusal_of(call)).code is grpc.StatusCode.INTERNAL
 
 
@@ -198,7 +198,7 @@ async def test_nobody_becomes_a_worker_through_the_edge(
     channel: grpc.aio.Channel, bob: User
 ) -> None:
     said = (*bearer(bob.token), ("x-forwarded-client-cert", WORKER_CERTIFICATE))
-    call = channel.unary_unary(WORK, bytes, bytes)(b"", metadata=said, timeout=5)
+    call = channel.unary_unary(WORK, bytes, bytes)(b"", metadata=said, timeout=30)
     assert (await refusal_of(call)).code is grpc.StatusCode.PERMISSION_DENIED
 
 

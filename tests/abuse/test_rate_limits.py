@@ -63,7 +63,7 @@ async def flood(
 
     async def one() -> None:
         try:
-            await call(MALFORMED, metadata=next(metadata), timeout=10)
+            await call(MALFORMED, metadata=next(metadata), timeout=30)
         except grpc.aio.AioRpcError as error:
             codes[error.code()] += 1
 
@@ -122,7 +122,9 @@ async def expect_limited(channel: grpc.aio.Channel, method: str, metadata: Metad
 
     async def ask() -> grpc.aio.AioRpcError:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary(method, bytes, bytes)(MALFORMED, metadata=metadata, timeout=5)
+            await channel.unary_unary(method, bytes, bytes)(
+                MALFORMED, metadata=metadata, timeout=30
+            )
         return caught.value
 
     # A call or two may flow in meanwhile.
@@ -215,14 +217,14 @@ async def restart_auth(mesh: Mesh) -> None:
     async def is_back() -> bool:
         return process.restarts > restarts and mesh.is_ready
 
-    await eventually(is_back, bool, 30)
+    await eventually(is_back, bool)
     trust = ssl.create_default_context(cafile=mesh.ca)
     async with httpx.AsyncClient(base_url=mesh.edge, verify=trust, timeout=15) as client:
 
         async def is_served() -> bool:
             return (await client.get(OF_AUTH)).status_code == httpx.codes.OK
 
-        await eventually(is_served, bool, 30)
+        await eventually(is_served, bool)
 
 
 # --- by user -----------------------------------------------------------------------------------

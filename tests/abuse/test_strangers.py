@@ -48,7 +48,7 @@ LIST_MEMORIES = "/kimberly.memory.v1.MemoryService/ListMemories"
 
 async def handshake(doors: Doors, process: str, context: ssl.SSLContext, said: bytes) -> bytes:
     """Connect to a sidecar, say something, and return the first byte of the answer."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         port = doors.port(process)
         reader, writer = await asyncio.open_connection(LOOPBACK, port, ssl=context)
         try:
@@ -121,7 +121,7 @@ async def test_a_sidecar_speaks_no_tls_before_1_3(doors: Doors) -> None:
 @pytest.mark.parametrize("process", PROCESSES)
 async def test_a_sidecar_says_nothing_in_the_clear(doors: Doors, process: str) -> None:
     reader, writer = await asyncio.open_connection(LOOPBACK, doors.port(process))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         writer.write(HTTP2_PREFACE)
         said = await reader.read()
     writer.transport.abort()

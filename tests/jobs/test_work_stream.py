@@ -468,7 +468,7 @@ TURNS = ("SELECT pg_advisory_xact_lock(hashtextextended('jobs/' || $1, 0))", "sl
 
 async def stuck(owner: asyncpg.Connection, statements: int) -> None:
     """Return when so many statements of the small service wait for somebody else's lock."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while statements > await owner.fetchval(
             """
             SELECT count(*)
@@ -502,7 +502,7 @@ async def beat(stream: Stream, owner: asyncpg.Connection, lease: pb.Lease) -> No
         )
         await stream.say(heartbeat=pb.Heartbeat(leases=[progress]))
         job_id = ids.parse(ids.JOB, lease.job_id, "id")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while number != await owner.fetchval(
                 "SELECT round(progress * 10) FROM jobs WHERE id = $1", job_id
             ):

@@ -54,7 +54,7 @@ async def trace_with(
             if trace not in known and any(span.name == name for span in spans)
         ]
 
-    (found,) = await eventually(look, lambda traces: any(map(is_whole, traces)), seconds=30)
+    (found,) = await eventually(look, lambda traces: any(map(is_whole, traces)))
     return found
 
 
@@ -147,7 +147,7 @@ async def test_a_batch_of_leases_is_a_trace_of_its_own_linked_to_its_stream_and_
                 await enqueue_two(SystemDatabase(pool), asked)
                 return [s for s in receiver.spans if s.name == name and s.links > asked]
 
-            batch, *_ = await eventually(of_both, bool, seconds=30)
+            batch, *_ = await eventually(of_both, bool)
             assert (batch.service, batch.parent) == ("jobs", b"")
             assert int(batch.attributes["messaging.batch.message_count"]) >= len(asked)
             assert [span.name for span in receiver.traces()[batch.trace]] == [name]

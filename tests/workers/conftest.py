@@ -45,8 +45,9 @@ from server.memory.store import MemoryStore
 from server.processes.kinds import KINDS
 from server.rpc.interceptors import chain
 from server.rpc.serving import Server
-from tests.conftest import PATIENT_SECONDS, WORKER_ID, PlainTokens, Urls, as_worker, data_keys_of
+from tests.conftest import WORKER_ID, PlainTokens, Urls, as_worker, data_keys_of
 from tests.maintenance import tidying_of
+from tests.unhurried import PATIENT_SECONDS
 from workers.meditation import Meditation
 from workers.stream import Handler, Worker
 

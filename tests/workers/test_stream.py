@@ -594,8 +594,9 @@ async def test_poison_job_is_given_up_and_others_do_not_notice(
                 meanwhile.append(await wait(owner))
     dead = await owner.fetch("SELECT state, attempt, error FROM jobs WHERE kind = 'wait'")
     assert list(map(tuple, dead)) == [("dead", 3, "the worker stopped answering")] * poisons
-    # A lease of the poison lasts a second: whoever waited for one of its nine would be seen.
-    assert percentile(meanwhile, 0.99) < percentile(usual, 0.99) * 2 + 0.05
+    # A lease of the poison lasts a second: whoever waited for one of its nine would be seen, and a
+    # machine that stands still for a moment is not.
+    assert percentile(meanwhile, 0.99) < percentile(usual, 0.99) * 2 + 0.4
 
 
 @lapse_soon
