@@ -86,7 +86,7 @@ async def test_passwords_of_one_account_are_looked_at_one_after_the_other(
     # Else one user could keep all threads busy, and nobody would log in.
     mine = as_(await verifier.verify((await sign_up(auth)).access_token))
     wrong = pb.ChangePasswordRequest(current_password="not the password", new_password=NEW)
-    gauge = Gauge(memory_cost=1024)
+    gauge = Gauge(memory_cost=32_768)
     with Passwords(concurrency=4, hasher=gauge) as service._hashing:
         calls = (auth.ChangePassword(wrong, metadata=mine) for _ in range(20))
         reasons = await asyncio.gather(*map(reason_of, calls))
