@@ -16,6 +16,7 @@ from google.api import annotations_pb2
 from google.protobuf.any_pb2 import Any
 from google.protobuf.descriptor_pb2 import FileDescriptorSet, MethodDescriptorProto
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from local.layout import CHECKOUT
@@ -30,7 +31,7 @@ JWKS_METHOD = "/kimberly.auth.v1.AuthService/GetJwks"
 TOKEN_METHOD = "/kimberly.auth.v1.AuthService/IssueToken"  # noqa: S105 - the name of a method
 """The token endpoint of OAuth: its errors are answers with an HTTP status of their own."""
 STREAMS_OF_GRPC = frozenset({"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"})
-"""Streaming methods that gRPC itself defines: our descriptor set does not hold them."""
+"""What gRPC itself defines and both sides stream: our descriptor set does not hold it."""
 
 
 # --- the contract ------------------------------------------------------------------------------
@@ -51,6 +52,9 @@ class Method:
     path: str
     """Full name with slashes, such as /kimberly.auth.v1.AuthService/LogIn."""
     streams: bool = False
+    """Whether either side sends more than one message."""
+    client_streams: bool = False
+    """Whether the client does."""
     bindings: tuple[Binding, ...] = ()
 
     @property
@@ -77,7 +81,7 @@ def methods_of_contract(contract: FileDescriptorSet) -> tuple[Method, ...]:
         for method in service.method
     )
     grpcs = tuple(
-        Method(path, streams=path in STREAMS_OF_GRPC)
+        Method(path, streams=path in STREAMS_OF_GRPC, client_streams=path in STREAMS_OF_GRPC)
         for path in access.METHODS
         if path.startswith("/grpc.")
     )
@@ -88,7 +92,8 @@ def methods_of_contract(contract: FileDescriptorSet) -> tuple[Method, ...]:
 
 
 def _method(path: str, method: MethodDescriptorProto) -> Method:
-    return Method(path, method.client_streaming or method.server_streaming, _bindings(method))
+    streams = method.client_streaming or method.server_streaming
+    return Method(path, streams, method.client_streaming, _bindings(method))
 
 
 def _bindings(method: MethodDescriptorProto) -> tuple[Binding, ...]:
@@ -189,6 +194,8 @@ class EdgeLimits:
     retry_seconds: int = 1
     """After how long a bucket is full again."""
     rest_body_bytes: int = 1 << 20
+    message_bytes: int = 5 << 20
+    """Of a request that is one gRPC message: more than services take, who refuse it themselves."""
     rest_response_bytes: int = 4 << 20
     unary_seconds: int = 10
     stream_seconds: int = 900
@@ -286,6 +293,7 @@ class Route:
     path: str
     cluster: str
     streams: bool
+    client_streams: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +388,7 @@ def render_edge(edge: Edge, methods: tuple[Method, ...] | None = None) -> str:
     return _template("edge.yaml.j2").render(
         edge=edge,
         peers=_peers(edge.domain, edge.peers, peers_of(access.EDGE)),
-        routes=[_route(method) for method in public],
+        routes=[_route_to_peer(method) for method in public],
         policies=policies({method.path: access.METHODS[method.path] for method in public}),
         open_bindings=bindings_without_token(public),
         # The rest of the contract has no REST form, and the transcoder must not learn of it.
@@ -390,6 +398,7 @@ def render_edge(edge: Edge, methods: tuple[Method, ...] | None = None) -> str:
         roles=_roles(),
         token_endpoint=_first_path(methods, TOKEN_METHOD),
         rate_limited=_rate_limited(edge.limits.retry_seconds),
+        too_large=_exhausted("MESSAGE_TOO_LARGE"),
     )
 
 
@@ -403,8 +412,8 @@ def render_sidecar(sidecar: Sidecar, methods: tuple[Method, ...] | None = None) 
     return _template("sidecar.yaml.j2").render(
         sidecar=sidecar,
         peers=_peers(sidecar.domain, sidecar.peers, peers_of(sidecar.process)),
-        inbound=[Route(path, "app", by_path[path].streams) for path in rows],
-        outbound=[_route(by_path[path]) for path in calls_of(sidecar.process)],
+        inbound=[_route(by_path[path], "app") for path in rows],
+        outbound=[_route_to_peer(by_path[path]) for path in calls_of(sidecar.process)],
         policies=policies(rows),
         health_service=access.PROCESSES.get(sidecar.process, ("",))[0],
         jwks=jwks,
@@ -426,8 +435,12 @@ def command(config: Path, *, drain_seconds: int = 2) -> tuple[str, ...]:
     return (str(binary), "--config-path", str(config), "--log-level", "warning", *flags, *drain)
 
 
-def _route(method: Method) -> Route:
-    return Route(method.path, process_of(method.service), method.streams)
+def _route(method: Method, cluster: str) -> Route:
+    return Route(method.path, cluster, method.streams, method.client_streams)
+
+
+def _route_to_peer(method: Method) -> Route:
+    return _route(method, process_of(method.service))
 
 
 def _peers(domain: Domain, peers: Peers, needed: Iterable[str]) -> list[Peer]:
@@ -453,10 +466,15 @@ def _first_path(methods: Iterable[Method], path: str) -> str:
 
 def _rate_limited(retry_seconds: int) -> str:
     """Return what gRPC callers over a limit of the edge are told beside the code, in base64."""
-    info = error_details_pb2.ErrorInfo(reason="RATE_LIMITED", domain="kimberly")
     retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=retry_seconds))
+    return _exhausted("RATE_LIMITED", retry)
+
+
+def _exhausted(reason: str, *more: Message) -> str:
+    """Return the details of a refusal of the edge, in base64."""
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="kimberly")
     status = status_pb2.Status(code=code_pb2.RESOURCE_EXHAUSTED)
-    for detail in (info, retry):
+    for detail in (info, *more):
         packed = Any()
         packed.Pack(detail)
         status.details.append(packed)

@@ -9,6 +9,8 @@ from contextlib import (
     contextmanager,
     suppress,
 )
+from datetime import timedelta
+from weakref import WeakValueDictionary
 
 import asyncpg
 import pgvector.asyncpg
@@ -17,13 +19,21 @@ from asyncpg.pool import PoolConnectionProxy as Connection
 
 from server import tracing
 from server.caller import ActingAgent, Caller
-from server.errors import AccountErased, AgentDisabled, ConsentMissing, Problem, StoreUnavailable
+from server.errors import (
+    AccountErased,
+    AgentDisabled,
+    ConsentMissing,
+    Problem,
+    RateLimited,
+    StoreUnavailable,
+)
 from server.metering import ledger
 
 type_codecs = pgvector.asyncpg.register_vector
 
 
 ACQUIRE_SECONDS = 5.0
+_COME_BACK = timedelta(seconds=1)
 _OUT_OF_REACH = (
     OSError,
     TimeoutError,
@@ -110,6 +120,8 @@ class Database:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
+        self._share = max(1, pool.get_max_size() // 2)
+        self._turns: WeakValueDictionary[Caller, asyncio.Semaphore] = WeakValueDictionary()
 
     def transaction(
         self, caller: Caller, *, in_index_order: bool = False
@@ -127,13 +139,14 @@ class Database:
         Raises:
             ConsentMissing: An agent acts, and the user does not consent to memory.agent_access.
             AgentDisabled: An agent acts that is disabled or gone.
+            RateLimited: Calls of the user wait for each other for too long.
             StoreUnavailable: PostgreSQL does not answer. After a commit was sent the outcome
                 is not known.
         """
         # One simple-protocol message: BEGIN and the settings cost a single round trip. The
         # ids are UUID objects, so that nothing but hexadecimal digits can reach the text.
         return _transaction(
-            self._pool,
+            self._lent(caller),
             f"BEGIN; SET LOCAL kimberly.tenant_id = '{caller.tenant_id!s}'; "
             f"SET LOCAL kimberly.user_id = '{caller.user_id!s}'"
             + ("; SET LOCAL enable_sort = off" if in_index_order else "")
@@ -152,6 +165,7 @@ class Database:
         Raises:
             ConsentMissing: As in `transaction`.
             AgentDisabled: As in `transaction`.
+            RateLimited: As in `transaction`.
             StoreUnavailable: PostgreSQL does not answer.
         """
         given = (_entered(query), caller.tenant_id, caller.user_id, *arguments)
@@ -161,25 +175,43 @@ class Database:
                 rows = await connection.fetch(*given)
             return rows
         with _translated():
-            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+            async with self._lent(caller) as connection:
                 with _traced(connection):
                     rows = await connection.fetch(*given)
         return rows
 
-    async def fetch_alone(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+    async def fetch_alone(
+        self, caller: Caller, statement: str, *arguments: object
+    ) -> list[asyncpg.Record]:
         """Run one writing statement that is a transaction of its own: it commits as it ends.
 
         It names the user itself: all that it reads and writes must follow from enter(tenant,
         user). What runs ahead of that sees no rows, and row-level security lets it write none.
 
         Raises:
+            RateLimited: As in `transaction`.
             StoreUnavailable: PostgreSQL does not answer. Whether it was committed is not known.
         """
         with _translated():
-            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+            async with self._lent(caller) as connection:
                 with _traced(connection):
                     rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments)
         return rows
+
+    @asynccontextmanager
+    async def _lent(self, caller: Caller) -> AsyncIterator[Connection]:
+        """Lend a connection. A user has half of them at most: the calls of others find some."""
+        turn = self._turns.setdefault(caller, asyncio.Semaphore(self._share))
+        try:
+            async with asyncio.timeout(ACQUIRE_SECONDS):
+                await turn.acquire()
+        except TimeoutError:
+            raise RateLimited("calls of this user at once", _COME_BACK) from None
+        try:
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+                yield connection
+        finally:
+            turn.release()
 
 
 async def enter(connection: Connection, caller: Caller) -> None:
@@ -223,7 +255,7 @@ class SystemDatabase:
         Raises:
             StoreUnavailable: As in `Database.transaction`.
         """
-        return _transaction(self._pool, "BEGIN")
+        return _transaction(self._pool.acquire(timeout=ACQUIRE_SECONDS), "BEGIN")
 
     async def fetch_alone(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
         """Run one statement that is a transaction of its own, in a single round trip.
@@ -239,9 +271,11 @@ class SystemDatabase:
 
 
 @asynccontextmanager
-async def _transaction(pool: asyncpg.Pool, opening: str) -> AsyncIterator[Connection]:
+async def _transaction(
+    lent: AbstractAsyncContextManager[Connection], opening: str
+) -> AsyncIterator[Connection]:
     with _translated():
-        async with pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+        async with lent as connection:
             with _traced(connection):
                 try:
                     await connection.execute(opening)

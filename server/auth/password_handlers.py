@@ -53,8 +53,9 @@ class PasswordHandlers:
         A stolen access token is no way around the wait between two guesses.
         """
         place = current_place()
-        is_allowed = await self._attempts.begin(account.email, place, self._clock())
-        matches = await self._hashing.match(account.password_hash, password)
+        async with self._hashing.turn_of(account.email):
+            is_allowed = await self._attempts.begin(account.email, place, self._clock())
+            matches = await self._hashing.match(account.password_hash, password)
         if not matches or not is_allowed:
             return False
         await self._attempts.succeed(account.email, place, self._clock())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Final, Self, TypeVar
+from weakref import WeakValueDictionary
 
 import argon2
 from argon2.exceptions import VerifyMismatchError
@@ -48,6 +49,7 @@ class Passwords:
         nobodys = hasher.hash(_NOBODYS)
         self._nobodys = {_cost_of(nobodys): nobodys}
         self._todays = _cost_of(nobodys)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -69,6 +71,13 @@ class Passwords:
             await self._learn(each)
         for forgotten in self._nobodys.keys() - costs.keys() - {self._todays}:
             del self._nobodys[forgotten]
+
+    def turn_of(self, email: str) -> asyncio.Lock:
+        """Return what calls of a signed-in account hold while they prove its password.
+
+        One after the other: the many of one user must not be all that the threads do.
+        """
+        return self._turns.setdefault(email, asyncio.Lock())
 
     async def check_new(self, password: str, field: str, *, names: Sequence[str]) -> None:
         """Refuse a password that is short, too long to be typed, or that guessers try early.

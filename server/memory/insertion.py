@@ -157,6 +157,7 @@ class AtOnce:
         try:
             with within_quota():
                 rows = await self._database.fetch_alone(
+                    caller,
                     _AT_ONCE,
                     *insertion.values(caller),
                     language.value,

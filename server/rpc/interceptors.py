@@ -9,15 +9,17 @@
 7.  access    a method without a row is denied to everybody
 8.  erased    whoever asked to be erased may do nothing that they might have done before
 9.  kept      a stream lasts no longer than the session or key that its token descends from
-10. limits    last: what is refused for another reason counts against none
+10. streams   a user has a few open: each keeps a place among the calls that Envoys let be
+11. limits    last: what is refused for another reason counts against none
 """
 
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Any, Protocol, assert_never
+from typing import Any, Final, Protocol, assert_never
 from uuid import UUID
 
 import grpc
@@ -38,6 +40,7 @@ from server.errors import (
     DeadlineExceeded,
     PermissionDenied,
     Problem,
+    QuotaExceeded,
     ScopeMissing,
     Unauthenticated,
 )
@@ -51,6 +54,8 @@ log = structlog.get_logger()
 _BEARER = "Bearer "
 _AS_IT_IS: AbstractAsyncContextManager[None] = nullcontext()
 """Costs a call next to nothing, and may be entered by many."""
+STREAMS: Final = 32
+"""Of one user, in one process."""
 _LOOK_SECONDS = 1.0
 """How often a stream is asked whether it may go on."""
 _URI_IN_XFCC = re.compile(r'(?:^|;)URI="?([^;,"]+)"?')
@@ -127,6 +132,7 @@ def chain(
         _Access(worker_id).allowed,
         _Erased(erased).refused,
         _Kept(ended).kept,
+        _Streams().counted,
         *strangers,
         *users,
     )
@@ -317,6 +323,29 @@ class _Kept:
                 raise
             finally:
                 look.stop()
+
+
+class _Streams:
+    """Bounds how many streams a user has open here, whatever they are of."""
+
+    def __init__(self) -> None:
+        self._open: Counter[Caller] = Counter()
+
+    def counted(self, call: Call) -> AbstractAsyncContextManager[None]:
+        is_users = call.streams and METHODS.get(call.method) in ROLES
+        return self._counted(current_caller()) if is_users else _AS_IT_IS
+
+    @asynccontextmanager
+    async def _counted(self, caller: Caller) -> AsyncIterator[None]:
+        if self._open[caller] >= STREAMS:
+            raise QuotaExceeded("streams", STREAMS, STREAMS, "close one of them", "streams")
+        self._open[caller] += 1
+        try:
+            yield
+        finally:
+            self._open[caller] -= 1
+            if not self._open[caller]:
+                del self._open[caller]
 
 
 class _Look:

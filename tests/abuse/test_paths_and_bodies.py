@@ -302,6 +302,15 @@ async def test_five_mebibytes_are_too_much_and_the_connection_serves_on(
     assert {name: mesh.process(name).pid for name in PROCESSES} == before
 
 
+async def test_what_is_too_large_for_the_edge_is_told_so_over_grpc_web(
+    http: httpx.AsyncClient, bob: User
+) -> None:
+    size = 6 * MEBIBYTE
+    status, response = await web(http, bob, b"\0" + size.to_bytes(4) + bytes(size))
+    assert response.status_code == httpx.codes.OK
+    assert status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+
+
 async def test_many_unknown_fields_are_just_ignored(bob: User) -> None:
     data = b"\xf8\x07\x01" * 100_000
     call = bob.grpc.channel.unary_unary(GET_USER, bytes, bytes)

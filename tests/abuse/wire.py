@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from local.mesh import Mesh
@@ -14,8 +14,8 @@ from local.ports import LOOPBACK
 
 SECONDS = 15.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY = 0, 1, 3, 4, 7
-END_STREAM, END_HEADERS = 1, 4
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
+ACK, END_STREAM, END_HEADERS = 1, 1, 4
 CANCEL = (8).to_bytes(4)
 
 Headers = Sequence[tuple[str, str]]
@@ -62,10 +62,9 @@ class Wire:
 
     async def http2(self, headers: Headers) -> Stream:
         """Send a request without body over HTTP/2 and read until its stream ends."""
-        block = b"".join(_literal(name) + _literal(value, b"") for name, value in headers)
         async with asyncio.timeout(SECONDS), self._connect("h2") as (reader, writer):
             writer.write(PREFACE + _frame(SETTINGS, 0, 0, b""))
-            writer.write(_frame(HEADERS, END_STREAM | END_HEADERS, 1, block))
+            writer.write(_frame(HEADERS, END_STREAM | END_HEADERS, 1, _block(headers)))
             return await _read(reader)
 
     async def rapid_resets(self, path: str, headers: Headers, count: int) -> None:
@@ -74,9 +73,7 @@ class Wire:
         Raises:
             TimeoutError: It does not.
         """
-        pseudo = {":method": "GET", ":scheme": "https", ":authority": "localhost", ":path": path}
-        pairs = [*pseudo.items(), *headers]
-        block = b"".join(_literal(name) + _literal(value, b"") for name, value in pairs)
+        block = _request("GET", path, headers)
         async with asyncio.timeout(SECONDS), self._connect("h2") as (reader, writer):
             writer.write(PREFACE + _frame(SETTINGS, 0, 0, b""))
             for stream in range(1, 2 * count, 2):
@@ -85,6 +82,27 @@ class Wire:
             with contextlib.suppress(ConnectionError):
                 await writer.drain()
                 await reader.read()
+
+    @asynccontextmanager
+    async def unfinished(
+        self, method: str, headers: Headers, connections: int, streams: int
+    ) -> AsyncIterator[None]:
+        """Begin so many calls of a gRPC method on each of so many connections, and end none.
+
+        The edge has seen all of them.
+        """
+        grpc = [("content-type", "application/grpc"), ("te", "trailers"), *headers]
+        block = _request("POST", method, grpc)
+        async with AsyncExitStack() as stack:
+            for _ in range(connections):
+                async with asyncio.timeout(SECONDS):
+                    reader, writer = await stack.enter_async_context(self._connect("h2"))
+                    writer.write(PREFACE + _frame(SETTINGS, 0, 0, b""))
+                    for stream in range(1, 2 * streams, 2):
+                        writer.write(_frame(HEADERS, END_HEADERS, stream, block))
+                    writer.write(_frame(PING, 0, 0, bytes(8)))
+                    await _echoed(reader)
+            yield
 
     @asynccontextmanager
     async def _connect(
@@ -113,6 +131,24 @@ async def _read(reader: asyncio.StreamReader) -> Stream:
             return stream
         if number and kind in {DATA, HEADERS} and flags & END_STREAM:
             return stream
+
+
+async def _echoed(reader: asyncio.StreamReader) -> None:
+    """Read until a PING is answered, and so all that was sent before it has been read."""
+    while True:
+        head = await reader.readexactly(9)
+        await reader.readexactly(int.from_bytes(head[:3], "big"))
+        if head[3] == PING and head[4] & ACK:
+            return
+
+
+def _request(verb: str, path: str, headers: Headers) -> bytes:
+    pseudo = {":method": verb, ":scheme": "https", ":authority": "localhost", ":path": path}
+    return _block([*pseudo.items(), *headers])
+
+
+def _block(headers: Headers) -> bytes:
+    return b"".join(_literal(name) + _literal(value, b"") for name, value in headers)
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

@@ -14,7 +14,15 @@ from server.auth.service import AuthService
 from server.auth.store import AccountStore
 from server.database import SystemDatabase
 from server.tokens import TokenVerifier
-from tests.auth.conftest import PASSWORD, SESSION_LIFETIME, Auth, CountingHasher, reason_of, sign_up
+from tests.auth.conftest import (
+    PASSWORD,
+    SESSION_LIFETIME,
+    Auth,
+    CountingHasher,
+    Gauge,
+    reason_of,
+    sign_up,
+)
 from tests.conftest import Urls
 
 
@@ -181,17 +189,6 @@ async def test_a_renewed_hash_does_not_undo_a_changed_password(
 
 
 async def test_hashing_never_runs_more_often_at_once_than_allowed(auth: Auth) -> None:
-    class Gauge(CountingHasher):
-        running = most = 0
-
-        def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002
-            self.running += 1
-            self.most = max(self.most, self.running)
-            try:
-                return super().verify(hash, password)
-            finally:
-                self.running -= 1
-
     gauge = Gauge(memory_cost=1024)
     with Passwords(concurrency=2, hasher=gauge) as hashing:
         await asyncio.gather(*(hashing.match(None, PASSWORD) for _ in range(20)))

@@ -14,12 +14,14 @@ from kimberly.auth.v1 import auth_pb2 as pb
 from server.auth.breached import Commonplace, HashFile
 from server.auth.mail import Kind, Mail, Outbox, Smtp
 from server.auth.mail_store import MailStore, lifetime_of
+from server.auth.passwords import Passwords
 from server.auth.postman import Postman
+from server.auth.service import AuthService
 from server.caller import Credentials
 from server.errors import Unauthenticated
 from server.grants import EndedGrants
 from server.tokens import TokenVerifier
-from tests.auth.conftest import PASSWORD, Auth, reason_of, refresh, sign_up
+from tests.auth.conftest import PASSWORD, Auth, Gauge, reason_of, refresh, sign_up
 from tests.auth.mails import SENDER, deliver, mailed, read
 from tests.conftest import FakeClock, bearer
 
@@ -76,6 +78,21 @@ async def test_whoever_does_not_know_the_password_does_not_change_it(
     # After ten guesses not even the right one is looked at.
     right = pb.ChangePasswordRequest(current_password=PASSWORD, new_password=NEW)
     assert await reason_of(auth.ChangePassword(right, metadata=mine)) == "CREDENTIALS_INVALID"
+
+
+async def test_passwords_of_one_account_are_looked_at_one_after_the_other(
+    auth: Auth, service: AuthService, verifier: TokenVerifier
+) -> None:
+    # Else one user could keep all threads busy, and nobody would log in.
+    mine = as_(await verifier.verify((await sign_up(auth)).access_token))
+    wrong = pb.ChangePasswordRequest(current_password="not the password", new_password=NEW)
+    gauge = Gauge(memory_cost=32_768)
+    with Passwords(concurrency=4, hasher=gauge) as service._hashing:
+        calls = (auth.ChangePassword(wrong, metadata=mine) for _ in range(20))
+        reasons = await asyncio.gather(*map(reason_of, calls))
+    assert set(reasons) == {"CREDENTIALS_INVALID"}
+    # Each pays for the hash that there is and for one of today's cost.
+    assert (gauge.verified, gauge.most) == (40, 1)
 
 
 async def test_of_two_changes_at_once_one_takes_place(auth: Auth, verifier: TokenVerifier) -> None:

@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 from server import access, ids
 from server.caller import Caller, current_caller
 from server.errors import NotFound, StoreUnavailable
-from server.rpc.interceptors import chain
+from server.rpc.interceptors import STREAMS, chain
 from server.rpc.serving import Server, UnsafeSocketDirectory
 from tests.conftest import WORKER_ID, PlainTokens, Serve, as_worker, bearer
 from tests.refusals import refusal_of
@@ -225,6 +225,41 @@ async def test_stream_is_answered_and_refused_like_a_unary_call(channel: grpc.ai
     answers: list[Any] = [await call.read(), await call.read()]
     assert [answer.done.scored for answer in answers] == [1, 2]
     assert (await refusal_of(call.read())).reason == "RESOURCE_NOT_FOUND"
+
+
+async def test_user_has_a_few_streams_at_once_and_room_again_when_one_ends(
+    channel: grpc.aio.Channel,
+) -> None:
+    stub = memory_pb2_grpc.MemoryServiceStub(channel)
+    request = memory_pb2.WatchMemoriesRequest()
+
+    def watch(caller: Caller) -> Any:
+        return stub.WatchMemories(request, metadata=bearer(caller))
+
+    async def has_begun(call: Any) -> bool:
+        return isinstance(await call.read(), memory_pb2.WatchMemoriesResponse)
+
+    async def comes_again() -> bool:
+        try:
+            return await has_begun(watch(CALLER))
+        except grpc.aio.AioRpcError:
+            return False
+
+    watches = [watch(CALLER) for _ in range(STREAMS)]
+    assert all([await has_begun(each) for each in watches])
+    refusal = await refusal_of(watch(CALLER).read())
+    assert (refusal.code, refusal.reason) == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "QUOTA_EXCEEDED",
+    )
+    imported = stub.ImportMemories(iter([]), metadata=bearer(CALLER))
+    assert (await refusal_of(imported)).reason == "QUOTA_EXCEEDED"
+    assert await has_begun(watch(Caller(CALLER.tenant_id, ids.new_id())))
+    assert (await get(channel, "fine")).memory.id
+    watches[0].cancel()
+    async with asyncio.timeout(30):
+        while not await comes_again():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.005)
 
 
 async def test_worker_method_is_for_workers_only(channel: grpc.aio.Channel) -> None:
