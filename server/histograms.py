@@ -16,7 +16,7 @@ class BatchHistogram(Histogram):
 
     def observe_all(self, values: Collection[float]) -> None:
         """Observe values, as many calls of `observe` would."""
-        self._raise_if_not_observable()
+        self._raise_if_not_observable()  # type: ignore[no-untyped-call] # is the library's
         self._sum.inc(sum(values))
         for place, number in Counter(self._places(values)).items():
             self._buckets[place].inc(number)
