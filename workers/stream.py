@@ -11,6 +11,7 @@ import json
 import random
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -154,6 +155,8 @@ class Worker:
         self._held: dict[str, _Held] = {}
         self._ready: dict[str, _Held] = {}
         """Leases whose outcomes the stream at hand has not carried; some may be lost by now."""
+        self._taken: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        """Seconds that handlers took, by kind and how they ended, which are yet to be observed."""
         self._called = asyncio.Event()
         self._drained = asyncio.Event()
         self._give_up_at: float | None = None
@@ -267,7 +270,7 @@ class Worker:
             log.warning("job failed", job=lease.job_id, kind=lease.kind, exc_info=error)
             outcome = _outcome(lease, failed=pb.Failed(error=_brief(error)))
         how = "completed" if outcome is _DONE else str(outcome.WhichOneof("result"))
-        metrics.seconds_of(lease.kind, how).observe(time.perf_counter() - started)
+        self._taken[lease.kind, how].append(time.perf_counter() - started)
         held.outcome = outcome
         self._ready[lease.job_id] = held
         self._called.set()
@@ -348,6 +351,7 @@ class Worker:
             return
 
     async def _settle(self, session: _Session) -> None:
+        self._observe()
         ready, self._ready = self._ready, {}
         ours = {job_id: held for job_id, held in ready.items() if self._held.get(job_id) is held}
         if not ours:
@@ -359,6 +363,11 @@ class Worker:
             await session.call.write(
                 pb.WorkRequest(settle=_settle(some, in_columns=session.in_columns))
             )
+
+    def _observe(self) -> None:
+        for (kind, how), seconds in self._taken.items():
+            metrics.observe_jobs(kind, how, seconds)
+        self._taken.clear()
 
     def _has_nothing_more(self, session: _Session) -> bool:
         """Tell whether we are to stop, and all is said or the time for it is over."""

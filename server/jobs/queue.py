@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from itertools import repeat
 from typing import Final, assert_never
 from uuid import UUID
 
@@ -84,7 +83,7 @@ class Queue:
         async with _place_in(self._leasing), _place_in(self._changing):
             rows = await self._lease(limited, arguments)
         self._move_on(rows)
-        metrics.observe(metrics.START_DELAY, ((row["kind"], row["delay"]) for row in rows))
+        metrics.observe_delays((row["kind"], row["delay"]) for row in rows)
         return [
             Lease(Held(job_id, token), kind, payload, attempt, trace or "")
             for job_id, token, kind, payload, attempt, trace, _, _ in rows
@@ -306,7 +305,7 @@ class Queue:
         for row in rows:
             metrics.FINISHED.labels(row["kind"], row["state"]).inc(len(row["places"]))
             if row["state"] == "succeeded":
-                metrics.observe(metrics.DURATION, zip(repeat(row["kind"]), row["seconds"]))
+                metrics.DURATION.labels(row["kind"]).observe_all(row["seconds"])
                 standing.update([outcomes[place - 1].held for place in row["places"]])
         return standing
 

@@ -630,6 +630,32 @@ async def test_lease_statement_reads_only_what_it_leases(
     assert many < 2 * few
 
 
+async def places_of_jobs(owner: asyncpg.Connection) -> dict[UUID, str]:
+    """Return the page that each job lies on."""
+    rows = await owner.fetch("SELECT id, split_part(ctid::text, ',', 1) AS page FROM jobs")
+    return {row["id"]: row["page"] for row in rows}
+
+
+async def pages_of_keys(owner: asyncpg.Connection) -> int:
+    pages: int = await owner.fetchval("SELECT pg_relation_size('jobs_pkey') / 8192")
+    return pages
+
+
+async def test_a_leased_job_is_written_beside_what_it_was(
+    queue: Queue, system_database: SystemDatabase, owner: asyncpg.Connection
+) -> None:
+    """Elsewhere it is logged whole, and a leaf that its own rows fill is split."""
+    # Free of what the tests before have left.
+    await owner.execute("VACUUM FULL jobs")
+    async with system_database.transaction() as connection:
+        await enqueue_all(connection, [NewJob("test")] * 1000)
+    before, keys = await places_of_jobs(owner), await pages_of_keys(owner)
+    assert len(await queue.lease("w" * 32, ["test"], 1000)) == 1000
+    after = await places_of_jobs(owner)
+    assert sum(after[job_id] == page for job_id, page in before.items()) > 500
+    assert await pages_of_keys(owner) < 1.5 * keys
+
+
 AT_A_TIME = 10_000
 
 
