@@ -12,7 +12,15 @@ from pathlib import Path
 from tests.conftest import WITH_ENVOYS, group_of
 
 CHECKOUT = Path(__file__).parent.parent
-FILES = ("tests/billing/test_meters.py", "tests/jobs/test_retries.py", "tests/rpc/test_places.py")
+FILES = 3
+TESTS = 20
+MANY = f"""
+import pytest
+
+@pytest.mark.parametrize("number", range({TESTS}))
+def test_it(number):
+    pass
+"""
 RAN = re.compile(r"^\[(gw\d)\] .*PASSED (\S+?)::", re.MULTILINE)
 
 
@@ -21,18 +29,25 @@ def test_all_that_starts_envoys_stays_together() -> None:
 
 
 def test_every_file_is_run_by_one_of_several_processes(tmp_path: Path) -> None:
-    command = ("-m", "pytest", "-n", "2", "--dist", "loadgroup", "-v", "--basetemp", tmp_path / "b")
+    # Not ours: they would start servers in two more processes.
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_xdist_make_scheduler")
+    for number in range(FILES):
+        (tmp_path / "tests" / f"test_{number}.py").write_text(MANY)
+    command = ("-m", "pytest", "-n", "2", "--dist", "loadgroup", "-v", "-p", "no:cacheprovider")
     ended = subprocess.run(
-        [sys.executable, *command, *FILES],
-        cwd=CHECKOUT,
-        env={**os.environ, "PYTEST_ADDOPTS": "-p no:cacheprovider"},
+        [sys.executable, *command, f"--rootdir={tmp_path}", tmp_path / "tests"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'client'}"},
         capture_output=True,
         text=True,
         timeout=110,
         check=False,
     )
-    assert ended.returncode == 0, ended.stdout
-    processes = defaultdict[str, set[str]](set)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    processes = defaultdict[str, list[str]](list)
     for process, file in RAN.findall(ended.stdout):
-        processes[file].add(process)
-    assert {file: len(of) for file, of in processes.items()} == dict.fromkeys(FILES, 1)
+        processes[file].append(process)
+    assert len(processes) == FILES
+    for of in processes.values():
+        assert (len(of), len({*of})) == (TESTS, 1)
