@@ -56,8 +56,9 @@ __all__ = [
     "pytest_testnodedown",
 ]
 
-WITH_ENVOYS = ("abuse", "deploy", "e2e", "telemetry")
-"""Linux gives a user 128 watchers of files, and each Envoy takes four: one process has them all."""
+WITH_A_MESH = ("abuse", "deploy", "e2e", "telemetry")
+"""A process starts one mesh at a time: of the watchers of files that Linux gives a user, 128, each
+Envoy takes four."""
 DATABASE = "test"
 MASTER_KEY = bytes(range(32))
 WORKER_ID = spiffe_id("kimberly.local", "test", WORKER)
@@ -69,9 +70,10 @@ settings.load_profile("unhurried")
 
 
 def group_of(nodeid: str) -> str:
-    """Return what stays together with a test: those of its file, or all that start Envoys."""
+    """Return what stays together with a test: its file, or the directory that shares a mesh."""
     file = nodeid.partition("::")[0]
-    return "envoys" if file.split("/")[1] in WITH_ENVOYS else file
+    directory = file.split("/")[1]
+    return directory if directory in WITH_A_MESH else file
 
 
 class Together(LoadScopeScheduling):  # type: ignore[misc] # it is untyped

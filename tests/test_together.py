@@ -1,4 +1,4 @@
-"""What shares a module's fixtures, or the watchers of a machine, is run by one process."""
+"""What shares a module's fixtures, or a mesh, is run by one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from tests.conftest import WITH_ENVOYS, group_of
+import pytest
+
+from tests.conftest import WITH_A_MESH, group_of
 
 CHECKOUT = Path(__file__).parent.parent
 FILES = 3
@@ -24,8 +26,10 @@ def test_it(number):
 RAN = re.compile(r"^\[(gw\d)\] .*PASSED (\S+?)::", re.MULTILINE)
 
 
-def test_all_that_starts_envoys_stays_together() -> None:
-    assert len({group_of(f"tests/{each}/test_it.py::test_it[::1]") for each in WITH_ENVOYS}) == 1
+@pytest.mark.parametrize("directory", WITH_A_MESH)
+def test_a_directory_with_a_mesh_stays_together(directory: str) -> None:
+    names = ("test_it.py::test_it[::1]", "test_that.py::test_it", "deeper/test_it.py::test_it")
+    assert len({group_of(f"tests/{directory}/{name}") for name in names}) == 1
 
 
 def test_every_file_is_run_by_one_of_several_processes(tmp_path: Path) -> None:
