@@ -12,6 +12,7 @@ from server.caller import Caller
 from server.database import Connection
 from server.memory import ranking, words
 from server.memory.model import Draft
+from server.memory.pacing import paced
 from server.memory.words import DIMENSIONS
 from server.preferences import Language
 
@@ -177,11 +178,11 @@ class Surroundings:
         around = self._around(place) if place else ()
         return sparse(ranking.blend(((0, self._terms(content)), *around)))
 
-    def terms_of(self, drafts: Iterable[Draft]) -> list[SparseVector]:
+    async def terms_of(self, drafts: Iterable[Draft]) -> list[SparseVector]:
         """Return the terms of drafts, with those of the turns around them; sensitive have none."""
         return [
             NO_TERMS if draft.is_sensitive else self.terms(draft.content, place_of(draft))
-            for draft in drafts
+            async for _, draft in paced(drafts)
         ]
 
     def reach(self, draft: Draft) -> bool:
@@ -207,7 +208,9 @@ class Surroundings:
         turns = [t for t in self._turns if (t.place.session_id, t.place.position) in near]
         if turns:
             turns.sort(key=lambda turn: turn.id)
-            terms = {turn.id: self.terms(turn.content, turn.place) for turn in turns}
+            terms = {
+                turn.id: self.terms(turn.content, turn.place) async for _, turn in paced(turns)
+            }
             await store_terms(connection, caller, terms)
 
     def _note(self, session_id: str, position: int, content: str) -> None:

@@ -17,6 +17,7 @@ from server.embedding_requests import ask_for_embedding
 from server.errors import InvalidArgument, NotFound, QuotaExceeded
 from server.memory.conversation import Surroundings, place_of
 from server.memory.model import Draft, Tier
+from server.memory.pacing import paced
 from server.memory.sensitive import Sealing, begin_sealing
 from server.memory.writing import Writing, begin_writing, within_quota
 from server.preferences import Language
@@ -59,9 +60,9 @@ class Made:
     terms: Sequence[SparseVector]
 
 
-def make_terms(drafts: Sequence[Draft], language: Language) -> Made:
+async def make_terms(drafts: Sequence[Draft], language: Language) -> Made:
     """Make the terms of drafts ahead of the transaction that stores them."""
-    return Made(language, Surroundings((), language, drafts).terms_of(drafts))
+    return Made(language, await Surroundings((), language, drafts).terms_of(drafts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,7 @@ async def insert_all(
     await around.refresh(connection, caller, places)
     new_ids = [ids.new_id() for _ in drafts]
     derived = (
-        _terms(around, drafts, made, writing.language, sealing),
+        await _terms(around, drafts, made, writing.language, sealing),
         _sealed(drafts, new_ids, sealing),
     )
     with within_quota():
@@ -288,7 +289,7 @@ def _array(labels: Sequence[str]) -> str:
     return "{" + ",".join(f'"{label}"' for label in escaped) + "}"
 
 
-def _terms(
+async def _terms(
     around: Surroundings,
     drafts: Sequence[Draft],
     made: Made | None,
@@ -296,17 +297,19 @@ def _terms(
     sealing: Sealing | None,
 ) -> list[SparseVector]:
     if made is None or made.language is not language:
-        terms = around.terms_of(drafts)
+        terms = await around.terms_of(drafts)
     else:
         terms = [
-            around.terms(draft.content, place_of(draft)) if around.reach(draft) else ready
-            for draft, ready in zip(drafts, made.terms, strict=True)
+            around.terms(draft.content, place_of(draft))
+            if around.reach(draft)
+            else made.terms[place]
+            async for place, draft in paced(drafts)
         ]
     if sealing is None:
         return terms
     return [
-        sealing.terms_of(draft.content) if draft.is_sensitive else ready
-        for draft, ready in zip(drafts, terms, strict=True)
+        sealing.terms_of(draft.content) if draft.is_sensitive else terms[place]
+        async for place, draft in paced(drafts)
     ]
 
 

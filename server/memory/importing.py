@@ -88,7 +88,7 @@ class Importer:
         async for request in requests:
             first = first or request
             try:
-                part = _read(request, first, report.language)
+                part = await _read(request, first, report.language)
             finally:
                 # One that is refused takes nothing back of those before it.
                 if storing:
@@ -156,7 +156,7 @@ def _refusal(index: int, place: int, problem: Problem) -> pb.ImportRefusal:
     return pb.ImportRefusal(index=index, field=field, message=message, reason=problem.reason)
 
 
-def _read(
+async def _read(
     request: pb.ImportMemoriesRequest,
     first: pb.ImportMemoriesRequest,
     language: Language | None,
@@ -177,7 +177,8 @@ def _read(
         except InvalidArgument as problem:
             drafts.append(None)
             refusals[place] = problem
-    made = make_terms([draft for draft in drafts if draft], language) if language else None
+    readable = [draft for draft in drafts if draft]
+    made = await make_terms(readable, language) if language else None
     chunk = Chunk(drafts, request.first_index, first.request_id, made)
     return _Part(chunk, refusals, first.return_ids)
 

@@ -20,6 +20,7 @@ from server.caller import Caller
 from server.database import Connection, Database
 from server.memory.conversation import Surroundings
 from server.memory.model import Author, Draft, Memory
+from server.memory.pacing import LONG, Turns
 from server.memory.writing import within_quota
 from server.metering import ledger
 from server.metrics import count_changes
@@ -133,6 +134,7 @@ class AtOnce:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._languages: OrderedDict[Caller, Language] = OrderedDict()
+        self._turns = Turns()
 
     async def create(
         self, caller: Caller, draft: Draft, request_id: str, now: datetime
@@ -152,6 +154,8 @@ class AtOnce:
             return None
         language = self._languages.get(caller, Language.ENGLISH)
         memory_id = ids.new_id()
+        if len(draft.content) >= LONG:
+            await self._turns.next()
         terms = Surroundings((), language).terms(draft.content, None)
         insertion = Insertion(memory_id, draft, terms, now)
         try:

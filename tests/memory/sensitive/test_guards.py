@@ -29,10 +29,10 @@ def test_plain_hash_of_a_sensitive_draft_is_not_to_be_had() -> None:
     assert replace(draft(), keyed_hash=b"keyed").content_hash == b"keyed"
 
 
-def test_drafts_have_no_terms_of_a_sensitive_one_unless_asked_for_by_name() -> None:
+async def test_drafts_have_no_terms_of_a_sensitive_one_unless_asked_for_by_name() -> None:
     drafts = [replace(draft(), session_id="visit", session_position=place) for place in (0, 1)]
     around = Surroundings((), Language.ENGLISH, drafts)
-    assert {terms.to_binary() for terms in around.terms_of(drafts)} == {NO_TERMS.to_binary()}
+    assert {terms.to_binary() for terms in await around.terms_of(drafts)} == {NO_TERMS.to_binary()}
 
 
 def test_sealed_memory_is_not_shown() -> None:
