@@ -20,7 +20,7 @@ from server.caller import Caller
 from server.database import Connection, Database
 from server.memory.conversation import Surroundings
 from server.memory.model import Author, Draft, Memory
-from server.memory.pacing import LONG, Turns
+from server.memory.pacing import Turns
 from server.memory.writing import within_quota
 from server.metering import ledger
 from server.metrics import count_changes
@@ -154,8 +154,7 @@ class AtOnce:
             return None
         language = self._languages.get(caller, Language.ENGLISH)
         memory_id = ids.new_id()
-        if len(draft.content) >= LONG:
-            await self._turns.next()
+        await self._turns.next(draft.content)
         terms = Surroundings((), language).terms(draft.content, None)
         insertion = Insertion(memory_id, draft, terms, now)
         try:

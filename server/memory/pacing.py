@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Final, Protocol, TypeVar
 
-LONG: Final = 4 * 1024
+_LONG: Final = 4 * 1024
 """Characters; whatever is shorter waits for nobody."""
 _AT_ONCE: Final = 16 * 1024
 
@@ -34,12 +34,13 @@ async def paced(texts: Iterable[T]) -> AsyncIterator[tuple[int, T]]:
 
 
 class Turns:
-    """Lets one go on with each turn of the event loop."""
+    """Has one long text read with each turn of the event loop."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
 
-    async def next(self) -> None:
-        """Wait until all that came before have had their turn."""
-        async with self._lock:
-            await asyncio.sleep(0)
+    async def next(self, text: str) -> None:
+        """Wait until a text may be read: a long one after all that came before it."""
+        if len(text) >= _LONG:
+            async with self._lock:
+                await asyncio.sleep(0)

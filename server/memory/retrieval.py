@@ -19,7 +19,7 @@ from server.memory.fusion import Match, Weights, candidate_of, explain, rank
 from server.memory.legs import Legs, timed
 from server.memory.metrics import LATENCY
 from server.memory.model import Candidate, Filter, Found, Memory
-from server.memory.pacing import LONG, Turns
+from server.memory.pacing import Turns
 from server.memory.question_vectors import QuestionVectors
 from server.memory.questions import Question
 from server.memory.search_store import SearchStore, Versions, Words
@@ -220,8 +220,7 @@ class Retrieval:
     async def _find(
         self, caller: Caller, question: Question, profile: "_Profile", until: float
     ) -> _Found:
-        if len(question.text) >= LONG:
-            await self._turns.next()
+        await self._turns.next(question.text)
         terms = ranking.query_weights(question.text, profile.lexicon, profile.language)
         model = self._model(question, profile)
         limit = _candidates(question, with_vectors=bool(model))

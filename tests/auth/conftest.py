@@ -83,7 +83,7 @@ class Gauge(CountingHasher):
 
     running = most = 0
 
-    def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002
+    def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002 - as it is there
         self.running += 1
         self.most = max(self.most, self.running)
         try:

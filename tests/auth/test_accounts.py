@@ -112,7 +112,7 @@ class Costs(CountingHasher):
         super().__init__(memory_cost)
         self.paid = list[int]()
 
-    def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002
+    def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002 - as it is there
         self.paid.append(argon2.extract_parameters(str(hash)).memory_cost)
         return super().verify(hash, password)
 

@@ -68,7 +68,7 @@ async def test_of_those_who_come_at_once_one_has_a_turn_at_a_time() -> None:
     turns, had = Turns(), []
 
     async def read(clock: Clock) -> None:
-        await turns.next()
+        await turns.next("long" * 5_000)
         had.append(clock.turns)
 
     async with counting() as clock:
